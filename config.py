@@ -1,0 +1,271 @@
+"""Every option of a run: its default here, one line on what it does; loading, merging and checking.
+
+The order of precedence is: the defaults below, the YAML file's ``BASE`` files, the YAML file, ``opts``.
+"""
+
+import copy
+import difflib
+from pathlib import Path
+
+import yaml
+from yacs.config import CfgNode
+
+_C = CfgNode()
+
+_C.BASE = []  # config files merged before this one, in order, relative to it
+
+# ---- data ----------------------------------------------------------------------------------------
+_C.DATA = CfgNode()
+_C.DATA.DATASET = "imagenet"  # imagenet | cifar10 | cifar100 | caltech101 | imagefolder (one's own) | digits (bundled)
+_C.DATA.DATA_PATH = ""  # the data set's folder; may stay empty for digits
+_C.DATA.IMG_SIZE = 224  # side of the square input, in pixels
+_C.DATA.BATCH_SIZE = 128  # images per process and micro-batch
+_C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (training only; evaluation then takes bicubic)
+_C.DATA.ZIP_MODE = False  # imagenet and imagefolder: read train.zip + train_map.txt, val.zip + val_map.txt
+_C.DATA.CACHE_MODE = "part"  # of the zip form, in memory: no | part (this process's shard) | full
+_C.DATA.NUM_WORKERS = 8  # loading processes per training process
+_C.DATA.PIN_MEMORY = True  # page-locked batches, for copies to a GPU that do not wait
+
+# ---- model ---------------------------------------------------------------------------------------
+_C.MODEL = CfgNode()
+_C.MODEL.TYPE = "strip_mlp"  # strip_mlp | timm (MODEL.NAME is then a timm model, trained by the same recipe)
+_C.MODEL.NAME = ""  # names the output folder; empty: the config file's name
+_C.MODEL.NUM_CLASSES = 1000  # checked against the data set
+_C.MODEL.PRETRAINED = ""  # checkpoint to start from: weights only; a head of another class count is drawn anew
+_C.MODEL.RESUME = ""  # checkpoint to go on from (or to evaluate): everything
+_C.MODEL.LABEL_SMOOTHING = 0.1  # share of each target spread over all classes
+_C.MODEL.DROP_PATH_RATE = 0.1  # probability that a residual branch is dropped for an image
+_C.MODEL.DROP_PATH_SCHEDULE = "constant"  # constant: the rate in every block | linear: from 0 in the first to the rate
+_C.MODEL.STRIP_MLP = CfgNode()
+_C.MODEL.STRIP_MLP.PATCH_SIZE = 4  # kernel and stride of the stem, in pixels
+_C.MODEL.STRIP_MLP.IN_CHANS = 3  # channels of the input image
+_C.MODEL.STRIP_MLP.EMBED_DIM = 80  # channels of the first stage; they double at every stage
+_C.MODEL.STRIP_MLP.DEPTHS = [2, 2, 6, 2]  # blocks of the four stages
+_C.MODEL.STRIP_MLP.MLP_RATIO = 3.0  # alpha: width of the channel mixing over its input's
+_C.MODEL.STRIP_MLP.NUM_PATCHES = 2  # P: channel patches that share the strip weights
+_C.MODEL.STRIP_MLP.STRIP_WIDTH = 3  # rows (columns) that a strip spans, odd
+
+# ---- training ------------------------------------------------------------------------------------
+_C.TRAIN = CfgNode()
+_C.TRAIN.EPOCHS = 300  # passes over the training set
+_C.TRAIN.WARMUP_EPOCHS = 20  # epochs of linear warm-up, counted in EPOCHS
+_C.TRAIN.BASE_LR = 5e-4  # learning rate at the end of the warm-up; never scaled by the batch size
+_C.TRAIN.WARMUP_LR = 5e-7  # learning rate of the first step
+_C.TRAIN.MIN_LR = 5e-6  # learning rate at the end
+_C.TRAIN.WEIGHT_DECAY = 0.05  # none on one-dimensional parameters and biases
+_C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0: no clipping
+_C.TRAIN.ACCUMULATION_STEPS = 1  # micro-batches per update
+_C.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in the output folder
+_C.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing: less memory, more time, the same result
+_C.TRAIN.SYNC_BN = False  # BatchNorm over the batch of all processes instead of each one's own
+_C.TRAIN.LR_SCHEDULER = CfgNode()
+_C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step, by update step
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step: epochs between two decays
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step: factor of a decay
+_C.TRAIN.OPTIMIZER = CfgNode()
+_C.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw | sgd (Nesterov)
+_C.TRAIN.OPTIMIZER.EPS = 1e-8  # adamw: added to the denominator
+_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]  # adamw: decay of the two moments
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
+_C.TRAIN.EMA = CfgNode()
+_C.TRAIN.EMA.ENABLED = False  # keep an exponential moving average of the weights; evaluated and saved beside them
+_C.TRAIN.EMA.DECAY = 0.9999  # share of the average kept at an update
+
+# ---- augmentation --------------------------------------------------------------------------------
+_C.AUG = CfgNode()
+_C.AUG.SCALE = [0.08, 1.0]  # area of the random crop, as a share of the image
+_C.AUG.RATIO = [0.75, 4 / 3]  # aspect ratio of the random crop
+_C.AUG.HFLIP = 0.5  # probability of a horizontal flip
+_C.AUG.COLOR_JITTER = 0.4  # strength of colour jitter; used when AUTO_AUGMENT is none
+_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # timm's policy string | none
+_C.AUG.REPROB = 0.25  # random erasing: probability
+_C.AUG.REMODE = "pixel"  # random erasing: pixel | rand | const
+_C.AUG.RECOUNT = 1  # random erasing: rectangles
+_C.AUG.MIXUP = 0.8  # mixup's alpha; 0: off
+_C.AUG.CUTMIX = 1.0  # cutmix's alpha; 0: off
+_C.AUG.CUTMIX_MINMAX = []  # cutmix: smallest and largest side of the box as a share; replaces alpha when set
+_C.AUG.MIXUP_PROB = 1.0  # probability that a batch is mixed at all
+_C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix where both are on
+_C.AUG.MIXUP_MODE = "batch"  # what shares one draw: batch | pair | elem
+
+# ---- evaluation ----------------------------------------------------------------------------------
+_C.TEST = CfgNode()
+_C.TEST.CROP = True  # resize to 256/224 of the input size, then crop the centre; False: resize to the input size
+
+# ---- the run -------------------------------------------------------------------------------------
+_C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto (bf16 on CUDA, fp32 on the CPU)
+_C.COMPILE = False  # compile the network with torch.compile
+_C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG/
+_C.TAG = "default"  # names the run
+_C.SEED = 0  # of weights, data order, augmentation and drop path
+_C.PRINT_FREQ = 10  # updates between two log lines
+_C.SAVE_FREQ = 1  # epochs between two checkpoints
+_C.KEEP_CHECKPOINTS = 3  # newest checkpoints kept beside the best one
+
+_CHOICES = {
+    "DATA.DATASET": ("imagenet", "cifar10", "cifar100", "caltech101", "imagefolder", "digits"),
+    "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
+    "DATA.CACHE_MODE": ("no", "part", "full"),
+    "MODEL.TYPE": ("strip_mlp", "timm"),
+    "MODEL.DROP_PATH_SCHEDULE": ("constant", "linear"),
+    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
+    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
+    "AUG.REMODE": ("pixel", "rand", "const"),
+    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
+    "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),
+}
+_AT_LEAST_ONE = (
+    "DATA.IMG_SIZE DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS PRINT_FREQ SAVE_FREQ "
+    "KEEP_CHECKPOINTS AUG.RECOUNT TRAIN.LR_SCHEDULER.DECAY_EPOCHS MODEL.STRIP_MLP.PATCH_SIZE MODEL.STRIP_MLP.IN_CHANS "
+    "MODEL.STRIP_MLP.EMBED_DIM MODEL.STRIP_MLP.NUM_PATCHES MODEL.STRIP_MLP.STRIP_WIDTH"
+).split()
+_AT_LEAST_ZERO = (
+    "DATA.NUM_WORKERS TRAIN.WARMUP_EPOCHS TRAIN.BASE_LR TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.WEIGHT_DECAY "
+    "TRAIN.CLIP_GRAD AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX SEED"
+).split()
+_SHARES = (
+    "MODEL.LABEL_SMOOTHING MODEL.DROP_PATH_RATE TRAIN.EMA.DECAY TRAIN.LR_SCHEDULER.DECAY_RATE AUG.HFLIP AUG.REPROB "
+    "AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB"
+).split()
+
+
+def load_config(path: str | Path = "", opts=()) -> CfgNode:
+    """The frozen config of a run.
+
+    Args:
+        path: a YAML file; its ``BASE`` files are merged first. Empty: the defaults.
+        opts: ``[KEY, VALUE, KEY, VALUE, ...]`` merged last, e.g. ``["TRAIN.EPOCHS", "100"]``; values may be strings,
+            as they come from the command line.
+
+    Raises:
+        ValueError: an unknown key (the nearest known one is named), a value of the wrong type or out of range.
+        FileNotFoundError: ``path`` or one of its ``BASE`` files does not exist.
+    """
+    config = _C.clone()
+    if path:
+        _merge_file(config, Path(path), ())
+    if len(opts) % 2:
+        raise ValueError(f"--opts takes pairs of KEY VALUE; {opts[-1]!r} has no value")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        nested = _decode(value)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _merge(config, nested, "--opts")
+    if not config.MODEL.NAME and path:
+        config.MODEL.NAME = Path(path).stem
+    _check(config)
+    config.freeze()
+    return config
+
+
+def flat_keys(config: CfgNode, prefix: str = "") -> dict:
+    """``{"DATA.BATCH_SIZE": 128, ...}``: every leaf of the config by its dotted name."""
+    flat = {}
+    for key, value in config.items():
+        flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value}
+    return flat
+
+
+def to_dict(config: CfgNode) -> dict:
+    """The config as nested plain dictionaries."""
+    return {key: to_dict(value) if isinstance(value, CfgNode) else copy.copy(value) for key, value in config.items()}
+
+
+def nearest(word: str, known) -> str:
+    """``"; did you mean X?"`` for the known word nearest to a mistyped one, else an empty string."""
+    lower = {name.lower(): name for name in known}
+    match = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.5)
+    return f"; did you mean {lower[match[0]]}?" if match else ""
+
+
+def _merge_file(config: CfgNode, path: Path, parents: tuple) -> None:
+    path = path.resolve()
+    if path in parents:
+        raise ValueError(f"{path}: its BASE files lead back to itself")
+    if not path.is_file():
+        known = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"config file {path} does not exist{nearest(str(path), known)}")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds {type(loaded).__name__}, not a mapping of config keys")
+    base = loaded.pop("BASE", [])
+    for name in [base] if isinstance(base, str) else base or []:
+        _merge_file(config, path.parent / name, (*parents, path))
+    _merge(config, loaded, str(path))
+
+
+def _merge(node: CfgNode, values: dict, source: str, prefix: str = "") -> None:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in node:
+            known = flat_keys(_C) if "." in name else [*_C, *flat_keys(_C)]
+            raise ValueError(f"{source}: unknown config key {name}{nearest(name, known)}")
+        if isinstance(node[key], CfgNode):
+            if not isinstance(value, dict):
+                raise ValueError(f"{source}: {name} is a group of keys, not a value; set e.g. {name}.{next(iter(node[key]))}")
+            _merge(node[key], value, source, name + ".")
+        else:
+            node[key] = _coerce(_decode(value), node[key], name, source)
+
+
+def _decode(value):
+    """A string as the Python value it spells (``"5e-4"``, ``"[2, 2]"``, ``"True"``), else as it is."""
+    return CfgNode._decode_cfg_value(value)
+
+
+def _coerce(value, default, name: str, source: str):
+    if type(default) is float and type(value) is int:
+        return float(value)
+    if isinstance(default, str) and value is None:
+        return "none" if name == "AUG.AUTO_AUGMENT" else ""
+    if isinstance(default, str) and type(value) in (int, float):
+        return str(value)  # a TAG may be a number
+    if isinstance(default, list) and isinstance(value, (list, tuple)):
+        kind = float if not default else type(default[0])
+        return [_coerce(item, kind(), f"{name}[{i}]", source) for i, item in enumerate(value)]
+    if type(value) is not type(default):
+        raise ValueError(
+            f"{source}: {name} takes {type(default).__name__}, e.g. {default!r}; got {value!r} ({type(value).__name__})"
+        )
+    return value
+
+
+def _check(config: CfgNode) -> None:
+    """Raises ValueError for values that no run can use, naming the key."""
+    values = flat_keys(config)
+
+    def require(holds, key: str, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{key} is {values[key]!r}; it must be {rule}")
+
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            raise ValueError(f"{key} is {values[key]!r}; it must be one of {', '.join(choices)}"
+                             f"{nearest(str(values[key]), choices)}")
+    for key in _AT_LEAST_ONE:
+        require(values[key] >= 1, key, "at least 1")
+    for key in _AT_LEAST_ZERO:
+        require(values[key] >= 0, key, "at least 0")
+    for key in _SHARES:
+        require(0 <= values[key] <= 1, key, "between 0 and 1")
+    require(values["MODEL.DROP_PATH_RATE"] < 1, "MODEL.DROP_PATH_RATE", "below 1")
+    depths = config.MODEL.STRIP_MLP.DEPTHS
+    require(len(depths) == 4 and min(depths) >= 1, "MODEL.STRIP_MLP.DEPTHS", "four numbers, each at least 1")
+    require(config.MODEL.STRIP_MLP.STRIP_WIDTH % 2 == 1, "MODEL.STRIP_MLP.STRIP_WIDTH", "odd")
+    require(config.MODEL.STRIP_MLP.MLP_RATIO > 0, "MODEL.STRIP_MLP.MLP_RATIO", "above 0")
+    for key in ("AUG.SCALE", "AUG.RATIO"):
+        pair = values[key]
+        require(len(pair) == 2 and 0 < pair[0] <= pair[1], key, "two numbers above 0, the smaller first")
+    require(len(config.AUG.CUTMIX_MINMAX) in (0, 2), "AUG.CUTMIX_MINMAX", "empty or two numbers")
+    betas = config.TRAIN.OPTIMIZER.BETAS
+    require(len(betas) == 2 and 0 <= min(betas) and max(betas) < 1, "TRAIN.OPTIMIZER.BETAS", "two numbers in [0, 1)")
+    require(config.TRAIN.WARMUP_EPOCHS <= config.TRAIN.EPOCHS, "TRAIN.WARMUP_EPOCHS",
+            f"at most TRAIN.EPOCHS ({config.TRAIN.EPOCHS})")
+    mixing = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX
+    require(not (mixing and config.DATA.BATCH_SIZE % 2), "DATA.BATCH_SIZE",
+            "even while mixup or cutmix is on, because images are mixed in pairs (AUG.MIXUP 0 AUG.CUTMIX 0 turns both off)")
+    for key in ("TAG", "MODEL.NAME"):
+        require("/" not in values[key] and values[key] not in (".", ".."), key, "a plain folder name")

@@ -1,0 +1,45 @@
+"""Config to model."""
+
+import timm
+from torch import nn
+
+from .strip_mlp import StripMLPNet
+
+
+def build_model(config) -> nn.Module:
+    """The network that a config describes: a Strip-MLP, or any timm model to be trained by the same recipe.
+
+    Raises:
+        ValueError: sizes that do not fit together, or an unknown timm model.
+    """
+    if config.MODEL.TYPE == "timm":
+        model = _build_timm_model(config)
+    else:
+        strip_mlp = config.MODEL.STRIP_MLP
+        model = StripMLPNet(
+            img_size=config.DATA.IMG_SIZE,
+            patch_size=strip_mlp.PATCH_SIZE,
+            in_chans=strip_mlp.IN_CHANS,
+            num_classes=config.MODEL.NUM_CLASSES,
+            embed_dim=strip_mlp.EMBED_DIM,
+            depths=strip_mlp.DEPTHS,
+            num_patches=strip_mlp.NUM_PATCHES,
+            strip_width=strip_mlp.STRIP_WIDTH,
+            mlp_ratio=strip_mlp.MLP_RATIO,
+            drop_path_rate=config.MODEL.DROP_PATH_RATE,
+            drop_path_schedule=config.MODEL.DROP_PATH_SCHEDULE,
+        )
+    if config.TRAIN.USE_CHECKPOINT:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def _build_timm_model(config) -> nn.Module:
+    name = config.MODEL.NAME
+    if not timm.is_model(name):
+        similar = timm.list_models(f"*{name.split('_')[0]}*")[:8]
+        raise ValueError(f"MODEL.NAME {name!r} is not a timm model; similar ones: {', '.join(similar) or 'none'}")
+    kwargs = {"num_classes": config.MODEL.NUM_CLASSES, "drop_path_rate": config.MODEL.DROP_PATH_RATE}
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        kwargs["img_size"] = config.DATA.IMG_SIZE
+    return timm.create_model(name, **kwargs)
