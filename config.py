@@ -120,7 +120,7 @@ _AT_LEAST_ONE = (
     "MODEL.STRIP_MLP.EMBED_DIM MODEL.STRIP_MLP.NUM_PATCHES MODEL.STRIP_MLP.STRIP_WIDTH"
 ).split()
 _AT_LEAST_ZERO = (
-    "DATA.NUM_WORKERS TRAIN.WARMUP_EPOCHS TRAIN.BASE_LR TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.WEIGHT_DECAY "
+    "DATA.NUM_WORKERS TRAIN.WARMUP_EPOCHS TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.WEIGHT_DECAY "
     "TRAIN.CLIP_GRAD AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX SEED"
 ).split()
 _SHARES = (
@@ -147,7 +147,7 @@ def load_config(path: str | Path = "", opts=()) -> CfgNode:
     if len(opts) % 2:
         raise ValueError(f"--opts takes pairs of KEY VALUE; {opts[-1]!r} has no value")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        nested = _decode(value)
+        nested = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
         _merge(config, nested, "--opts")
@@ -208,7 +208,9 @@ def _merge(node: CfgNode, values: dict, source: str, prefix: str = "") -> None:
                 raise ValueError(f"{source}: {name} is a group of keys, not a value; set e.g. {name}.{next(iter(node[key]))}")
             _merge(node[key], value, source, name + ".")
         else:
-            node[key] = _coerce(_decode(value), node[key], name, source)
+            # What is text stays as it is: a TAG may look like a number.
+            value = value if isinstance(node[key], str) else _decode(value)
+            node[key] = _coerce(value, node[key], name, source)
 
 
 def _decode(value):
@@ -220,9 +222,9 @@ def _coerce(value, default, name: str, source: str):
     if type(default) is float and type(value) is int:
         return float(value)
     if isinstance(default, str) and value is None:
-        return "none" if name == "AUG.AUTO_AUGMENT" else ""
+        return ""
     if isinstance(default, str) and type(value) in (int, float):
-        return str(value)  # a TAG may be a number
+        return str(value)
     if isinstance(default, list) and isinstance(value, (list, tuple)):
         kind = float if not default else type(default[0])
         return [_coerce(item, kind(), f"{name}[{i}]", source) for i, item in enumerate(value)]
@@ -255,7 +257,8 @@ def _check(config: CfgNode) -> None:
     depths = config.MODEL.STRIP_MLP.DEPTHS
     require(len(depths) == 4 and min(depths) >= 1, "MODEL.STRIP_MLP.DEPTHS", "four numbers, each at least 1")
     require(config.MODEL.STRIP_MLP.STRIP_WIDTH % 2 == 1, "MODEL.STRIP_MLP.STRIP_WIDTH", "odd")
-    require(config.MODEL.STRIP_MLP.MLP_RATIO > 0, "MODEL.STRIP_MLP.MLP_RATIO", "above 0")
+    for key in ("MODEL.STRIP_MLP.MLP_RATIO", "TRAIN.BASE_LR"):
+        require(values[key] > 0, key, "above 0")
     for key in ("AUG.SCALE", "AUG.RATIO"):
         pair = values[key]
         require(len(pair) == 2 and 0 < pair[0] <= pair[1], key, "two numbers above 0, the smaller first")

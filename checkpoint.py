@@ -1,0 +1,146 @@
+"""Checkpoint files: save, verify, load safely, find the newest good one.
+
+A checkpoint is a PyTorch file, whose zip form keeps a CRC-32 beside every record. Saving is atomic; loading checks the
+sums first and then admits nothing but tensors and plain containers, so that no file can run code.
+"""
+
+import logging
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger("strip_mlp")
+
+BEST = "best.pth"
+_NAME = re.compile(r"ckpt_step_(\d+)\.pth")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file that cannot be used; the message names the file and the fault."""
+
+
+def load_file(path: str | Path) -> dict:
+    """Reads a checkpoint, this project's or a released one, onto the CPU without running anything in it.
+
+    PyTorch's restricted unpickler does the reading. A released checkpoint also holds a pickled ``yacs.config.CfgNode``,
+    for which a plain mapping stands in.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, is no checkpoint, or holds an object of a class that is not admitted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise CheckpointError(f"{path} is damaged: the checksum of its record {damaged} does not match")
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{path} holds a pickled {refused[1]}; only tensors and plain containers are loaded, since unpickling "
+                "anything else could run code"
+            ) from error
+        raise CheckpointError(f"{path} is not a checkpoint: {_first_line(error)}") from error
+    except Exception as error:  # a damaged file can fail in any way inside the reader
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, not a mapping of checkpoint entries")
+    return _plain(content)
+
+
+def save_file(content: dict, path: str | Path) -> None:
+    """Writes a checkpoint so that ``path`` is at any moment either the old file or the new one, whole and on disk."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """The run's numbered checkpoints, the newest (by step) first."""
+    steps = {path: int(match[1]) for path in Path(folder).glob("*.pth") if (match := _NAME.fullmatch(path.name))}
+    return sorted(steps, key=steps.get, reverse=True)
+
+
+def save_checkpoint(content: dict, folder: str | Path, is_best: bool, keep: int) -> Path:
+    """Saves a run's checkpoint under its step, marks it as ``best.pth`` if it is, and prunes old ones to ``keep``."""
+    path = Path(folder) / f"ckpt_step_{content['step']:08d}.pth"
+    save_file(content, path)
+    if is_best:
+        temporary = path.with_name(f".{BEST}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+        _replace(temporary, path.with_name(BEST))
+    for old in list_checkpoints(folder)[keep:]:
+        old.unlink()
+    return path
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a run that can be loaded; damaged ones are skipped with a warning.
+
+    Returns:
+        None where the folder holds no numbered checkpoint at all.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is good, so starting afresh would overwrite a run.
+    """
+    paths = list_checkpoints(folder)
+    for path in paths:
+        try:
+            load_file(path)
+            return path
+        except CheckpointError as error:
+            logger.warning("skipping a checkpoint: %s", error)
+    if paths:
+        raise CheckpointError(
+            f"none of the {len(paths)} checkpoints in {folder} can be loaded; move them away to start afresh, or name a "
+            "good one with --resume"
+        )
+    return None
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # makes the renaming itself last
+    finally:
+        os.close(folder)
+
+
+def _plain(value):
+    """The same content with plain dictionaries in place of the stand-in for CfgNode and other mappings."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

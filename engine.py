@@ -1,0 +1,211 @@
+"""The loops: one epoch of training, evaluation, throughput."""
+
+import contextlib
+import datetime
+import logging
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import utils
+from state import TrainState
+
+logger = logging.getLogger("strip_mlp")
+
+
+class Precision:
+    """The arithmetic of the forward pass: autocast to bf16 or fp16, or plain fp32."""
+
+    DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+    def __init__(self, name: str, device: torch.device):
+        if name == "auto":
+            name = "bf16" if device.type == "cuda" else "fp32"
+        self.name, self.device_type, self.dtype = name, device.type, self.DTYPES[name]
+
+    def autocast(self):
+        """The context of a forward pass and its loss."""
+        return torch.autocast(self.device_type, self.dtype, enabled=self.name != "fp32")
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, which only fp16's narrow range needs; disabled otherwise."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
+
+
+def train_one_epoch(config, state: TrainState, model: nn.Module, loader: DataLoader, mixup, precision, metrics) -> None:
+    """Trains the rest of the epoch that ``state`` is in.
+
+    Args:
+        config: the run's config.
+        state: is moved on, update by update, to the beginning of the next epoch.
+        model: ``state.model``, wrapped in DistributedDataParallel where there are several processes.
+        loader: batches of this process; its ``batch_sampler`` is a ``TrainBatchSampler``.
+        mixup: timm's Mixup, or None.
+        precision: the arithmetic of the forward pass.
+        metrics: a MetricsWriter on rank 0, None elsewhere.
+    """
+    model.train()
+    loader.batch_sampler.set_epoch(state.epoch, start_batch=state.batch)
+    # Mixup makes soft targets and smooths them itself; without it the targets are class indices.
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.MODEL.LABEL_SMOOTHING)
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    max_norm = config.TRAIN.CLIP_GRAD or float("inf")
+    accumulation = config.TRAIN.ACCUMULATION_STEPS
+    device = parameters[0].device
+    progress = _Progress(config, state, loader, device, metrics)
+
+    for images, targets in progress.watch(loader):
+        # 1. The batch, on the device and mixed.
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        if mixup:
+            images, targets = mixup(images, targets)
+
+        # 2. Forward and backward. Gradients of an update's micro-batches add up and are all-reduced with the last; the
+        #    last update of an epoch may have fewer of them.
+        micro_batches = min(accumulation, len(loader) - state.batch // accumulation * accumulation)
+        state.batch += 1
+        is_last = state.batch % accumulation == 0 or state.batch == len(loader)
+        is_distributed = isinstance(model, DistributedDataParallel)
+        with contextlib.nullcontext() if is_last or not is_distributed else model.no_sync():
+            with precision.autocast():
+                loss = criterion(model(images), targets)
+            state.scaler.scale(loss / micro_batches).backward()
+        progress.add_loss(loss.detach(), len(targets))
+        if not is_last:
+            continue
+
+        # 3. The update.
+        state.scaler.unscale_(state.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        lr = state.lr_scheduler.get_last_lr()[0]
+        state.lr_scheduler.step()
+        if not config.TRAIN.SYNC_BN:
+            utils.average_batchnorm(state.model)  # so that every process holds the same network after every update
+        if state.ema:
+            state.ema.update(state.model)
+        state.step += 1
+
+        # 4. The log. Only here does the host wait for the device.
+        progress.log(grad_norm, lr)
+
+    state.epoch, state.batch = state.epoch + 1, 0
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict:
+    """Top-1 and top-5 accuracy (percent) and mean cross entropy over all images of a validation set.
+
+    Every process evaluates its own share of the images; the sums meet in one all-reduce at the end.
+
+    Returns:
+        ``{"acc1", "acc5", "loss", "images"}``; with fewer than five classes ``acc5`` counts all of them.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1 hits, top-5 hits, loss, images
+    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=not _shows_progress()):
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        with precision.autocast():
+            logits = model(images)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        sums[0] += hits[:, 0].sum()
+        sums[1] += hits.sum()
+        sums[2] += losses.double().sum()
+        sums[3] += len(targets)
+    hits1, hits5, loss, count = utils.all_reduce_sum(sums).tolist()
+    if count != len(loader.dataset):
+        raise RuntimeError(f"{count:.0f} images were evaluated, but the validation set has {len(loader.dataset)}")
+    return {"acc1": 100 * hits1 / count, "acc5": 100 * hits5 / count, "loss": loss / count, "images": int(count)}
+
+
+@torch.inference_mode()
+def measure_throughput(model: nn.Module, images: torch.Tensor, precision: Precision, repeats: int = 30) -> float:
+    """Images per second of the forward pass on one batch (N, C, H, W) over and over, after a warm-up."""
+    model.eval()
+
+    def seconds(runs: int) -> float:
+        _synchronize(images.device)
+        start = time.perf_counter()
+        for _ in range(runs):
+            with precision.autocast():
+                model(images)
+        _synchronize(images.device)
+        return time.perf_counter() - start
+
+    seconds(max(repeats // 3, 1))
+    return repeats * len(images) / seconds(repeats)
+
+
+class _Progress:
+    """Log lines, metrics and the progress bar of an epoch; it keeps the running sums on the device."""
+
+    def __init__(self, config, state, loader, device, metrics):
+        self.config, self.state, self.device, self.metrics = config, state, device, metrics
+        self.batches = len(loader)
+        self.updates_left = config.TRAIN.EPOCHS * -(-self.batches // config.TRAIN.ACCUMULATION_STEPS) - state.step
+        self._restart()
+
+    def watch(self, loader):
+        """The loader's batches; the time spent waiting for them is counted as data time."""
+        bar = tqdm(total=self.batches, initial=self.state.batch, desc=f"epoch {self.state.epoch}", leave=False,
+                   disable=not _shows_progress())
+        batches = iter(loader)
+        with bar:
+            while True:
+                start = time.perf_counter()
+                batch = next(batches, None)
+                self.data_seconds += time.perf_counter() - start
+                if batch is None:
+                    return
+                yield batch
+                bar.update()
+
+    def add_loss(self, loss: torch.Tensor, images: int) -> None:
+        self.loss_sum += loss * images
+        self.images += images
+
+    def log(self, grad_norm: torch.Tensor, lr: float) -> None:
+        self.updates += 1
+        self.updates_left -= 1
+        state = self.state
+        if state.step % self.config.PRINT_FREQ and state.batch < self.batches:
+            return
+        sums = torch.stack([self.loss_sum.double(), torch.tensor(self.images, device=self.device).double()])
+        loss_sum, images = utils.all_reduce_sum(sums).tolist()
+        grad_norm = grad_norm.item()
+        seconds = (time.perf_counter() - self.start) / self.updates
+        data_seconds = self.data_seconds / self.updates
+        loss, speed = loss_sum / images, images / self.updates / seconds
+        eta = datetime.timedelta(seconds=round(seconds * self.updates_left))
+        memory = f"  mem {torch.cuda.max_memory_allocated() / 2**20:.0f}MB" if self.device.type == "cuda" else ""
+        logger.info(
+            f"Train: [{state.epoch}/{self.config.TRAIN.EPOCHS}][{state.batch}/{self.batches}]  eta {eta}  lr {lr:.6f}  "
+            f"time {seconds:.4f}  data {data_seconds:.4f}  loss {loss:.4f}  grad_norm {grad_norm:.4f}{memory}"
+        )
+        if self.metrics:
+            self.metrics.write("train", state.step, state.epoch, loss=loss, lr=lr, grad_norm=grad_norm,
+                               images_per_second=speed, data_share=data_seconds / seconds)
+        self._restart()
+
+    def _restart(self) -> None:
+        self.start, self.data_seconds = time.perf_counter(), 0.0
+        self.loss_sum, self.images, self.updates = torch.zeros((), device=self.device), 0, 0
+
+
+def _shows_progress() -> bool:
+    return utils.rank() == 0 and sys.stderr.isatty()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,90 @@
+"""What a run writes for people and programs: console, log file, metrics.jsonl, TensorBoard."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from termcolor import colored
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+logger = logging.getLogger("strip_mlp")
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Prints above a progress bar, where there is one, instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+
+
+class _Formatter(logging.Formatter):
+    COLOURS = {logging.WARNING: "yellow", logging.ERROR: "red"}
+
+    def __init__(self, coloured: bool):
+        super().__init__(datefmt="%Y-%m-%d %H:%M:%S")
+        self.coloured = coloured
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        head = f"[{self.formatTime(record, self.datefmt)}]"
+        level = f" {record.levelname}:" if record.levelno >= logging.WARNING else ""
+        if self.coloured:
+            head, level = colored(head, "green"), colored(level, self.COLOURS.get(record.levelno))
+        return f"{head}{level} {record.message}"
+
+
+def setup_console(rank: int) -> None:
+    """Sends the log to the terminal: everything on rank 0, errors on the others. Colours only on a terminal."""
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    handler = _ConsoleHandler(sys.stdout)
+    handler.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    handler.setFormatter(_Formatter(coloured=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    logger.handlers = [handler]
+
+
+def add_log_file(path: Path) -> None:
+    """Sends the log to a file as well, with the details that the terminal is spared."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(_Formatter(coloured=False))
+    logger.addHandler(handler)
+
+
+class MetricsWriter:
+    """``metrics.jsonl``, one record a line, and the same figures as TensorBoard events.
+
+    Args:
+        folder: the run's output folder.
+        step: the update that the run goes on from; records of later ones, which a run that broke off had written, are
+            dropped.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        path = folder / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines(True) if _step(line) <= step] if path.exists() else []
+        temporary = path.with_name(".metrics.jsonl.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.file = open(path, "a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, kind: str, step: int, epoch: int, **figures: float) -> None:
+        """Records the figures of ``kind`` (``train``, ``eval``, ``eval_ema``) after update ``step`` of ``epoch``."""
+        self.file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **figures}) + "\n")
+        self.file.flush()
+        for name, value in figures.items():
+            self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        self.file.close()
+        self.tensorboard.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that a killed run left unfinished

@@ -1,0 +1,31 @@
+"""The learning rate, a pure function of the update step."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def learning_rate(config, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of update ``step``, counted from 0.
+
+    A linear warm-up from WARMUP_LR to BASE_LR, then by LR_SCHEDULER.NAME: ``cosine`` to MIN_LR, its half period running
+    from step 0 to the end of the training; ``linear`` to MIN_LR; ``step`` times DECAY_RATE every DECAY_EPOCHS after the
+    warm-up.
+    """
+    train, decay = config.TRAIN, config.TRAIN.LR_SCHEDULER
+    total, warmup = train.EPOCHS * steps_per_epoch, train.WARMUP_EPOCHS * steps_per_epoch
+    if step < warmup:
+        return train.WARMUP_LR + (train.BASE_LR - train.WARMUP_LR) * step / warmup
+    if decay.NAME == "step":
+        return train.BASE_LR * decay.DECAY_RATE ** ((step - warmup) // (decay.DECAY_EPOCHS * steps_per_epoch))
+    if decay.NAME == "linear":
+        share_left = 1 - (step - warmup) / max(total - warmup, 1)
+    else:
+        share_left = (1 + math.cos(math.pi * step / total)) / 2
+    return train.MIN_LR + (train.BASE_LR - train.MIN_LR) * (share_left if step < total else 0)
+
+
+def build_scheduler(config, optimizer: Optimizer, steps_per_epoch: int) -> LambdaLR:
+    """A scheduler to be stepped after every update; it scales each group's own initial learning rate."""
+    return LambdaLR(optimizer, lambda step: learning_rate(config, step, steps_per_epoch) / config.TRAIN.BASE_LR)
