@@ -4,9 +4,11 @@ A checkpoint is a PyTorch file, whose zip form keeps a CRC-32 beside every recor
 sums first and then admits nothing but tensors and plain containers, so that no file can run code.
 """
 
+import fcntl
 import logging
 import os
 import pickle
+import platform
 import re
 import shutil
 import zipfile
@@ -64,7 +66,11 @@ def load_file(path: str | Path) -> dict:
 
 
 def save_file(content: dict, path: str | Path) -> None:
-    """Writes a checkpoint so that ``path`` is at any moment either the old file or the new one, whole and on disk."""
+    """Writes a checkpoint so that ``path`` is at any moment either the old file or the new one, whole and on disk.
+
+    Raises:
+        OSError: it could not be written; ``path`` is as it was.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -73,6 +79,8 @@ def save_file(content: dict, path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         _replace(temporary, path)
+    except RuntimeError as error:  # what PyTorch's writer makes of a full disk
+        raise OSError(f"cannot write {path}: {_first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -122,6 +130,28 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
             "good one with --resume"
         )
     return None
+
+
+def lock_folder(folder: str | Path):
+    """Keeps other runs out of an output folder for as long as the returned file is open.
+
+    The lock belongs to the process, so that one left by a dead run does not block.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    file = open(Path(folder, ".lock"), "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise ValueError(f"{folder} belongs to a run in progress ({holder}); give this one another --tag") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def _replace(temporary: Path, path: Path) -> None:

@@ -57,6 +57,7 @@ _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0: no clipping
 _C.TRAIN.ACCUMULATION_STEPS = 1  # micro-batches per update
 _C.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in the output folder
 _C.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing: less memory, more time, the same result
+_C.TRAIN.MAX_SKIPPED = 50  # updates in a row skipped for a non-finite loss or gradient after which the run stops
 _C.TRAIN.SYNC_BN = False  # BatchNorm over the batch of all processes instead of each one's own
 _C.TRAIN.LR_SCHEDULER = CfgNode()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step, by update step
@@ -100,6 +101,8 @@ _C.TAG = "default"  # names the run
 _C.SEED = 0  # of weights, data order, augmentation and drop path
 _C.PRINT_FREQ = 10  # updates between two log lines
 _C.SAVE_FREQ = 1  # epochs between two checkpoints
+_C.SAVE_STEPS = 0  # updates between two checkpoints within an epoch; 0: none
+_C.SAVE_MINUTES = 0.0  # minutes between two checkpoints within an epoch; 0: none
 _C.KEEP_CHECKPOINTS = 3  # newest checkpoints kept beside the best one
 
 _CHOICES = {
@@ -116,12 +119,12 @@ _CHOICES = {
 }
 _AT_LEAST_ONE = (
     "DATA.IMG_SIZE DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS PRINT_FREQ SAVE_FREQ "
-    "KEEP_CHECKPOINTS AUG.RECOUNT TRAIN.LR_SCHEDULER.DECAY_EPOCHS MODEL.STRIP_MLP.PATCH_SIZE MODEL.STRIP_MLP.IN_CHANS "
+    "KEEP_CHECKPOINTS TRAIN.MAX_SKIPPED AUG.RECOUNT TRAIN.LR_SCHEDULER.DECAY_EPOCHS MODEL.STRIP_MLP.PATCH_SIZE MODEL.STRIP_MLP.IN_CHANS "
     "MODEL.STRIP_MLP.EMBED_DIM MODEL.STRIP_MLP.NUM_PATCHES MODEL.STRIP_MLP.STRIP_WIDTH"
 ).split()
 _AT_LEAST_ZERO = (
     "DATA.NUM_WORKERS TRAIN.WARMUP_EPOCHS TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.WEIGHT_DECAY "
-    "TRAIN.CLIP_GRAD AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX SEED"
+    "TRAIN.CLIP_GRAD AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX SEED SAVE_STEPS SAVE_MINUTES"
 ).split()
 _SHARES = (
     "MODEL.LABEL_SMOOTHING MODEL.DROP_PATH_RATE TRAIN.EMA.DECAY TRAIN.LR_SCHEDULER.DECAY_RATE AUG.HFLIP AUG.REPROB "

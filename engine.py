@@ -38,31 +38,34 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
-def train_one_epoch(config, state: TrainState, model: nn.Module, loader: DataLoader, mixup, precision, metrics) -> None:
+def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, precision, metrics, checkpointer) -> None:
     """Trains the rest of the epoch that ``state`` is in.
 
     Args:
         config: the run's config.
-        state: is moved on, update by update, to the beginning of the next epoch.
+        state: the TrainState; is moved on, update by update, to the beginning of the next epoch.
         model: ``state.model``, wrapped in DistributedDataParallel where there are several processes.
         loader: batches of this process; its ``batch_sampler`` is a ``TrainBatchSampler``.
         mixup: timm's Mixup, or None.
         precision: the arithmetic of the forward pass.
         metrics: a MetricsWriter on rank 0, None elsewhere.
+        checkpointer: is asked after every update whether to save.
+
+    Raises:
+        FloatingPointError: TRAIN.MAX_SKIPPED updates in a row were skipped.
     """
     model.train()
     loader.batch_sampler.set_epoch(state.epoch, start_batch=state.batch)
     # Mixup makes soft targets and smooths them itself; without it the targets are class indices.
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.MODEL.LABEL_SMOOTHING)
-    parameters = [p for p in state.model.parameters() if p.requires_grad]
-    max_norm = config.TRAIN.CLIP_GRAD or float("inf")
+    updater = _Updater(config, state)
     accumulation = config.TRAIN.ACCUMULATION_STEPS
-    device = parameters[0].device
-    progress = _Progress(config, state, loader, device, metrics)
+    progress = _Progress(config, state, loader, updater.device, metrics)
 
     for images, targets in progress.watch(loader):
         # 1. The batch, on the device and mixed.
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        images = images.to(updater.device, non_blocking=True)
+        targets = targets.to(updater.device, non_blocking=True)
         if mixup:
             images, targets = mixup(images, targets)
 
@@ -75,27 +78,23 @@ def train_one_epoch(config, state: TrainState, model: nn.Module, loader: DataLoa
         with contextlib.nullcontext() if is_last or not is_distributed else model.no_sync():
             with precision.autocast():
                 loss = criterion(model(images), targets)
-            state.scaler.scale(loss / micro_batches).backward()
+            updater.backward(loss / micro_batches)
         progress.add_loss(loss.detach(), len(targets))
         if not is_last:
             continue
 
         # 3. The update.
-        state.scaler.unscale_(state.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        lr = state.lr_scheduler.get_last_lr()[0]
-        state.lr_scheduler.step()
-        if not config.TRAIN.SYNC_BN:
-            utils.average_batchnorm(state.model)  # so that every process holds the same network after every update
-        if state.ema:
-            state.ema.update(state.model)
+        lr = state.lr_scheduler.lr
+        grad_norm, skipped = updater.update()
         state.step += 1
+        state.lr_scheduler.step_update(state.step)
 
-        # 4. The log. Only here does the host wait for the device.
-        progress.log(grad_norm, lr)
+        # 4. Log and checkpoint. Only here does the host wait for the device. A log interval ends with each checkpoint, so
+        #    that a resumed run logs the same intervals.
+        is_due = checkpointer.is_due(state)
+        progress.log(grad_norm, skipped, lr, now=is_due)
+        if is_due:
+            checkpointer.save(state)
 
     state.epoch, state.batch = state.epoch + 1, 0
 
@@ -146,6 +145,53 @@ def measure_throughput(model: nn.Module, images: torch.Tensor, precision: Precis
     return repeats * len(images) / seconds(repeats)
 
 
+class _Updater:
+    """Turns gradients into an update: unscale, clip, step, average.
+
+    An update whose loss or gradient is not finite is skipped by all processes alike, since they see the same gradient,
+    and leaves weights, optimiser and BatchNorm statistics as they were. The decision stays on the device.
+    """
+
+    def __init__(self, config, state: TrainState):
+        self.state = state
+        self.parameters = [p for p in state.model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.max_norm = config.TRAIN.CLIP_GRAD or float("inf")
+        norms = [m for m in state.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.statistics = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+        self.good_statistics = torch.cat(self.statistics) if self.statistics else None
+
+    def backward(self, loss: torch.Tensor) -> None:
+        poison = loss.detach() * 0 + 1  # 1, or nan for a loss that is not finite, whose gradient might be
+        self.state.scaler.scale(loss * poison).backward()
+
+    def update(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient's norm before clipping, and whether the update was skipped; both stay on the device."""
+        state = self.state
+        state.scaler.unscale_(state.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        skipped = ~grad_norm.isfinite()
+        state.optimizer.found_inf = skipped.float()  # fp16's scaler puts its own in its place
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        if self.statistics:
+            self._settle_statistics(skipped)
+        if state.ema:
+            state.ema.update(state.model)
+        return grad_norm, skipped
+
+    @torch.no_grad()
+    def _settle_statistics(self, skipped: torch.Tensor) -> None:
+        """Sets the running statistics to their mean over all processes, or back to those before a skipped update.
+
+        Done after every update, by one all-reduce, so that all processes always hold the same network.
+        """
+        statistics = utils.all_reduce_sum(torch.cat(self.statistics)) / utils.world_size()
+        self.good_statistics = torch.where(skipped, self.good_statistics, statistics)
+        torch._foreach_copy_(self.statistics, self.good_statistics.split([len(b) for b in self.statistics]))
+
+
 class _Progress:
     """Log lines, metrics and the progress bar of an epoch; it keeps the running sums on the device."""
 
@@ -153,6 +199,7 @@ class _Progress:
         self.config, self.state, self.device, self.metrics = config, state, device, metrics
         self.batches = len(loader)
         self.updates_left = config.TRAIN.EPOCHS * -(-self.batches // config.TRAIN.ACCUMULATION_STEPS) - state.step
+        self.skipped_in_row = torch.zeros((), dtype=torch.int64, device=device)
         self._restart()
 
     def watch(self, loader):
@@ -174,15 +221,18 @@ class _Progress:
         self.loss_sum += loss * images
         self.images += images
 
-    def log(self, grad_norm: torch.Tensor, lr: float) -> None:
+    def log(self, grad_norm: torch.Tensor, skipped: torch.Tensor, lr: float, now: bool) -> None:
         self.updates += 1
         self.updates_left -= 1
-        state = self.state
-        if state.step % self.config.PRINT_FREQ and state.batch < self.batches:
+        self.skipped += skipped
+        self.skipped_in_row = (self.skipped_in_row + 1) * skipped
+        self.longest_row = self.longest_row.maximum(self.skipped_in_row)
+        state, print_freq = self.state, self.config.PRINT_FREQ
+        if state.step % print_freq and state.batch < self.batches and not now:
             return
         sums = torch.stack([self.loss_sum.double(), torch.tensor(self.images, device=self.device).double()])
         loss_sum, images = utils.all_reduce_sum(sums).tolist()
-        grad_norm = grad_norm.item()
+        skipped, longest_row, grad_norm = int(self.skipped), int(self.longest_row), float(grad_norm)
         seconds = (time.perf_counter() - self.start) / self.updates
         data_seconds = self.data_seconds / self.updates
         loss, speed = loss_sum / images, images / self.updates / seconds
@@ -192,14 +242,23 @@ class _Progress:
             f"Train: [{state.epoch}/{self.config.TRAIN.EPOCHS}][{state.batch}/{self.batches}]  eta {eta}  lr {lr:.6f}  "
             f"time {seconds:.4f}  data {data_seconds:.4f}  loss {loss:.4f}  grad_norm {grad_norm:.4f}{memory}"
         )
+        if skipped:
+            logger.warning(f"{skipped} of the last {self.updates} updates were skipped: loss or gradient not finite")
         if self.metrics:
-            self.metrics.write("train", state.step, state.epoch, loss=loss, lr=lr, grad_norm=grad_norm,
+            self.metrics.write("train", state.step, state.epoch, loss=loss, lr=lr, grad_norm=grad_norm, skipped=skipped,
                                images_per_second=speed, data_share=data_seconds / seconds)
+        if longest_row >= self.config.TRAIN.MAX_SKIPPED:
+            raise FloatingPointError(
+                f"{longest_row} updates in a row were skipped because loss or gradient was not finite (the limit is "
+                "TRAIN.MAX_SKIPPED). The last checkpoint is from before the fault or holds the same weights. Try a lower "
+                "TRAIN.BASE_LR, a longer TRAIN.WARMUP_EPOCHS, --amp-dtype bf16 or fp32, and look for bad images"
+            )
         self._restart()
 
     def _restart(self) -> None:
         self.start, self.data_seconds = time.perf_counter(), 0.0
         self.loss_sum, self.images, self.updates = torch.zeros((), device=self.device), 0, 0
+        self.skipped = self.longest_row = torch.zeros((), dtype=torch.int64, device=self.device)
 
 
 def _shows_progress() -> bool:

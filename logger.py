@@ -17,7 +17,11 @@ class _ConsoleHandler(logging.StreamHandler):
     """Prints above a progress bar, where there is one, instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except OSError:  # nobody reads the terminal any more; the log file goes on
+            logger.removeHandler(self)
+            sys.stdout = open(os.devnull, "w")
 
 
 class _Formatter(logging.Formatter):
@@ -57,13 +61,15 @@ class MetricsWriter:
 
     Args:
         folder: the run's output folder.
-        step: the update that the run goes on from; records of later ones, which a run that broke off had written, are
-            dropped.
+        step: the update that the run goes on from; records of what comes after, which a run that broke off had written,
+            are dropped.
+        is_evaluated: whether the evaluation after ``step`` is behind it.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, is_evaluated: bool):
         path = folder / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines(True) if _step(line) <= step] if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if _is_before(line, step, is_evaluated)]
         temporary = path.with_name(".metrics.jsonl.tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
@@ -72,10 +78,13 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, epoch: int, **figures: float) -> None:
         """Records the figures of ``kind`` (``train``, ``eval``, ``eval_ema``) after update ``step`` of ``epoch``."""
-        self.file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **figures}) + "\n")
-        self.file.flush()
-        for name, value in figures.items():
-            self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            self.file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **figures}) + "\n")
+            self.file.flush()
+            for name, value in figures.items():
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            logger.error("could not write the metrics of step %s: %s; the run goes on", step, error)
 
     def close(self) -> None:
         """Writes out what is buffered."""
@@ -83,8 +92,9 @@ class MetricsWriter:
         self.tensorboard.close()
 
 
-def _step(line: str) -> float:
+def _is_before(line: str, step: int, is_evaluated: bool) -> bool:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line that a killed run left unfinished
+        record = json.loads(line)
+    except ValueError:  # a line that a killed run left unfinished
+        return False
+    return record["step"] < step or record["step"] == step and (is_evaluated or record["kind"] == "train")

@@ -3,7 +3,6 @@
 import math
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 
 def learning_rate(config, step: int, steps_per_epoch: int) -> float:
@@ -26,6 +25,25 @@ def learning_rate(config, step: int, steps_per_epoch: int) -> float:
     return train.MIN_LR + (train.BASE_LR - train.MIN_LR) * (share_left if step < total else 0)
 
 
-def build_scheduler(config, optimizer: Optimizer, steps_per_epoch: int) -> LambdaLR:
-    """A scheduler to be stepped after every update; it scales each group's own initial learning rate."""
-    return LambdaLR(optimizer, lambda step: learning_rate(config, step, steps_per_epoch) / config.TRAIN.BASE_LR)
+class LRScheduler:
+    """Gives every parameter group the learning rate of the update to come, times the group's ``lr_scale`` if it has one.
+
+    Args:
+        config: the run's config.
+        optimizer: whose groups are set.
+        steps_per_epoch: updates in an epoch.
+    """
+
+    def __init__(self, config, optimizer: Optimizer, steps_per_epoch: int):
+        self.config, self.optimizer, self.steps_per_epoch = config, optimizer, steps_per_epoch
+        self.step_update(0)
+
+    def step_update(self, step: int) -> None:
+        """Sets the learning rate of update ``step``, counted from 0."""
+        self.step, self.lr = step, learning_rate(self.config, step, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
+
+    def state_dict(self) -> dict:
+        """The step, from which everything else follows."""
+        return {"step": self.step, "lr": self.lr}

@@ -14,6 +14,7 @@ Evaluation of a checkpoint, this project's or a released one:
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -31,13 +32,14 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import utils
 from config import load_config, nearest, to_dict
+from checkpointer import PREEMPTED, Checkpointer, Preempted
 from data import build_mixup, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, evaluate, measure_throughput, train_one_epoch
 from logger import MetricsWriter, add_log_file, setup_console
-from lr_scheduler import build_scheduler
+from lr_scheduler import LRScheduler
 from models import build_model, load_pretrained, load_strict, model_state_dict
 from optimizer import build_optimizer
-from state import TrainState
+from state import Layout, TrainState
 
 logger = logging.getLogger("strip_mlp")
 
@@ -98,7 +100,12 @@ def config_overrides(args: argparse.Namespace) -> list:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 for what the user can put right."""
+    """Runs the command line.
+
+    Returns:
+        The exit status: 0; 2 for what the user can put right; 1 for a training that failed; 75 for one that saved itself
+        and stopped on a signal, to go on with the same command.
+    """
     args = parse_arguments(argv)
     setup_console(int(os.environ.get("RANK", 0)))
     try:
@@ -113,10 +120,13 @@ def main(argv: list[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             add_log_file(folder / f"log_rank{utils.rank()}.txt")
             (evaluate_checkpoint if args.eval else train)(config, device, folder)
-    except (ValueError, OSError) as error:
+    except Preempted as signal:
+        logger.warning("stopped by %s; the same command goes on from here", signal)
+        return PREEMPTED
+    except (ValueError, OSError, FloatingPointError) as error:
         logger.error("%s", error)
         logger.debug("where it happened:", exc_info=True)  # for the log file
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -124,64 +134,62 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(config, device: torch.device, folder: Path) -> None:
-    """Trains, evaluating and saving after every epoch; goes on from the newest checkpoint in ``folder``."""
-    # 1. Data and model; every process draws the same weights.
-    train_loader, val_loader = _build_loaders(config)
-    utils.seed_everything(config.SEED)
-    model = _build_model(config, device)
-    updates_per_epoch = -(-len(train_loader) // config.TRAIN.ACCUMULATION_STEPS)
-    _describe_run(config, model, device, folder, train_loader, updates_per_epoch)
+    """Trains, evaluating after every epoch; goes on from the newest checkpoint in ``folder``."""
+    lock = checkpoint.lock_folder(folder) if utils.rank() == 0 else contextlib.nullcontext()
+    with lock, Checkpointer(config, folder) as checkpointer:
+        # 1. Data and model; every process draws the same weights.
+        train_loader, val_loader = _build_loaders(config)
+        utils.seed_everything(config.SEED)
+        model = _build_model(config, device)
+        updates_per_epoch = -(-len(train_loader) // config.TRAIN.ACCUMULATION_STEPS)
+        _describe_run(config, model, device, folder, train_loader, updates_per_epoch)
+        if config.MODEL.PRETRAINED:
+            _load_pretrained(config, model)
+        if config.TRAIN.SYNC_BN and utils.world_size() > 1:
+            if device.type != "cuda":
+                raise ValueError("TRAIN.SYNC_BN is True, but PyTorch's SyncBatchNorm needs CUDA; set it False on the CPU")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
-    # 2. Weights to start from, optimiser and schedule: the state of the training.
-    if config.MODEL.PRETRAINED:
-        _load_pretrained(config, model)
-    if config.TRAIN.SYNC_BN and utils.world_size() > 1:
-        if device.type != "cuda":
-            raise ValueError("TRAIN.SYNC_BN is True, but PyTorch's SyncBatchNorm needs CUDA; set it False on the CPU")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    precision = Precision(config.AMP_DTYPE, device)
-    optimizer = build_optimizer(config, model)
-    state = TrainState(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=build_scheduler(config, optimizer, updates_per_epoch),
-        scaler=precision.scaler(),
-        ema=ModelEmaV3(model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLED else None,
-    )
-    utils.seed_everything(config.SEED + utils.rank())  # from here on every process draws its own
-    _resume(config, state, folder)
+        # 2. The state of the training; from here on every process draws its own random numbers.
+        utils.seed_everything(config.SEED + utils.rank())
+        precision = Precision(config.AMP_DTYPE, device)
+        optimizer = build_optimizer(config, model)
+        state = TrainState(
+            layout=Layout(len(train_loader.dataset), config.MODEL.NUM_CLASSES, config.DATA.BATCH_SIZE,
+                          utils.world_size(), config.TRAIN.ACCUMULATION_STEPS),
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=LRScheduler(config, optimizer, updates_per_epoch),
+            scaler=precision.scaler(),
+            ema=ModelEmaV3(model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLED else None,
+        )
+        _resume(config, state, folder)
 
-    # 3. The network as the loop calls it.
-    if config.COMPILE:
-        model.compile()
-    wrapped = model
-    if utils.world_size() > 1:
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # 3. The network as the loop calls it.
+        if config.COMPILE:
+            model.compile()
+        wrapped = model
+        if utils.world_size() > 1:
+            wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    # 4. The epochs.
-    mixup = build_mixup(config)
-    metrics = MetricsWriter(folder, state.step) if utils.rank() == 0 else None
-    while state.epoch < config.TRAIN.EPOCHS:
-        epoch = state.epoch
-        train_one_epoch(config, state, wrapped, train_loader, mixup, precision, metrics)
-        results = _evaluate_all(state.model, state.ema, val_loader, precision)
-        accuracy = list(results.values())[-1]["acc1"]  # the average's, where there is one
-        is_best = accuracy > state.max_accuracy
-        state.max_accuracy = max(accuracy, state.max_accuracy)
-        for name, result in results.items():
-            logger.info(f"{name}: epoch {epoch}  top-1 {result['acc1']:.3f}  top-5 {result['acc5']:.3f}  "
-                        f"loss {result['loss']:.4f}  ({result['images']} images)  best {state.max_accuracy:.3f}")
+        # 4. The epochs.
+        mixup = build_mixup(config)
+        metrics = MetricsWriter(folder, state.step, is_evaluated=state.batch == 0) if utils.rank() == 0 else None
+        while state.epoch < config.TRAIN.EPOCHS:
+            train_one_epoch(config, state, wrapped, train_loader, mixup, precision, metrics, checkpointer)
+            results = _evaluate_all(state.model, state.ema, val_loader, precision)
+            accuracy = list(results.values())[-1]["acc1"]  # the average's, where there is one
+            is_best = accuracy > state.max_accuracy
+            state.max_accuracy = max(accuracy, state.max_accuracy)
+            _log_results(results, f"epoch {state.epoch - 1}  ", f"  best {state.max_accuracy:.3f}")
             if metrics:
-                metrics.write(name, state.step, epoch, **result)
-        if is_best or state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
-            content = state.state_dict() | {"config": to_dict(config)}
-            if utils.rank() == 0:
-                path = checkpoint.save_checkpoint(content, folder, is_best, config.KEEP_CHECKPOINTS)
-                logger.info(f"saved {path}{' (best)' if is_best else ''}")
-            utils.barrier()
-    if metrics:
-        metrics.close()
-    logger.info(f"Best top-1 {state.max_accuracy:.3f} % after {state.epoch} epochs ({state.step} updates).\n"
+                for name, result in results.items():
+                    metrics.write(name, state.step, state.epoch - 1, **result)
+            if is_best or state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
+                checkpointer.save(state, is_best)
+        if metrics:
+            metrics.close()
+    logger.info(f"Best top-1 {state.max_accuracy:.3f} % in {state.epoch} epochs ({state.step} updates).\n"
                 f"  best checkpoint  {folder / checkpoint.BEST}\n"
                 f"  log              {folder / 'log_rank0.txt'}\n"
                 f"  curves' data     {folder / 'metrics.jsonl'}\n"
@@ -205,9 +213,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     if config.COMPILE:
         model.compile()
     results = _evaluate_all(model, ema, loader, Precision(config.AMP_DTYPE, device))
-    for name, result in results.items():
-        logger.info(f"{name}: top-1 {result['acc1']:.3f}  top-5 {result['acc5']:.3f}  loss {result['loss']:.4f}  "
-                    f"({result['images']} images)")
+    _log_results(results)
     if utils.rank() == 0:
         report = results | {
             "checkpoint": str(path),
@@ -303,6 +309,12 @@ def _evaluate_all(model: nn.Module, ema: ModelEmaV3 | None, loader, precision: P
     if ema:
         results["eval_ema"] = evaluate(ema.module, loader, precision)
     return results
+
+
+def _log_results(results: dict, before: str = "", after: str = "") -> None:
+    for name, result in results.items():
+        logger.info(f"{name}: {before}top-1 {result['acc1']:.3f}  top-5 {result['acc5']:.3f}  "
+                    f"loss {result['loss']:.4f}  ({result['images']} images){after}")
 
 
 if __name__ == "__main__":

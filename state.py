@@ -1,23 +1,43 @@
 """What determines the rest of a training: the one list that a checkpoint saves and a resume restores."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 import utils
+from lr_scheduler import LRScheduler
 from models import load_strict, model_state_dict
+
+logger = logging.getLogger("strip_mlp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an epoch is cut into updates."""
+
+    training_images: int
+    num_classes: int
+    batch_size: int  # images per process and micro-batch
+    world_size: int
+    accumulation_steps: int
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of a micro-batch over all processes."""
+        return self.batch_size * self.world_size
 
 
 @dataclass
 class TrainState:
     """A training between two updates."""
 
+    layout: Layout
     model: nn.Module  # bare: not wrapped for distribution
     optimizer: torch.optim.Optimizer
-    lr_scheduler: LambdaLR
+    lr_scheduler: LRScheduler
     scaler: torch.amp.GradScaler  # disabled but for fp16
     ema: ModelEmaV3 | None
     epoch: int = 0  # the epoch in progress, or next
@@ -38,14 +58,18 @@ class TrainState:
             "step": self.step,
             "max_accuracy": self.max_accuracy,
             "rng": utils.gather_objects(utils.get_rng_state()),
+            "layout": vars(self.layout),
         }
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """Restores what ``state_dict`` returned.
+        """Restores what ``state_dict`` returned, to the bit where the layout is the same.
+
+        With another world size, batch size or accumulation the position in the epoch is recomputed from the images
+        seen, and the run goes on with other random numbers. Hyperparameters follow this run's config.
 
         Raises:
-            ValueError: an entry is missing (as in a released checkpoint, which holds no whole training), or does not
-                fit this run.
+            ValueError: the checkpoint holds no whole training, as a released one does not, or one that cannot go on
+                here: another data set, network or optimiser.
         """
         missing = self.state_dict().keys() - checkpoint.keys()
         if missing:
@@ -53,19 +77,45 @@ class TrainState:
                 f"the checkpoint cannot be resumed, it lacks {', '.join(sorted(missing))}; to start a new training from "
                 "its weights use --pretrained, to evaluate it --eval"
             )
-        if len(checkpoint["rng"]) != utils.world_size():
+        saved = Layout(**checkpoint["layout"])
+        if (saved.training_images, saved.num_classes) != (self.layout.training_images, self.layout.num_classes):
             raise ValueError(
-                f"the checkpoint was written by {len(checkpoint['rng'])} processes and this run has "
-                f"{utils.world_size()}; resume with as many"
+                f"the checkpoint was trained on {saved.training_images} images of {saved.num_classes} classes, this data "
+                f"set has {self.layout.training_images} of {self.layout.num_classes}; to train its weights on other data "
+                "use --pretrained and another --tag"
             )
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, saved_group in zip(groups, checkpoint["optimizer"]["param_groups"], strict=True):
+            if group.keys() != saved_group.keys():
+                raise ValueError("the checkpoint was written with another optimiser; set TRAIN.OPTIMIZER.NAME to it")
         if self.ema and checkpoint["model_ema"] is None:
             raise ValueError("TRAIN.EMA.ENABLED is True but the checkpoint holds no average; resume with it False")
+
         load_strict(self.model, model_state_dict(checkpoint))
         if self.ema:
             load_strict(self.ema.module, checkpoint["model_ema"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+        if checkpoint["scaler"]:
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.batch, self.step = checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
         self.max_accuracy = checkpoint["max_accuracy"]
-        utils.set_rng_state(checkpoint["rng"][utils.rank()])
+        if saved == self.layout:
+            utils.set_rng_state(checkpoint["rng"][utils.rank()])
+        else:
+            self._move_to(self.batch * saved.images_per_batch)
+            logger.warning(
+                "the checkpoint was written with %s processes x batch %s x accumulation %s, this run has %s x %s x %s: it "
+                "goes on at the same image, epoch %s batch %s, but its bits will differ from a run without a break",
+                saved.world_size, saved.batch_size, saved.accumulation_steps,
+                self.layout.world_size, self.layout.batch_size, self.layout.accumulation_steps, self.epoch, self.batch,
+            )
+        self.lr_scheduler.step_update(self.step)
+
+    def _move_to(self, images_seen: int) -> None:
+        """Goes to the last update of this layout at or before an image of the epoch."""
+        accumulation = self.layout.accumulation_steps
+        batches = self.layout.training_images // self.layout.images_per_batch
+        updates = images_seen // self.layout.images_per_batch // accumulation
+        self.batch = updates * accumulation
+        self.step = self.epoch * -(-batches // accumulation) + updates
+        utils.seed_everything(torch.initial_seed() + self.step)

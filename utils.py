@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+_host_group: dist.ProcessGroup | None = None  # connects the hosts where the main group connects devices; None: the main
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -50,6 +51,8 @@ def init_distributed(device: str = "") -> torch.device:
                 )
             torch.cuda.set_device(local_rank)
             dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+            global _host_group
+            _host_group = dist.new_group(backend="gloo")
         else:
             dist.init_process_group("gloo")
     return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
@@ -92,24 +95,21 @@ def gather_objects(value) -> list:
     return values
 
 
+def agree_on_largest(value: int) -> int:
+    """The largest ``value`` of all processes, agreed on by their hosts without waiting for their devices."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group)
+    return int(largest)
+
+
 def broadcast_object(value):
     """Rank 0's ``value``."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
-
-
-@torch.no_grad()
-def average_batchnorm(model: nn.Module) -> None:
-    """Sets every BatchNorm's running statistics to their mean over all processes: one all-reduce for the network."""
-    if world_size() == 1:
-        return
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
-    if buffers:
-        means = all_reduce_sum(torch.cat(buffers)) / world_size()
-        torch._foreach_copy_(buffers, means.split([len(buffer) for buffer in buffers]))
 
 
 # ---- random states -------------------------------------------------------------------------------

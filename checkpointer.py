@@ -1,0 +1,79 @@
+"""When a run saves itself: at the ends of epochs, every so many updates or minutes, and when it is told to stop."""
+
+import logging
+import signal
+import time
+from pathlib import Path
+
+import checkpoint
+import utils
+from config import to_dict
+from state import TrainState
+
+logger = logging.getLogger("strip_mlp")
+
+PREEMPTED = 75  # exit status of a run that saved itself and stopped on a signal; the same command goes on (EX_TEMPFAIL)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_NOTHING, _SAVE, _STOP = 0, 1, 2
+
+
+class Preempted(Exception):
+    """The run has saved itself, as far as it could, and stops because of a signal."""
+
+
+class Checkpointer:
+    """Saves a run into its folder. All processes call every method together; rank 0 writes.
+
+    While it is entered as a context, the first SIGTERM, SIGUSR1 or SIGINT to reach any process makes all of them finish
+    their update, save and stop; a second one acts as it always does.
+
+    Args:
+        config: the run's config, saved along.
+        folder: where the checkpoints go.
+    """
+
+    def __init__(self, config, folder: Path):
+        self.config, self.folder = config, folder
+        self.signal: signal.Signals | None = None
+        self.saved_at = time.monotonic()
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def is_due(self, state: TrainState) -> bool:
+        """Whether to save after this update, agreed by all processes."""
+        steps, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
+        wish = _NOTHING
+        if steps and state.step % steps == 0 or minutes and time.monotonic() - self.saved_at > 60 * minutes:
+            wish = _SAVE
+        if self.signal:
+            wish = _STOP
+        return utils.agree_on_largest(wish) != _NOTHING
+
+    def save(self, state: TrainState, is_best: bool = False) -> None:
+        """Saves the run. A failure to write is logged and the run goes on; older checkpoints stay as they are.
+
+        Raises:
+            Preempted: a signal has reached any of the processes.
+        """
+        content = state.state_dict() | {"config": to_dict(self.config)}
+        if utils.rank() == 0:
+            try:
+                path = checkpoint.save_checkpoint(content, self.folder, is_best, self.config.KEEP_CHECKPOINTS)
+                logger.info(f"saved {path}{' (best)' if is_best else ''}")
+            except OSError as error:
+                logger.error("COULD NOT SAVE A CHECKPOINT: %s. Older ones are untouched and the run goes on; make room, "
+                             "or it will be lost from the last one on", error)
+        utils.barrier()
+        self.saved_at = time.monotonic()
+        if utils.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP:
+            raise Preempted(self.signal.name if self.signal else "signal to another process")
+
+    def _receive(self, number: int, frame) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(number, self.handlers[number])

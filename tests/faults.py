@@ -1,0 +1,124 @@
+"""main.py with one fault injected, for tests: ``python tests/faults.py FAULT [VALUE] -- ARGUMENTS OF MAIN``."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import engine
+import main
+import utils
+
+FAULTS = {}
+
+
+def fault(function):
+    FAULTS[function.__name__] = function
+    return function
+
+
+def _before_update(action, step: int) -> None:
+    """Calls ``action`` just before the update after ``step`` updates."""
+    update = engine._Updater.update
+
+    def patched(self):
+        if self.state.step == step:
+            action()
+        return update(self)
+
+    engine._Updater.update = patched
+
+
+def _only_on_rank(rank: str, action):
+    return lambda: action() if utils.rank() == int(rank) else None
+
+
+@fault
+def kill_at_step(step, rank="0"):
+    """SIGKILL to one process in the middle of an update."""
+    _before_update(_only_on_rank(rank, lambda: os.kill(os.getpid(), signal.SIGKILL)), int(step))
+
+
+@fault
+def kill_once_at_step(step, marker):
+    """As kill_at_step on rank 0, but only the first time, which leaves the file ``marker`` behind."""
+
+    def action():
+        if utils.rank() == 0 and not os.path.exists(marker):
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _before_update(action, int(step))
+
+
+@fault
+def kill_while_saving(nth):
+    """SIGKILL when half of the n-th checkpoint is written."""
+    save, count = torch.save, 0
+
+    def patched(content, file):
+        nonlocal count
+        count += 1
+        save(content, file)
+        if count == int(nth):
+            file.flush()
+            os.truncate(file.fileno(), file.tell() // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = patched
+
+
+@fault
+def signal_at_step(step, name, rank="0"):
+    """A signal to one process in the middle of an update."""
+    _before_update(_only_on_rank(rank, lambda: os.kill(os.getpid(), getattr(signal, name))), int(step))
+
+
+@fault
+def raise_at_step(step, rank="0"):
+    """An unexpected exception in one process."""
+
+    def action():
+        raise RuntimeError("injected")
+
+    _before_update(_only_on_rank(rank, action), int(step))
+
+
+@fault
+def disk_full_while_saving(nth):
+    """The disk is full at the n-th checkpoint: half of it is written."""
+    save, count = torch.save, 0
+
+    def patched(content, file):
+        nonlocal count
+        count += 1
+        save(content, file)
+        if count == int(nth):
+            os.truncate(file.fileno(), file.tell() // 2)
+            raise OSError(28, "No space left on device")
+
+    torch.save = patched
+
+
+@fault
+def bad_loss_at_steps(first, last, rank="0"):
+    """The loss of one process is not a number from update ``first`` to update ``last``."""
+    backward = engine._Updater.backward
+
+    def patched(self, loss):
+        is_hit = utils.rank() == int(rank) and int(first) <= self.state.step <= int(last)
+        return backward(self, loss * float("nan") if is_hit else loss)
+
+    engine._Updater.backward = patched
+
+
+if __name__ == "__main__":
+    end = sys.argv.index("--")
+    name, *values = sys.argv[1:end]
+    FAULTS[name](*values)
+    torch.set_num_threads(1)
+    sys.exit(main.main(sys.argv[end + 1:]))

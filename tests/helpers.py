@@ -1,0 +1,63 @@
+"""What several tests share: a training that takes seconds, and ways to run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "configs" / "smlp_nano_alpha3_patch2_32_digits.yaml"
+
+# 7 micro-batches of 200 images an epoch, with everything on that draws random numbers or carries state.
+TINY = [
+    "DATA.IMG_SIZE", "16", "DATA.BATCH_SIZE", "200", "DATA.NUM_WORKERS", "0", "MODEL.STRIP_MLP.EMBED_DIM", "8",
+    "MODEL.STRIP_MLP.DEPTHS", "[1, 1, 1, 1]", "MODEL.DROP_PATH_RATE", "0.1", "TRAIN.EPOCHS", "2",
+    "TRAIN.WARMUP_EPOCHS", "1", "TRAIN.EMA.ENABLED", "True", "TRAIN.EMA.DECAY", "0.9", "AUG.MIXUP", "0.8",
+    "AUG.CUTMIX", "1.0", "PRINT_FREQ", "3",
+]
+
+
+def arguments(output, *opts, tag="run", flags=()) -> list[str]:
+    """The command line of a tiny training into ``output``."""
+    return ["--cfg", str(DIGITS), "--output", str(output), "--tag", tag, "--device", "cpu", *flags,
+            "--opts", *TINY, *map(str, opts)]
+
+
+def folder(output, tag="run") -> Path:
+    """Where such a run keeps its results."""
+    return Path(output, DIGITS.stem, tag)
+
+
+def environment(**variables) -> dict:
+    """The environment of a child process: two threads would make two processes on two cores crawl."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in variables.items()}
+
+
+def run(command, timeout=240, **variables) -> subprocess.CompletedProcess:
+    """Runs a command in the repository with its output captured as text."""
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment(**variables),
+                          capture_output=True, text=True, timeout=timeout)
+
+
+def torchrun(processes: int, *flags) -> list[str]:
+    """The beginning of a command that starts that many processes on this machine."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *flags]
+
+
+def differences(a, b, path="") -> list[str]:
+    """Where two nested contents differ, tensors compared bit for bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{path}: keys {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [d for key in a for d in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{path}: length {len(a)} and {len(b)}"]
+        return [d for i, pair in enumerate(zip(a, b, strict=True)) for d in differences(*pair, f"{path}/{i}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        return [] if same else [path]
+    return [] if a == b else [f"{path}: {a!r} and {b!r}"]

@@ -1,0 +1,155 @@
+"""A run that is killed and resumed by the same command ends bit for bit like one that was never killed."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+import checkpoint
+import main
+from tests.helpers import arguments, differences, folder, run, torchrun
+
+UPDATES = 14  # of the runs below: 2 epochs of 14 micro-batches of 100 images, two to an update
+OPTIONS = {
+    1: ("DATA.BATCH_SIZE", 100, "DATA.NUM_WORKERS", 2, "TRAIN.ACCUMULATION_STEPS", 2, "SAVE_STEPS", 2),
+    2: ("DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1, "TRAIN.ACCUMULATION_STEPS", 2, "SAVE_STEPS", 2),
+}
+
+
+def command(script, processes, output):
+    launcher = torchrun(processes) if processes > 1 else []
+    separator = ["--"] if "faults.py" in script[0] else []
+    return [*launcher, *script, *separator, *arguments(output, *OPTIONS[processes])]
+
+
+def final_state(output):
+    """Everything the run computed: its newest and best checkpoints, and its metrics without the clock's."""
+    run_folder = folder(output)
+    newest = checkpoint.newest_checkpoint(run_folder)
+    state = {"newest": checkpoint.load_file(newest), "best": checkpoint.load_file(run_folder / "best.pth")}
+    for content in state.values():
+        content["config"].pop("OUTPUT")
+    records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("images_per_second", None)
+        record.pop("data_share", None)
+    return state | {"metrics": records}
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """The final state of the run that nobody killed, by the number of processes."""
+    states = {}
+
+    def reference(processes):
+        if processes not in states:
+            output = tmp_path_factory.mktemp(f"reference{processes}")
+            result = run(command(["main.py"], processes, output))
+            assert result.returncode == 0, result.stderr
+            states[processes] = final_state(output)
+            assert states[processes]["newest"]["step"] == UPDATES
+        return states[processes]
+
+    return reference
+
+
+def kill_and_resume(output, processes, fault):
+    killed = run(command(["tests/faults.py", *fault], processes, output))
+    assert killed.returncode != 0, "the fault did not strike"
+    assert "injected" not in killed.stderr
+    resumed = run(command(["main.py"], processes, output))
+    assert resumed.returncode == 0, resumed.stderr
+    return resumed
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_at_a_random_step(references, tmp_path, processes):
+    step = random.Random(processes).randrange(3, UPDATES)
+    resumed = kill_and_resume(tmp_path, processes, ["kill_at_step", step])
+    assert f"{(step - 1) // 2 * 2} updates done" in resumed.stdout or f"{step - 1} updates done" in resumed.stdout
+    assert differences(references(processes), final_state(tmp_path)) == []
+
+
+def test_kill_while_a_checkpoint_is_written(references, tmp_path):
+    kill_and_resume(tmp_path, 1, ["kill_while_saving", 3])
+    assert differences(references(1), final_state(tmp_path)) == []
+    assert not list(folder(tmp_path).glob(".*.tmp")), "the half-written file was left behind"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(24))
+def test_many_kills(references, tmp_path, seed):
+    """Two kills a run: at random steps, in either process of two, or while a checkpoint is written."""
+    rng = random.Random(1000 + seed)
+    processes = 1 + seed % 2
+    step = rng.randrange(0, UPDATES)
+    kinds = [["kill_while_saving", rng.randrange(1, 5)], ["kill_at_step", step, rng.randrange(processes)]]
+    first = kinds[0] if seed % 3 == 0 else kinds[1]
+    run(command(["tests/faults.py", *first], processes, tmp_path))
+    kill_and_resume(tmp_path, processes, ["kill_at_step", rng.randrange(step, UPDATES), rng.randrange(processes)])
+    assert differences(references(processes), final_state(tmp_path)) == []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_preemption_signal(references, tmp_path, name):
+    """The run finishes its update, saves and exits with status 75; the same command goes on."""
+    stopped = run(command(["tests/faults.py", "signal_at_step", 5, name], 1, tmp_path))
+    assert stopped.returncode == 75, stopped.stderr
+    assert f"stopped by {name}" in stopped.stdout and "Traceback" not in stopped.stderr
+    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000006.pth"
+    resumed = run(command(["main.py"], 1, tmp_path))
+    assert resumed.returncode == 0 and "6 updates done" in resumed.stdout
+    assert differences(references(1), final_state(tmp_path)) == []
+
+
+def test_preemption_signal_to_one_of_two_processes(references, tmp_path):
+    stopped = run(command(["tests/faults.py", "signal_at_step", 4, "SIGTERM", 1], 2, tmp_path))
+    assert stopped.returncode != 0
+    assert "exitcode  : 75" in stopped.stderr
+    newest = checkpoint.newest_checkpoint(folder(tmp_path))
+    assert newest.name == "ckpt_step_00000005.pth"
+    resumed = run(command(["main.py"], 2, tmp_path))
+    assert resumed.returncode == 0 and "5 updates done" in resumed.stdout
+    ours, reference = final_state(tmp_path), references(2)
+    # The extra checkpoint ended a log interval, so the records are cut otherwise; everything else is the same.
+    assert differences(ours.pop("metrics")[-1], dict(reference)["metrics"][-1]) == []
+    assert differences(ours, {key: reference[key] for key in ours}) == []
+
+
+def test_launcher_restarts_a_killed_worker(references, tmp_path):
+    """``torchrun --max-restarts``: the job goes on by itself."""
+    fault = ["tests/faults.py", "kill_once_at_step", 7, tmp_path / "marker", "--"]
+    result = run([*torchrun(2, "--max-restarts", "1"), *fault, *arguments(tmp_path, *OPTIONS[2])])
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "marker").exists() and "updates done" in result.stdout
+    assert differences(references(2), final_state(tmp_path)) == []
+
+
+def test_resume_with_another_world_size_and_batch_size(tmp_path):
+    """The position is recomputed from the images seen: 2 updates of 2 x 100 images are 4 of 1 x 100."""
+    assert main.main(arguments(tmp_path, *OPTIONS[1], "TRAIN.EPOCHS", 1, "KEEP_CHECKPOINTS", 99)) == 0
+    source = folder(tmp_path) / "ckpt_step_00000002.pth"
+    target = folder(tmp_path, "other")
+    target.mkdir(parents=True)
+    shutil.copy(source, target)
+    options = ("DATA.BATCH_SIZE", 50, "TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.EPOCHS", 1)
+    assert main.main(arguments(tmp_path, *options, tag="other")) == 0
+    log = (target / "log_rank0.txt").read_text()
+    assert "1 processes x batch 100 x accumulation 2, this run has 1 x 50 x 2" in log and "bits will differ" in log
+    assert "epoch 0, 4 updates done" in log
+    newest = checkpoint.load_file(checkpoint.newest_checkpoint(target))
+    assert newest["step"] == 14 and newest["epoch"] == 1  # 1437 images: 28 micro-batches of 50, two to an update
+
+
+@pytest.mark.parametrize("options, reason", [
+    (("MODEL.STRIP_MLP.EMBED_DIM", 16), "the weights do not fit the model"),
+    (("TRAIN.OPTIMIZER.NAME", "sgd"), "written with another optimiser"),
+])
+def test_resume_that_makes_no_sense_is_refused(tmp_path, capsys, options, reason):
+    plain = ("TRAIN.EPOCHS", 1, "TRAIN.EMA.ENABLED", False)
+    assert main.main(arguments(tmp_path, *plain)) == 0
+    before = sorted(path.name for path in folder(tmp_path).iterdir())
+    assert main.main(arguments(tmp_path, *plain, *options)) == 2
+    assert reason in capsys.readouterr().out
+    assert sorted(path.name for path in folder(tmp_path).iterdir()) == before
