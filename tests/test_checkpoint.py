@@ -1,0 +1,277 @@
+import io
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+from yacs.config import CfgNode
+
+import checkpoint
+from models import model_state_dict
+from tests.helpers import ROOT, environment
+
+
+def content(step=1):
+    generator = torch.Generator().manual_seed(step)
+    return {"model": {"w": torch.randn(50, 40, generator=generator)}, "step": step, "rng": [(3, (1, 2), None)]}
+
+
+def saved(path, value):
+    torch.save(value, path)
+    return path
+
+
+# ---- what is loaded --------------------------------------------------------------------------------
+
+def test_own_checkpoint_loads_with_weights_only(tmp_path):
+    checkpoint.save_file(content(), tmp_path / "a.pth")
+    for loaded in (torch.load(tmp_path / "a.pth", weights_only=True), checkpoint.load_file(tmp_path / "a.pth")):
+        assert torch.equal(loaded["model"]["w"], content()["model"]["w"])
+        assert loaded["rng"] == content()["rng"]
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_released_checkpoint_with_a_pickled_config(tmp_path, new_format):
+    config = CfgNode({"MODEL": {"NAME": "smlp_tiny", "DEPTHS": [2, 2, 6, 2]}, "SEED": 0})
+    config.freeze()
+    weights = OrderedDict({"blocks1.0.token_mixing.smlp_block.BN.weight": torch.arange(3.0)})
+    path = tmp_path / "released.pth"
+    torch.save({"model": weights, "config": config, "epoch": 299, "max_accuracy": 81.2}, path,
+               _use_new_zipfile_serialization=new_format)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    loaded = checkpoint.load_file(path)
+    assert loaded["config"] == {"MODEL": {"NAME": "smlp_tiny", "DEPTHS": [2, 2, 6, 2]}, "SEED": 0}
+    assert type(loaded["config"]) is dict and type(loaded["config"]["MODEL"]) is dict
+    assert loaded["max_accuracy"] == 81.2
+    key, = model_state_dict(loaded)
+    assert key == "stages.0.0.token_mixing.cgsmm.norm.weight"
+
+
+class Malicious:
+    """Runs a command when it is unpickled without restrictions."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+@pytest.mark.parametrize("function, name", [(os.system, "posix.system"), (eval, "eval"), (open, "open"),
+                                            (subprocess.Popen, "Popen"), (print, "print")])
+def test_malicious_pickle_is_refused_by_name(tmp_path, function, name):
+    marker = tmp_path / "marker"
+    argument = f"open({str(marker)!r}, 'w')" if function is eval else f"touch {marker}"
+    path = saved(tmp_path / "evil.pth", {"model": {"w": torch.zeros(2)}, "config": Malicious(function, argument)})
+    with pytest.raises(checkpoint.CheckpointError, match=f"evil.pth holds a pickled .*{name}"):
+        checkpoint.load_file(path)
+    assert not marker.exists()
+
+
+def test_plain_pickle_and_torchscript_are_refused(tmp_path):
+    marker = tmp_path / "marker"
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(os.system, f"touch {marker}")))
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pth"))
+    for name in ("plain.pth", "script.pth"):
+        with pytest.raises(checkpoint.CheckpointError, match=name):
+            checkpoint.load_file(tmp_path / name)
+    assert not marker.exists()
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """A pickle with bytes flipped, inserted, removed or repeated, or with another global in place of its own."""
+    data = bytearray(data)
+    for _ in range(rng.randrange(1, 6)):
+        at = rng.randrange(len(data))
+        match rng.randrange(5):
+            case 0:
+                data[at] ^= 1 << rng.randrange(8)
+            case 1:
+                data[at:at] = rng.randbytes(rng.randrange(1, 8))
+            case 2:
+                del data[at:at + rng.randrange(1, 20)]
+            case 3:
+                data[at:at] = data[at:at + rng.randrange(1, 60)]
+            case 4:
+                data[at:at] = b"cposix\nsystem\n(X\x0d\x00\x00\x00touch markertR"
+    return bytes(data)
+
+
+FUZZ = """
+import io, random, sys, zipfile, json
+from pathlib import Path
+import checkpoint
+from tests.test_checkpoint import mutate, rezip
+folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+touched = []
+def audit(event, args):
+    if event in ("os.system", "subprocess.Popen", "os.exec", "os.fork", "os.posix_spawn", "socket.connect", "os.remove",
+                 "os.rename", "shutil.rmtree") or event == "open" and set(str(args[1])) & set("wax+"):
+        touched.append((event, str(args)))
+original = (folder / "original.pth").read_bytes()
+expected = checkpoint.load_file(folder / "original.pth")
+outcomes = {"refused": 0, "same": 0, "other": 0}
+armed = False
+sys.addaudithook(lambda event, args: audit(event, args) if armed else None)
+for seed in range(first, last):
+    (folder / "mutated.pth").write_bytes(rezip(original, random.Random(seed)))
+    armed = True
+    try:
+        loaded = checkpoint.load_file(folder / "mutated.pth")
+        outcome = "same" if str(loaded) == str(expected) else "other"
+    except checkpoint.CheckpointError as error:
+        assert "mutated.pth" in str(error)
+        outcome = "refused"
+    armed = False
+    outcomes[outcome] += 1
+print(json.dumps({"touched": touched, **outcomes}))
+"""
+
+
+def rezip(original: bytes, rng: random.Random) -> bytes:
+    """The same archive around a mutated pickle, its checksums put right, so that the unpickler itself is tried."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(original)) as source, zipfile.ZipFile(out, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            target.writestr(name, mutate(data, rng) if name.endswith("data.pkl") else data)
+    return out.getvalue()
+
+
+def fuzz(folder, first, last):
+    config = CfgNode({"MODEL": {"NAME": "x", "DEPTHS": [2, 2]}, "SEED": 0})
+    saved(folder / "original.pth", {
+        "model": OrderedDict(a=torch.arange(12.0).view(3, 4), b=torch.ones(2, dtype=torch.int64)),
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "config": config, "epoch": 3, "max_accuracy": 81.25,
+    })
+    result = subprocess.run([sys.executable, "-c", FUZZ, str(folder), str(first), str(last)], cwd=folder,
+                            env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = __import__("json").loads(result.stdout.splitlines()[-1])
+    assert report["touched"] == []
+    assert not (folder / "marker").exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["mutated.pth", "original.pth"]
+    return report
+
+
+def test_fuzzed_pickles(tmp_path):
+    report = fuzz(tmp_path, 0, 300)
+    assert sum(report[key] for key in ("refused", "same", "other")) == 300 and report["refused"] > 150
+
+
+@pytest.mark.slow
+def test_many_fuzzed_pickles(tmp_path):
+    report = fuzz(tmp_path, 1000, 6000)
+    assert report["refused"] > 2500
+    print(report)
+
+
+# ---- what is saved ---------------------------------------------------------------------------------
+
+def damage_flip(path):
+    data = bytearray(path.read_bytes())
+    record = data.find(struct.pack("<f", content()["model"]["w"].flatten()[100].item()))
+    data[record] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "cut by one byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "one bit flipped": damage_flip,
+    "foreign": lambda path: path.write_text("not a checkpoint"),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a bare tensor": lambda path: saved(path, torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_newest_checkpoint_is_skipped(tmp_path, caplog, monkeypatch, damage):
+    monkeypatch.setattr(checkpoint.logger, "propagate", True)
+    for step in (9, 10, 100):  # by step, not by name's length or file time
+        checkpoint.save_checkpoint(content(1), tmp_path, is_best=False, keep=9)
+        os.rename(tmp_path / "ckpt_step_00000001.pth", tmp_path / f"ckpt_step_{step:08d}.pth")
+    os.utime(tmp_path / "ckpt_step_00000009.pth")
+    newest = tmp_path / "ckpt_step_00000100.pth"
+    assert checkpoint.newest_checkpoint(tmp_path) == newest
+    damage(newest)
+    with pytest.raises(checkpoint.CheckpointError, match="ckpt_step_00000100.pth"):
+        checkpoint.load_file(newest)
+    assert checkpoint.newest_checkpoint(tmp_path).name == "ckpt_step_00000010.pth"
+    assert "skipping a checkpoint" in caplog.text and "ckpt_step_00000100.pth" in caplog.text
+
+
+def test_no_good_checkpoint_is_an_error(tmp_path):
+    assert checkpoint.newest_checkpoint(tmp_path) is None
+    (tmp_path / "ckpt_step_00000001.pth").write_bytes(b"x")
+    with pytest.raises(checkpoint.CheckpointError, match="none of the 1 checkpoints"):
+        checkpoint.newest_checkpoint(tmp_path)
+
+
+def test_every_flipped_bit_of_the_weights_is_found(tmp_path):
+    checkpoint.save_file(content(), tmp_path / "a.pth")
+    original = (tmp_path / "a.pth").read_bytes()
+    start = original.find(content()["model"]["w"].numpy().tobytes())
+    rng = random.Random(0)
+    for _ in range(100):
+        data = bytearray(original)
+        data[start + rng.randrange(8000)] ^= 1 << rng.randrange(8)
+        (tmp_path / "b.pth").write_bytes(data)
+        with pytest.raises(checkpoint.CheckpointError, match="checksum"):
+            checkpoint.load_file(tmp_path / "b.pth")
+
+
+def test_best_and_pruning(tmp_path):
+    for step, is_best in [(1, True), (2, True), (3, False), (4, False), (5, False)]:
+        checkpoint.save_checkpoint(content(step), tmp_path, is_best, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.pth", "ckpt_step_00000004.pth", "ckpt_step_00000005.pth"]
+    assert checkpoint.load_file(tmp_path / "best.pth")["step"] == 2
+
+
+def test_best_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoint.save_checkpoint(content(7), tmp_path, is_best=True, keep=2)
+    assert checkpoint.load_file(tmp_path / "best.pth")["step"] == 7
+
+
+def test_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    checkpoint.save_checkpoint(content(1), tmp_path, is_best=True, keep=2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    for error in (OSError(28, "No space left on device"), RuntimeError("[enforce fail] unexpected pos")):
+        def fail(value, file, error=error):
+            file.write(b"half")
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", fail)
+            with pytest.raises(OSError):
+                checkpoint.save_checkpoint(content(2), tmp_path, is_best=True, keep=2)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_lock(tmp_path):
+    hold = ("import checkpoint, sys, time; lock = checkpoint.lock_folder(sys.argv[1]); print('held', flush=True); "
+            "time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                              env=environment())
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"run in progress.*process {holder.pid}"):
+        checkpoint.lock_folder(tmp_path)
+    holder.kill()
+    holder.wait()
+    with checkpoint.lock_folder(tmp_path), pytest.raises(ValueError, match=str(os.getpid())):
+        checkpoint.lock_folder(tmp_path)
