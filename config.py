@@ -20,7 +20,7 @@ _C.DATA.DATASET = "imagenet"  # imagenet | cifar10 | cifar100 | caltech101 | ima
 _C.DATA.DATA_PATH = ""  # the data set's folder; may stay empty for digits
 _C.DATA.IMG_SIZE = 224  # side of the square input, in pixels
 _C.DATA.BATCH_SIZE = 128  # images per process and micro-batch
-_C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (training only; evaluation then takes bicubic)
+_C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (evaluation then takes bicubic)
 _C.DATA.ZIP_MODE = False  # imagenet and imagefolder: read train.zip + train_map.txt, val.zip + val_map.txt
 _C.DATA.CACHE_MODE = "part"  # of the zip form, in memory: no | part (this process's shard) | full
 _C.DATA.NUM_WORKERS = 8  # loading processes per training process
@@ -119,11 +119,11 @@ _CHOICES = {
 }
 _AT_LEAST_ONE = (
     "DATA.IMG_SIZE DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS PRINT_FREQ SAVE_FREQ "
-    "KEEP_CHECKPOINTS TRAIN.MAX_SKIPPED AUG.RECOUNT TRAIN.LR_SCHEDULER.DECAY_EPOCHS MODEL.STRIP_MLP.PATCH_SIZE MODEL.STRIP_MLP.IN_CHANS "
-    "MODEL.STRIP_MLP.EMBED_DIM MODEL.STRIP_MLP.NUM_PATCHES MODEL.STRIP_MLP.STRIP_WIDTH"
+    "KEEP_CHECKPOINTS TRAIN.MAX_SKIPPED AUG.RECOUNT TRAIN.LR_SCHEDULER.DECAY_EPOCHS MODEL.STRIP_MLP.PATCH_SIZE "
+    "MODEL.STRIP_MLP.IN_CHANS MODEL.STRIP_MLP.EMBED_DIM MODEL.STRIP_MLP.NUM_PATCHES MODEL.STRIP_MLP.STRIP_WIDTH"
 ).split()
 _AT_LEAST_ZERO = (
-    "DATA.NUM_WORKERS TRAIN.WARMUP_EPOCHS TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.WEIGHT_DECAY "
+    "DATA.NUM_WORKERS TRAIN.WARMUP_EPOCHS TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.WEIGHT_DECAY TRAIN.OPTIMIZER.EPS "
     "TRAIN.CLIP_GRAD AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX SEED SAVE_STEPS SAVE_MINUTES"
 ).split()
 _SHARES = (
@@ -194,8 +194,11 @@ def _merge_file(config: CfgNode, path: Path, parents: tuple) -> None:
         raise ValueError(f"{path} is not a YAML file: {error}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds {type(loaded).__name__}, not a mapping of config keys")
-    base = loaded.pop("BASE", [])
-    for name in [base] if isinstance(base, str) else base or []:
+    base = loaded.pop("BASE", None) or []
+    base = [base] if isinstance(base, str) else base
+    if not isinstance(base, list) or not all(isinstance(name, str) for name in base):
+        raise ValueError(f"{path}: BASE takes a list of config files; got {base!r}")
+    for name in base:
         _merge_file(config, path.parent / name, (*parents, path))
     _merge(config, loaded, str(path))
 
@@ -204,11 +207,14 @@ def _merge(node: CfgNode, values: dict, source: str, prefix: str = "") -> None:
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in node:
-            known = flat_keys(_C) if "." in name else [*_C, *flat_keys(_C)]
+            known = flat_keys(_C)
+            if isinstance(value, dict):
+                known = {leaf.rpartition(".")[0] for leaf in known}  # the groups
             raise ValueError(f"{source}: unknown config key {name}{nearest(name, known)}")
         if isinstance(node[key], CfgNode):
             if not isinstance(value, dict):
-                raise ValueError(f"{source}: {name} is a group of keys, not a value; set e.g. {name}.{next(iter(node[key]))}")
+                first = next(iter(node[key]))
+                raise ValueError(f"{source}: {name} is a group of keys, not a value; set e.g. {name}.{first}")
             _merge(node[key], value, source, name + ".")
         else:
             # What is text stays as it is: a TAG may look like a number.
@@ -230,11 +236,11 @@ def _coerce(value, default, name: str, source: str):
         return str(value)
     if isinstance(default, list) and isinstance(value, (list, tuple)):
         kind = float if not default else type(default[0])
-        return [_coerce(item, kind(), f"{name}[{i}]", source) for i, item in enumerate(value)]
+        return [_coerce(_decode(item), kind(), f"{name}[{i}]", source) for i, item in enumerate(value)]
     if type(value) is not type(default):
-        raise ValueError(
-            f"{source}: {name} takes {type(default).__name__}, e.g. {default!r}; got {value!r} ({type(value).__name__})"
-        )
+        expected, found = type(default).__name__, type(value).__name__
+        hint = "; in YAML put it in quotes" if expected == "str" else ""
+        raise ValueError(f"{source}: {name} takes {expected}, e.g. {default!r}; got {value!r} ({found}){hint}")
     return value
 
 
@@ -265,13 +271,17 @@ def _check(config: CfgNode) -> None:
     for key in ("AUG.SCALE", "AUG.RATIO"):
         pair = values[key]
         require(len(pair) == 2 and 0 < pair[0] <= pair[1], key, "two numbers above 0, the smaller first")
-    require(len(config.AUG.CUTMIX_MINMAX) in (0, 2), "AUG.CUTMIX_MINMAX", "empty or two numbers")
+    require(config.AUG.SCALE[1] <= 1, "AUG.SCALE", "at most 1, the whole image")
+    minmax = config.AUG.CUTMIX_MINMAX
+    require(not minmax or (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1), "AUG.CUTMIX_MINMAX",
+            "empty or two numbers between 0 and 1, the smaller first")
     betas = config.TRAIN.OPTIMIZER.BETAS
     require(len(betas) == 2 and 0 <= min(betas) and max(betas) < 1, "TRAIN.OPTIMIZER.BETAS", "two numbers in [0, 1)")
+    require(0 < config.TRAIN.OPTIMIZER.MOMENTUM < 1, "TRAIN.OPTIMIZER.MOMENTUM", "between 0 and 1, both excluded")
     require(config.TRAIN.WARMUP_EPOCHS <= config.TRAIN.EPOCHS, "TRAIN.WARMUP_EPOCHS",
             f"at most TRAIN.EPOCHS ({config.TRAIN.EPOCHS})")
     mixing = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX
     require(not (mixing and config.DATA.BATCH_SIZE % 2), "DATA.BATCH_SIZE",
-            "even while mixup or cutmix is on, because images are mixed in pairs (AUG.MIXUP 0 AUG.CUTMIX 0 turns both off)")
+            "even while mixup or cutmix is on: they mix images in pairs (AUG.MIXUP 0 AUG.CUTMIX 0 turns both off)")
     for key in ("TAG", "MODEL.NAME"):
         require("/" not in values[key] and values[key] not in (".", ".."), key, "a plain folder name")

@@ -106,7 +106,8 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict
     Every process evaluates its own share of the images; the sums meet in one all-reduce at the end.
 
     Returns:
-        ``{"acc1", "acc5", "loss", "images"}``; with fewer than five classes ``acc5`` counts all of them.
+        ``{"acc1", "acc5", "loss", "images"}``. The loss is rounded to 6 decimals, which do not depend on how the images
+        were batched; with fewer than five classes ``acc5`` counts all of them.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -124,7 +125,8 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict
     hits1, hits5, loss, count = utils.all_reduce_sum(sums).tolist()
     if count != len(loader.dataset):
         raise RuntimeError(f"{count:.0f} images were evaluated, but the validation set has {len(loader.dataset)}")
-    return {"acc1": 100 * hits1 / count, "acc5": 100 * hits5 / count, "loss": loss / count, "images": int(count)}
+    return {"acc1": 100 * hits1 / count, "acc5": 100 * hits5 / count, "loss": round(loss / count, 6),
+            "images": int(count)}
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ def learning_rate(config, step: int, steps_per_epoch: int) -> float:
 
 
 class LRScheduler:
-    """Gives every parameter group the learning rate of the update to come, times the group's ``lr_scale`` if it has one.
+    """Gives every parameter group the learning rate of the update to come, times its ``lr_scale`` if it has one.
 
     Args:
         config: the run's config.

@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         logger.warning("stopped by %s; the same command goes on from here", signal)
         return PREEMPTED
     except (ValueError, OSError, FloatingPointError) as error:
-        logger.error("%s", error)
+        # What a data worker raises arrives with the worker's traceback before it.
+        logger.error(str(error).splitlines()[-1] if "Original Traceback" in str(error) else str(error))
         logger.debug("where it happened:", exc_info=True)  # for the log file
         return 1 if isinstance(error, FloatingPointError) else 2
     finally:

@@ -1,5 +1,7 @@
 """Config to model."""
 
+import difflib
+
 import timm
 from torch import nn
 
@@ -10,7 +12,7 @@ def build_model(config) -> nn.Module:
     """The network that a config describes: a Strip-MLP, or any timm model to be trained by the same recipe.
 
     Raises:
-        ValueError: sizes that do not fit together, or an unknown timm model.
+        ValueError: sizes that do not fit together, an unknown timm model, or one without drop path.
     """
     if config.MODEL.TYPE == "timm":
         model = _build_timm_model(config)
@@ -37,9 +39,12 @@ def build_model(config) -> nn.Module:
 def _build_timm_model(config) -> nn.Module:
     name = config.MODEL.NAME
     if not timm.is_model(name):
-        similar = timm.list_models(f"*{name.split('_')[0]}*")[:8]
+        similar = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(f"MODEL.NAME {name!r} is not a timm model; similar ones: {', '.join(similar) or 'none'}")
-    kwargs = {"num_classes": config.MODEL.NUM_CLASSES, "drop_path_rate": config.MODEL.DROP_PATH_RATE}
+    kwargs = {"num_classes": config.MODEL.NUM_CLASSES, "drop_path_rate": config.MODEL.DROP_PATH_RATE or None}
     if timm.get_pretrained_cfg(name).fixed_input_size:
         kwargs["img_size"] = config.DATA.IMG_SIZE
-    return timm.create_model(name, **kwargs)
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"MODEL.NAME {name}: {error}; where it has no drop path set MODEL.DROP_PATH_RATE 0") from None

@@ -22,7 +22,8 @@ from .strip_ops import strip_mix
 class StripMLP(nn.Module):
     """Strip MLP layer (section 3.2): a linear layer over each token's strip of rows or columns.
 
-    The P channel patches share the weights, and so do all rows (columns); each of the D channels of a patch has its own.
+    The P channel patches share the weights, and so do all rows (columns); each of the D channels of a patch has its
+    own.
 
     Args:
         dim: C, the channels of the input.
@@ -206,8 +207,8 @@ class StripMLPNet(nn.Module):
         strip_width: K, the rows (columns) of a strip, odd.
         mlp_ratio: alpha, the width of the channel mixing over its input's.
         drop_path_rate: probability that a residual branch is dropped for an image, while training.
-        drop_path_schedule: ``"constant"``, the rate in every block, as the released network has it; ``"linear"``, from 0
-            in the first block to the rate in the last.
+        drop_path_schedule: ``"constant"``, the rate in every block, as the released network has it; ``"linear"``, from
+            0 in the first block to the rate in the last.
 
     Raises:
         ValueError: sizes that do not fit together; the message names the nearest that do.
@@ -242,10 +243,9 @@ class StripMLPNet(nn.Module):
             for stage, dim in enumerate(dims)
         ]
 
-        if drop_path_schedule == "constant":
-            rates = iter([drop_path_rate] * sum(depths))
-        else:
-            rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        blocks = sum(depths)
+        shares = [1.0 if drop_path_schedule == "constant" else i / (blocks - 1) for i in range(blocks)]
+        rates = iter([drop_path_rate * share for share in shares])
         self.stem = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=False)
         self.stages = nn.ModuleList(
             nn.Sequential(
@@ -287,7 +287,9 @@ class StripMLPNet(nn.Module):
     def _run_stage(self, stage: int, x):
         for block in self.stages[stage]:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_recomputation_contexts, block))
+                # A compiled recomputation leaves the statistics alone by itself, and takes no contexts.
+                contexts = {"context_fn": partial(_recomputation_contexts, block)}
+                x = checkpoint(block, x, use_reentrant=False, **({} if torch.compiler.is_compiling() else contexts))
             else:
                 x = block(x)
         return x

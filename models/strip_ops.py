@@ -18,7 +18,8 @@ def strip_mix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, axis: s
     """Mixes every token with its strip: its own row (column) and the ``K // 2`` rows (columns) on either side.
 
     With channel ``c = p * D + d`` (patch p, channel d of the patch) and zeros outside the map,
-    ``axis="row"`` computes ``y[n, c, h, j] = bias[d, j] + sum over k, i of weight[d, j, i, k] * x[n, c, h + k - K//2, i]``
+    ``axis="row"`` computes
+    ``y[n, c, h, j] = bias[d, j] + sum over k, i of weight[d, j, i, k] * x[n, c, h + k - K//2, i]``
     and ``axis="column"`` the same on the transposed map.
 
     Args:

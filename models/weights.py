@@ -36,7 +36,7 @@ _RENAMES = (  # (ours, released); each applies to one place of a key
     ("shortcut_s.", "conv_s1_14."),
     ("shortcut_m2.", "conv_s2_14."),
 )
-_WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DistributedDataParallel and torch.compile put before every key
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before a key
 
 
 def convert_released_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -52,9 +52,10 @@ def convert_released_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str
             length, width = value.shape[1], value.shape[3]
             value = value.reshape(-1, length, length, width)
         converted[key] = value
-    for key in converted:
-        if key.endswith("_strip.bias"):  # (D*L) -> (D, L)
-            converted[key] = converted[key].reshape(converted[key.replace("bias", "weight")].shape[:2])
+    for key, value in converted.items():
+        weight = converted.get(key.removesuffix("bias") + "weight")
+        if key.endswith("_strip.bias") and weight is not None:  # (D*L) -> (D, L)
+            converted[key] = value.reshape(weight.shape[:2])
     return converted
 
 
@@ -84,8 +85,7 @@ def model_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
     state_dict = checkpoint.get("model", checkpoint)
     if not isinstance(state_dict, dict) or not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise ValueError(f"no weights under 'model'; the entries are: {', '.join(map(str, checkpoint)) or 'none'}")
-    for prefix in _WRAPPERS:
-        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    state_dict = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
     is_released = any(key.startswith("blocks1.") for key in state_dict)
     return convert_released_state_dict(state_dict) if is_released else state_dict
 
@@ -127,7 +127,7 @@ def load_strict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     ]
     if problems:
         raise ValueError(
-            f"the weights do not fit the model in {len(problems)} places; check MODEL.STRIP_MLP.*, MODEL.NUM_CLASSES and "
-            "DATA.IMG_SIZE against the run that wrote them:\n  " + "\n  ".join(problems)
+            f"the weights do not fit the model in {len(problems)} places; check MODEL.STRIP_MLP.*, MODEL.NUM_CLASSES "
+            "and DATA.IMG_SIZE against the run that wrote them:\n  " + "\n  ".join(problems)
         )
     model.load_state_dict(state_dict)

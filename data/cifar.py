@@ -1,0 +1,120 @@
+"""CIFAR-10 and CIFAR-100: the official binary version, or torchvision's Python version."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torchvision import datasets
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """Where the files of one of the two data sets are and how their records look."""
+
+    python: type[datasets.CIFAR10]  # torchvision's reader of the Python version
+    binary_folder: str
+    train_files: tuple[str, ...]
+    val_files: tuple[str, ...]
+    label_bytes: int  # before the 3072 pixel bytes of a record; the last one is the label
+    names_file: str
+    names: tuple[str, ...]  # of the classes, where the names file is missing
+
+
+CIFAR = {
+    "cifar10": Cifar(
+        python=datasets.CIFAR10,
+        binary_folder="cifar-10-batches-bin",
+        train_files=tuple(f"data_batch_{part}.bin" for part in range(1, 6)),
+        val_files=("test_batch.bin",),
+        label_bytes=1,
+        names_file="batches.meta.txt",
+        names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    ),
+    "cifar100": Cifar(
+        python=datasets.CIFAR100,
+        binary_folder="cifar-100-binary",
+        train_files=("train.bin",),
+        val_files=("test.bin",),
+        label_bytes=2,
+        names_file="fine_label_names.txt",
+        names=tuple(str(label) for label in range(100)),
+    ),
+}
+MD5 = {
+    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
+    "train.bin": "6172c7755cfe09b2fe270c85cebc1b15",
+    "test.bin": "4499cfba6c016c1be1438163640a0898",
+}
+
+
+def download_cifar(name: str, root: Path) -> None:
+    """Downloads the Python version of ``name`` into ``root``, unless one of the two versions is there.
+
+    Raises:
+        FileNotFoundError: the download failed; the message says what to put where.
+    """
+    if _binary_folder(name, root):
+        return
+    try:
+        CIFAR[name].python(root, download=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(f"{name} could not be downloaded ({error}); {_wanted(name, root)}") from error
+
+
+def read_cifar(name: str, root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
+    """Images uint8 (N, 32, 32, 3), labels and class names of the ``"train"`` or ``"val"`` split of ``name``.
+
+    The binary version is taken if it is in ``root`` (or is ``root``), else the Python version. Both are checked by MD5.
+
+    Raises:
+        FileNotFoundError: neither is there, or a file is missing.
+        ValueError: a file of the binary version is damaged.
+    """
+    folder = _binary_folder(name, root)
+    if folder:
+        return _read_binary(CIFAR[name], folder, split)
+    try:
+        dataset = CIFAR[name].python(root, train=split == "train")
+    except RuntimeError:
+        raise FileNotFoundError(f"{name} is not in {root}, or is damaged; {_wanted(name, root)}") from None
+    return dataset.data, dataset.targets, dataset.classes
+
+
+def _wanted(name: str, root: Path) -> str:
+    cifar = CIFAR[name]
+    return (
+        f"put {cifar.binary_folder}/ (the binary version) or {cifar.python.base_folder}/ (the Python version, "
+        f"unpacked from {cifar.python.url}) into {root}"
+    )
+
+
+def _binary_folder(name: str, root: Path) -> Path | None:
+    cifar = CIFAR[name]
+    if (root / cifar.binary_folder).is_dir():
+        return root / cifar.binary_folder
+    return root if any((root / file).is_file() for file in cifar.train_files + cifar.val_files) else None
+
+
+def _read_binary(cifar: Cifar, folder: Path, split: str):
+    parts = []
+    for file in cifar.train_files if split == "train" else cifar.val_files:
+        path = folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; unpack the whole binary version into {folder}")
+        data = path.read_bytes()
+        found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if found != MD5[file]:
+            raise ValueError(f"{path} is damaged: its MD5 is {found}, expected {MD5[file]}; download it again")
+        parts.append(np.frombuffer(data, np.uint8).reshape(-1, cifar.label_bytes + 3072))
+    records = np.concatenate(parts)
+    pixels = records[:, cifar.label_bytes :].reshape(-1, 3, 32, 32)
+    images = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))  # (N, C, H, W) -> (N, H, W, C)
+    names_file = folder / cifar.names_file
+    names = names_file.read_text(encoding="utf-8").split() if names_file.is_file() else list(cifar.names)
+    return images, records[:, cifar.label_bytes - 1].tolist(), names

@@ -1,0 +1,145 @@
+"""The data sets. Each has ``classes`` (their names, by label) and gives ``(RGB PIL image, label)`` by index."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from .cifar import read_cifar
+from .images import load_image
+from .zipped import ZipDataset, read_map
+
+DIGITS_FILE = Path(__file__).parent / "digits" / "digits.csv.gz"
+FOLDER_SETS = ("imagenet", "imagefolder", "caltech101")
+
+
+class ArrayDataset(Dataset):
+    """Images held in memory.
+
+    Args:
+        images: uint8 (N, H, W, 3).
+        labels: N integers.
+        classes: names, by label.
+    """
+
+    def __init__(self, images: np.ndarray, labels: list[int], classes: list[str]):
+        self.images, self.labels, self.classes = images, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        return Image.fromarray(self.images[index]), self.labels[index]
+
+
+def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Dataset:
+    """The ``"train"`` or ``"val"`` split of ``DATA.DATASET``, its classes checked.
+
+    ``rank`` and ``world_size`` say which share of a zipped data set to cache.
+
+    Raises:
+        FileNotFoundError: files are missing; the message says which and what to do.
+        ValueError: files are damaged, the classes of the two splits differ, or there are not ``MODEL.NUM_CLASSES``.
+    """
+    name, num_classes = config.DATA.DATASET, config.MODEL.NUM_CLASSES
+    where = DIGITS_FILE.parent if name == "digits" else data_path(config)
+    if config.DATA.ZIP_MODE:
+        if name not in FOLDER_SETS:
+            raise ValueError(f"DATA.ZIP_MODE reads {', '.join(FOLDER_SETS)}; DATA.DATASET is {name}")
+        check_zip_classes(where, num_classes)
+        dataset = ZipDataset(where, split, num_classes, config.DATA.CACHE_MODE, rank, world_size)
+    elif name in FOLDER_SETS:
+        dataset = folder_dataset(where, split, name)
+    elif name == "digits":
+        dataset = ArrayDataset(*read_digits(split))
+    else:
+        dataset = ArrayDataset(*read_cifar(name, where, split))
+    found = len(dataset.classes)
+    if found != num_classes:
+        raise ValueError(
+            f"the data set in {where} has {found} classes but MODEL.NUM_CLASSES is {num_classes}; "
+            f"add --opts MODEL.NUM_CLASSES {found}"
+        )
+    return dataset
+
+
+def data_path(config) -> Path:
+    """The data set's folder.
+
+    Raises:
+        ValueError: ``DATA.DATA_PATH`` is empty.
+    """
+    if not config.DATA.DATA_PATH:
+        raise ValueError(f"DATA.DATA_PATH is empty; give the folder of {config.DATA.DATASET} with --data-path DIR")
+    return Path(config.DATA.DATA_PATH).expanduser()
+
+
+def folder_dataset(root: Path, split: str, name: str = "imagefolder") -> ImageFolder:
+    """Images ``root/<split>/<class>/*.jpg`` (or another format); labels follow the sorted names of the classes.
+
+    Raises:
+        FileNotFoundError: a folder is missing or holds no image.
+        ValueError: images lie outside the class folders, or ``train/`` and ``val/`` have different classes.
+    """
+    folder = root / split
+    if not folder.is_dir():
+        hint = f"; run: python split_caltech101.py 101_ObjectCategories {root}" if name == "caltech101" else ""
+        raise FileNotFoundError(f"{folder} does not exist; {root} must hold train/ and val/ with class folders{hint}")
+    for entry in folder.iterdir():
+        if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
+            raise ValueError(f"{entry} lies outside the class folders; move it to {folder}/<its class>/")
+    names = {part: _class_folders(root / part) for part in ("train", "val")}
+    if not names[split]:
+        raise FileNotFoundError(f"{folder} holds no class folders; it must hold one folder of images for each class")
+    if all(names.values()):
+        check_same_classes(names["train"], names["val"], root)
+    try:
+        return ImageFolder(str(folder), loader=load_image)
+    except FileNotFoundError as error:  # torchvision names the empty classes but not where they are
+        raise FileNotFoundError(f"{folder}: {error}. Fill these folders or remove them") from None
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+
+
+def check_zip_classes(root: Path, num_classes: int) -> None:
+    """Raises ValueError where ``train_map.txt`` and ``val_map.txt`` are both there and have different classes."""
+    maps = root / "train_map.txt", root / "val_map.txt"
+    if all(path.is_file() for path in maps):
+        train, val = (read_map(path, num_classes)[2] for path in maps)
+        numbers = [str(label) for label in range(num_classes)]
+        if train == numbers[: len(train)] or val == numbers[: len(val)]:  # one has no names, so compare the labels
+            train, val = numbers[: len(train)], numbers[: len(val)]
+        check_same_classes(train, val, root)
+
+
+def check_same_classes(train: list[str], val: list[str], where: Path) -> None:
+    """Raises ValueError, naming them, where the classes of the two splits of a data set differ."""
+    faults = []
+    for split, missing in (("val", set(train) - set(val)), ("train", set(val) - set(train))):
+        if missing:
+            shown = sorted(missing)[:10] + ["..."] * (len(missing) > 10)
+            faults.append(f"{len(missing)} missing from {split} ({', '.join(shown)})")
+    if not faults and train != val:
+        label = next(label for label in range(len(train)) if train[label] != val[label])
+        faults.append(f"label {label} is {train[label]} in train and {val[label]} in val")
+    if faults:
+        raise ValueError(f"{where}: train and val have different classes: {'; '.join(faults)}")
+
+
+def read_digits(split: str) -> tuple[np.ndarray, list[int], list[str]]:
+    """Images uint8 (N, 8, 8, 3), labels and class names of the bundled digits (see ``digits/README.md``).
+
+    Every fifth image, from the first on, is ``"val"`` (360 images), the rest ``"train"`` (1,437).
+    """
+    with gzip.open(DIGITS_FILE) as file:
+        rows = np.loadtxt(file, dtype=np.int64, delimiter=",")  # 64 pixels in 0..16, row by row, and the label
+    is_val = np.arange(len(rows)) % 5 == 0
+    rows = rows[is_val if split == "val" else ~is_val]
+    gray = (rows[:, :64] * 255 // 16).astype(np.uint8).reshape(-1, 8, 8, 1)
+    return gray.repeat(3, axis=3), rows[:, 64].tolist(), [str(digit) for digit in range(10)]

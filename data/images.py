@@ -1,0 +1,56 @@
+"""Encoded image bytes to RGB images, strictly: a damaged file is an error, never a grey patch."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names its file."""
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """The image file at ``path``, as ``decode_image`` gives it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImageError: it is not a complete image.
+    """
+    return decode_image(Path(path).read_bytes(), str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The 8-bit RGB image that ``data`` encodes.
+
+    Grayscale, palette and CMYK images are converted, an alpha channel is dropped, 16-bit grayscale is scaled to 8 bits.
+
+    Args:
+        data: a whole image file, in any format that Pillow reads.
+        name: what to call it in errors.
+
+    Raises:
+        ImageError: ``data`` is empty, truncated, damaged or no image at all.
+    """
+    if not data:
+        raise ImageError(f"{name} is empty (0 bytes)")
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # a global of Pillow that some libraries switch on
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _to_rgb(image)
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not an image of a known format") from None
+    except Exception as error:  # decoders raise a dozen types, none of which names the file
+        raise ImageError(f"{name} cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no range that could be scaled to 8 bits")
+    if image.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip at 255
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("pixel values outside 0..65535 cannot be scaled to 8 bits")
+        image = Image.fromarray((pixels // 257).astype(np.uint8))
+    return image.convert("RGB")

@@ -1,0 +1,65 @@
+"""Which process sees which image when: functions of seed, epoch and rank alone."""
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class TrainBatchSampler(Sampler):
+    """Batches of one process, as lists of ``(epoch, index)``; call ``set_epoch`` before each pass.
+
+    All processes walk through one permutation of the images. The j-th batches of all ranks together are a slice of it,
+    which depends on ``batch_size * world_size`` but not on how that product is split. Images that do not fill a last
+    batch are left out of the epoch.
+
+    Args:
+        num_images: size of the training set.
+        batch_size: images per process and batch.
+        seed: with the epoch, decides the order.
+        rank, world_size: this process and the number of them.
+        sharded: every rank permutes its own images only, ``rank, rank + world_size, ...`` (it holds no others).
+
+    Raises:
+        ValueError: there are not enough images for one batch on every rank.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, sharded=False):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.rank, self.world_size, self.sharded = rank, world_size, sharded
+        self.epoch = self.start_batch = 0
+        if len(self) == 0:
+            raise ValueError(
+                f"the training set has {num_images} images, fewer than one batch of {batch_size} x {world_size} "
+                "(images per process x processes); lower --batch-size"
+            )
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, the same on every rank."""
+        return self.num_images // self.world_size // self.batch_size
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """The next pass gives the batches of ``epoch`` from ``start_batch`` on.
+
+        Raises:
+            ValueError: ``start_batch`` is not between 0 and the number of batches.
+        """
+        if not 0 <= start_batch <= len(self):
+            raise ValueError(f"start_batch is {start_batch}; an epoch has {len(self)} batches")
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def __iter__(self):
+        if self.sharded:
+            shard = np.arange(self.rank, self.num_images, self.world_size)
+            order = np.random.default_rng((self.seed, self.epoch, self.rank)).permutation(shard)
+            first, stride = 0, self.batch_size
+        else:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
+            first, stride = self.rank * self.batch_size, self.world_size * self.batch_size
+        epoch = self.epoch
+        for batch in range(self.start_batch, len(self)):
+            begin = first + batch * stride
+            yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
+
+
+def eval_order(num_images: int, rank: int = 0, world_size: int = 1) -> range:
+    """The images that one rank evaluates: each image once over the ranks, none repeated to fill up."""
+    return range(rank, num_images, world_size)

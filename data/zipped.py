@@ -1,0 +1,105 @@
+"""Swin-Transformer's zip form of a data set: an archive of images and a text file with their labels."""
+
+import functools
+import os
+import posixpath
+import zipfile
+import zlib
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from .images import ImageError, decode_image
+from .samplers import eval_order
+
+
+class ZipDataset(Dataset):
+    """Images of ``<split>.zip`` with the labels of ``<split>_map.txt``; safe in forked and spawned workers.
+
+    Args:
+        root: the folder of both files.
+        split: ``"train"`` or ``"val"``.
+        num_classes: labels are ``0 .. num_classes - 1``.
+        cache: what to hold in memory, undecoded: ``"no"``, ``"part"`` (images ``rank, rank + world_size, ...``) or
+            ``"full"``.
+        rank, world_size: this process and the number of them.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: the archive or the map is not as it should be; the message names the line or the image.
+    """
+
+    def __init__(self, root, split: str, num_classes: int, cache: str = "no", rank: int = 0, world_size: int = 1):
+        self.archive = Path(root) / f"{split}.zip"
+        map_file = Path(root) / f"{split}_map.txt"
+        self.members, self.labels, self.classes = read_map(map_file, num_classes)
+        stored = set(_open_archive(self.archive, os.getpid()).namelist())
+        for line, member in enumerate(self.members, start=1):
+            if member not in stored:
+                raise ValueError(f"{map_file}:{line}: {member} is not in {self.archive}")
+        cached = {
+            "no": range(0),
+            "part": eval_order(len(self), rank, world_size),
+            "full": range(len(self)),
+        }[cache]
+        self._cache = {index: self._read(index) for index in cached}
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int):
+        data = self._cache[index] if index in self._cache else self._read(index)
+        return decode_image(data, self._name(index)), self.labels[index]
+
+    def _name(self, index: int) -> str:
+        return f"{self.archive}:{self.members[index]}"
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return _open_archive(self.archive, os.getpid()).read(self.members[index])
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ImageError(f"{self._name(index)} cannot be read from the archive ({error})") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _open_archive(path: Path, pid: int) -> zipfile.ZipFile:
+    """The archive as one process has it open: a handle inherited over a fork would share its file position."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; DATA.ZIP_MODE needs it beside its map file")
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a complete zip archive ({error}); make or copy it again") from None
+
+
+def read_map(path: Path, num_classes: int) -> tuple[list[str], list[int], list[str]]:
+    """Members, labels and class names of a map file, whose lines are ``path/in/zip.jpg<TAB>label``.
+
+    A class is named by the folder that all of its images share, where each class has such a folder, else by its label.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, a line is malformed, a label is not in ``0 .. num_classes - 1``, or one has no image.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; it holds one line 'path/in/zip.jpg<TAB>label' for each image")
+    members, labels, folders = [], [], {}
+    for line, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        member, tab, label = text.rpartition("\t")
+        if not (member and tab and label.strip().isdecimal()):
+            raise ValueError(f"{path}:{line}: expected 'path/in/zip.jpg<TAB>label', got {text!r}")
+        if int(label) >= num_classes:
+            raise ValueError(
+                f"{path}:{line}: label {int(label)} is not in 0..{num_classes - 1} (MODEL.NUM_CLASSES is {num_classes})"
+            )
+        members.append(member)
+        labels.append(int(label))
+        folders.setdefault(int(label), set()).add(posixpath.basename(posixpath.dirname(member)))
+    if not members:
+        raise ValueError(f"{path} is empty; it holds one line 'path/in/zip.jpg<TAB>label' for each image")
+    for label in range(max(labels)):
+        if label not in folders:
+            raise ValueError(f"{path}: no image has label {label}, though labels go up to {max(labels)}")
+    names = [min(folders[label]) for label in range(len(folders))]
+    named = all(names) and len(set(names)) == len(names) and all(len(found) == 1 for found in folders.values())
+    return members, labels, names if named else [str(label) for label in range(len(folders))]

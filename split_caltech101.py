@@ -1,0 +1,112 @@
+"""Splits Caltech-101 into train/ and val/, 80 to 20 in each class, the same on every machine.
+
+    python split_caltech101.py 101_ObjectCategories datasets/caltech101 [--link]
+
+The rule: the n image names of a class are sorted; each in turn draws a number from ``random.Random(1024)``, made anew
+for each class; the floor(4n/5) images with the smallest numbers go to train/, the others to val/. So the split of a
+class depends on its own file names only. BACKGROUND_Google, which is no class, hidden files and files that are not
+images are left out.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+SEED = 1024
+LEFT_OUT = "BACKGROUND_Google"
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def split_class(names: list[str]) -> dict[str, list[str]]:
+    """The file names of one class, in any order, as ``{"train": [...], "val": [...]}``."""
+    names = sorted(names)
+    draw = random.Random(SEED).random
+    shuffled = [name for _, name in sorted((draw(), name) for name in names)]
+    num_train = len(names) * 4 // 5
+    return {"train": shuffled[:num_train], "val": shuffled[num_train:]}
+
+
+def plan_split(source: Path) -> dict[str, dict[str, list[str]]]:
+    """For each class folder of ``source``, its files by split.
+
+    Raises:
+        FileNotFoundError: ``source`` is missing or holds no class folder.
+        ValueError: a class has too few images for one on each side.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is not a folder; give the one that holds the class folders")
+    plan = {}
+    for folder in sorted(source.iterdir()):
+        if not folder.is_dir() or folder.name == LEFT_OUT or folder.name.startswith("."):
+            continue
+        images = [entry.name for entry in folder.iterdir() if entry.is_file() and _is_image(entry.name)]
+        if len(images) < 2:
+            raise ValueError(
+                f"{folder} holds {len(images)} images, too few for one in train and one in val; "
+                "SRC must be the folder of the class folders (101_ObjectCategories)"
+            )
+        plan[folder.name] = split_class(images)
+    if not plan:
+        raise FileNotFoundError(f"{source} holds no class folders; give the folder 101_ObjectCategories")
+    return plan
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def write_split(source: Path, target: Path, link: bool = False) -> dict[str, int]:
+    """Makes ``target/train`` and ``target/val``, whole or not at all; returns the number of images in each.
+
+    Args:
+        source: the folder of the class folders.
+        target: created if need be; may hold anything but ``train`` and ``val``.
+        link: symbolic links to the absolute paths of the images instead of copies.
+
+    Raises:
+        FileExistsError: ``target`` has a split already.
+        FileNotFoundError, ValueError: as ``plan_split``, or ``target`` lies in ``source``.
+    """
+    source, target = source.resolve(), target.resolve()
+    plan = plan_split(source)
+    for split in ("train", "val"):
+        if os.path.lexists(target / split):
+            raise FileExistsError(f"{target / split} exists already; remove it or choose another folder")
+    if target.is_relative_to(source):
+        raise ValueError(f"{target} lies in {source}, where it would be taken for a class; choose a folder outside")
+    target.mkdir(parents=True, exist_ok=True)
+    place = os.symlink if link else shutil.copyfile
+    counts = {}
+    with tempfile.TemporaryDirectory(dir=target, prefix=".split-") as unfinished:
+        for split in ("train", "val"):
+            for name, files in plan.items():
+                folder = Path(unfinished, split, name)
+                folder.mkdir(parents=True)
+                for file in files[split]:
+                    place(source / name / file, folder / file)
+            counts[split] = sum(len(files[split]) for files in plan.values())
+        for split in counts:
+            Path(unfinished, split).rename(target / split)
+    return counts
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder of the class folders (101_ObjectCategories)")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to make train/ and val/ in")
+    parser.add_argument("--link", action="store_true", help="symbolic links instead of copies (SRC must stay)")
+    args = parser.parse_args()
+    try:
+        counts = write_split(args.source, args.target, args.link)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"split_caltech101.py: {error}") from None
+    classes = len(list((args.target / "train").iterdir()))
+    print(f"{args.target}: {classes} classes, {counts['train']} images in train/, {counts['val']} in val/")
+
+
+if __name__ == "__main__":
+    main()

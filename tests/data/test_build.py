@@ -1,0 +1,254 @@
+import pickle
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import load_config
+from data import build_mixup, build_train_loader, build_val_loader, prepare_data
+from data.cifar import CIFAR
+from data.images import ImageError
+from data.samplers import TrainBatchSampler
+
+
+def config(*opts):
+    base = "DATA.DATASET digits MODEL.NUM_CLASSES 10 DATA.IMG_SIZE 16 DATA.BATCH_SIZE 128 DATA.NUM_WORKERS 0"
+    return load_config(opts=[*base.split(), *map(str, opts)])
+
+
+def passes(loader, epoch=0, start_batch=0, most=None):
+    loader.batch_sampler.set_epoch(epoch, start_batch)
+    return [batch for batch, _ in zip(loader, range(most or len(loader)), strict=False)]
+
+
+def equal(first, second) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+def global_states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_training_batches():
+    loader = build_train_loader(config())
+    assert isinstance(loader.batch_sampler, TrainBatchSampler) and loader.dataset.classes == list("0123456789")
+    batches = passes(loader)
+    assert len(batches) == len(loader) == 1437 // 128
+    for images, labels in batches:
+        assert images.shape == (128, 3, 16, 16) and images.dtype == torch.float32
+        assert labels.shape == (128,) and labels.dtype == torch.int64
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Epochs 0 and 1, made in the training process."""
+    loader = build_train_loader(config())
+    return [passes(loader, epoch) for epoch in (0, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_do_not_depend_on_the_workers(workers, reference):
+    loader = build_train_loader(config("DATA.NUM_WORKERS", workers))
+    before = global_states()
+    assert equal(passes(loader, epoch=1, most=3), reference[1][:3])  # left in the middle
+    assert equal(passes(loader), reference[0])
+    assert equal(passes(loader, 1, start_batch=7), reference[1][7:])
+    assert global_states() == before
+
+
+def test_epochs_and_seeds_differ(reference):
+    other = passes(build_train_loader(config("SEED", 1)))
+    for batches in (reference[1], other):
+        assert not torch.equal(batches[0][1], reference[0][0][1])
+
+
+def test_two_ranks_make_the_batches_of_one(reference):
+    ranks = [passes(build_train_loader(config("DATA.BATCH_SIZE", 64), rank, 2)) for rank in range(2)]
+    joined = [tuple(torch.cat(parts) for parts in zip(*pair, strict=True)) for pair in zip(*ranks, strict=True)]
+    assert equal(joined, reference[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 7])
+def test_validation_counts_each_image_once(workers, world_size):
+    options = config("DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 50)
+    whole = build_val_loader(options)
+    images = torch.stack([whole.dataset[index][0] for index in range(360)])
+    before = global_states()
+    for rank in range(world_size):
+        loader = build_val_loader(options, rank, world_size)
+        for _ in range(2):
+            batches = list(loader)
+            assert len(batches) == len(loader) == -(-len(range(rank, 360, world_size)) // 50)
+            assert torch.equal(torch.cat([batch for batch, _ in batches]), images[rank::world_size])
+            labels = torch.cat([labels for _, labels in batches])
+            assert labels.tolist() == whole.dataset.images.labels[rank::world_size]
+    assert global_states() == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_rank_may_get_no_image(workers):
+    loader = build_val_loader(config("DATA.NUM_WORKERS", workers), rank=360, world_size=361)
+    assert list(loader) == [] and len(loader) == 0
+
+
+@pytest.mark.parametrize("build", [build_train_loader, build_val_loader])
+def test_workers_persist(build):
+    loader = build(config("DATA.NUM_WORKERS", 2))
+    assert loader.persistent_workers and loader.num_workers == 2
+    assert not build(config("DATA.NUM_WORKERS", 0)).persistent_workers
+
+
+@pytest.mark.parametrize("build", [build_train_loader, build_val_loader])
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_memory_is_pinned_where_wanted_and_there_is_cuda(build, cuda, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert build(config("DATA.PIN_MEMORY", wanted)).pin_memory == (cuda and wanted)
+
+
+def test_too_few_images_for_a_batch():
+    with pytest.raises(ValueError, match="the training set has 1437 images, fewer than one batch of 512 x 3"):
+        build_train_loader(config("DATA.BATCH_SIZE", 512), world_size=3)
+
+
+@pytest.mark.parametrize("build", [build_train_loader, build_val_loader])
+def test_only_rgb(build):
+    with pytest.raises(ValueError, match=r"MODEL\.STRIP_MLP\.IN_CHANS is 1, but the data pipeline makes RGB images"):
+        build(config("MODEL.STRIP_MLP.IN_CHANS", 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_by_workers_too(workers, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    options = config("DATA.DATASET", "imagefolder", "DATA.DATA_PATH", tmp_path, "MODEL.NUM_CLASSES", 1,
+                     "DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 1, "AUG.MIXUP", 0, "AUG.CUTMIX", 0)  # fmt: skip
+    for loader in (build_train_loader(options), build_val_loader(options)):
+        with pytest.raises(ImageError, match=r"cat/broken\.jpg (is not an image|cannot be decoded)"):
+            list(loader)
+
+
+# ---- zip form ------------------------------------------------------------------------------------
+
+
+def write_zip(root: Path) -> None:
+    """20 images of two classes in each split; all pixels of image i have the value 10 * i."""
+    for split in ("train", "val"):
+        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive, open(root / f"{split}_map.txt", "w") as lines:
+            for index in range(20):
+                Image.new("L", (4, 4), 10 * index).save(root / "image.png")
+                archive.write(root / "image.png", f"{index}.png")
+                lines.write(f"{index}.png\t{index % 2}\n")
+
+
+def zip_config(root, cache):
+    return config(
+        "DATA.DATASET", "imagefolder", "DATA.DATA_PATH", root, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", cache,
+        "MODEL.NUM_CLASSES", 2, "DATA.BATCH_SIZE", 4, "AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", 0,
+        "AUG.REPROB", 0, "DATA.NUM_WORKERS", 2,
+    )  # fmt: skip
+
+
+def image_numbers(batches) -> list[int]:
+    """Which images of ``write_zip`` are in the batches."""
+    red = torch.cat([images for images, _ in batches])[:, 0].mean(dim=(1, 2))
+    return ((red * 0.229 + 0.485) * 25.5).round().int().tolist()
+
+
+@pytest.mark.parametrize("cache", ["no", "part", "full"])
+def test_zip_training_and_validation(cache, tmp_path):
+    write_zip(tmp_path)
+    seen = []
+    for rank in range(2):
+        loader = build_train_loader(zip_config(tmp_path, cache), rank, 2)
+        numbers = image_numbers(passes(loader))
+        assert len(loader) == 2 and len(set(numbers)) == 8
+        if cache == "part":
+            assert set(numbers) <= set(range(rank, 20, 2))
+            assert set(loader.dataset.images._cache) == set(range(rank, 20, 2))
+        seen += numbers
+        shard = image_numbers(list(build_val_loader(zip_config(tmp_path, cache), rank, 2)))
+        assert shard == list(range(rank, 20, 2))
+    assert len(set(seen)) == 16
+
+
+# ---- mixup, preparation --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mixup", "cutmix", "minmax", "kinds"),
+    [
+        (0.8, 0, [], {"mixup"}),
+        (0, 1, [], {"cutmix"}),
+        (0, 0, [0.2, 0.4], {"cutmix"}),
+        (0.8, 1, [], {"mixup", "cutmix"}),
+    ],
+)
+def test_mixup_and_cutmix(mixup, cutmix, minmax, kinds):
+    mix = build_mixup(config("AUG.MIXUP", mixup, "AUG.CUTMIX", cutmix, "AUG.CUTMIX_MINMAX", minmax))
+    np.random.seed(0)
+    found = set()
+    for _ in range(20):
+        images = torch.zeros(2, 3, 16, 16)
+        images[1] = 1
+        images, targets = mix(images, torch.tensor([3, 5]))
+        share = images[0].mean().item()  # of the second image in the first
+        expected = torch.full((10,), 0.1 / 10)
+        expected[3] += 0.9 * (1 - share)
+        expected[5] += 0.9 * share
+        torch.testing.assert_close(targets[0], expected)
+        if 0.001 < share < 0.999:
+            found.add("cutmix" if set(images[0].unique().tolist()) == {0.0, 1.0} else "mixup")
+    assert found == kinds
+
+
+def test_mixup_takes_every_option():
+    options = config("AUG.MIXUP_PROB", 0.3, "AUG.MIXUP_SWITCH_PROB", 0.2, "AUG.MIXUP_MODE", "elem")
+    mix = build_mixup(options)
+    assert (mix.mixup_alpha, mix.cutmix_alpha, mix.cutmix_minmax) == (0.8, 1.0, None)
+    assert (mix.mix_prob, mix.switch_prob, mix.mode) == (0.3, 0.2, "elem")
+    assert (mix.label_smoothing, mix.num_classes) == (0.1, 10)
+    assert build_mixup(config("MODEL.LABEL_SMOOTHING", 0.25)).label_smoothing == 0.25
+
+
+def test_no_mixup():
+    assert build_mixup(config("AUG.MIXUP", 0, "AUG.CUTMIX", 0)) is None
+
+
+def test_prepare_data_downloads_cifar_only(tmp_path, monkeypatch):
+    def download(self):
+        raise OSError("asked")
+
+    for name in ("cifar10", "cifar100"):
+        monkeypatch.setattr(CIFAR[name].python, "download", download)
+        with pytest.raises(FileNotFoundError, match=f"{name} could not be downloaded .asked."):
+            prepare_data(config("DATA.DATASET", name, "DATA.DATA_PATH", tmp_path))
+        with pytest.raises(ValueError, match=r"DATA\.DATA_PATH is empty"):
+            prepare_data(config("DATA.DATASET", name))
+    prepare_data(config())
+    prepare_data(config("DATA.DATASET", "imagenet", "DATA.DATA_PATH", tmp_path))
+
+
+# ---- the package ---------------------------------------------------------------------------------
+
+
+def test_loaders_can_be_sent_to_spawned_workers():
+    for loader in (build_train_loader(config()), build_val_loader(config())):
+        assert len(pickle.loads(pickle.dumps(loader.dataset))) == len(loader.dataset)
+
+
+def test_the_package_imports_neither_scikit_learn_nor_the_top_level():
+    root = Path(__file__).parents[2]
+    code = "import sys, data; print(*{'sklearn', 'config', 'utils', 'models', 'engine', 'main'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,141 @@
+import hashlib
+import pickle
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+
+from data import cifar
+from data.cifar import CIFAR, download_cifar, read_cifar
+
+
+def write_binary(folder, name, monkeypatch, per_file=6, seed=0):
+    """A small binary version with matching MD5s; returns {file: (labels, pixels (N, 3, 32, 32))}."""
+    folder.mkdir(parents=True)
+    rng, layout, content = np.random.default_rng(seed), CIFAR[name], {}
+    for file in layout.train_files + layout.val_files:
+        labels = rng.integers(0, len(layout.names), (per_file, layout.label_bytes), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (per_file, 3, 32, 32), dtype=np.uint8)
+        data = b"".join(label.tobytes() + image.tobytes() for label, image in zip(labels, pixels, strict=True))
+        (folder / file).write_bytes(data)
+        monkeypatch.setitem(cifar.MD5, file, hashlib.md5(data).hexdigest())
+        content[file] = labels[:, -1].tolist(), pixels
+    return content
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_binary_version(name, inside, tmp_path, monkeypatch):
+    folder = tmp_path / CIFAR[name].binary_folder if inside else tmp_path / "renamed"
+    content = write_binary(folder, name, monkeypatch)
+    root = tmp_path if inside else folder
+    for split, files in (("train", CIFAR[name].train_files), ("val", CIFAR[name].val_files)):
+        images, labels, classes = read_cifar(name, root, split)
+        assert labels == sum((content[file][0] for file in files), [])
+        pixels = np.concatenate([content[file][1] for file in files])
+        np.testing.assert_array_equal(images.transpose(0, 3, 1, 2), pixels)
+        assert images.dtype == np.uint8 and images.flags.c_contiguous
+        assert classes == list(CIFAR[name].names)
+
+
+def test_a_record_is_read_channel_by_channel_and_row_by_row(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    pixels = np.zeros(3072, np.uint8)
+    pixels[[0, 1024 + 1, 2048 + 32]] = 1, 2, 3  # red of (0, 0), green of row 0 column 1, blue of row 1 column 0
+    data = bytes([7]) + pixels.tobytes()
+    (folder / "test_batch.bin").write_bytes(data)
+    monkeypatch.setitem(cifar.MD5, "test_batch.bin", hashlib.md5(data).hexdigest())
+    images, labels, _ = read_cifar("cifar10", tmp_path, "val")
+    assert labels == [7]
+    assert images[0, 0, 0].tolist() == [1, 0, 0]
+    assert images[0, 0, 1].tolist() == [0, 2, 0]
+    assert images[0, 1, 0].tolist() == [0, 0, 3]
+    assert images.sum() == 6
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_class_names_come_from_the_names_file(name, tmp_path, monkeypatch):
+    folder = tmp_path / CIFAR[name].binary_folder
+    write_binary(folder, name, monkeypatch)
+    (folder / CIFAR[name].names_file).write_text("left\nright\n\n")
+    assert read_cifar(name, tmp_path, "val")[2] == ["left", "right"]
+
+
+def test_validation_needs_no_training_files(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-bin"
+    write_binary(folder, "cifar10", monkeypatch)
+    for file in CIFAR["cifar10"].train_files:
+        (folder / file).unlink()
+    assert len(read_cifar("cifar10", tmp_path, "val")[0]) == 6
+    with pytest.raises(FileNotFoundError, match=r"data_batch_1\.bin does not exist; unpack the whole binary version"):
+        read_cifar("cifar10", tmp_path, "train")
+
+
+def test_a_damaged_file_is_named_with_both_sums(tmp_path, monkeypatch):
+    write_binary(tmp_path / "cifar-100-binary", "cifar100", monkeypatch)
+    path = tmp_path / "cifar-100-binary" / "train.bin"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    found, expected = hashlib.md5(data).hexdigest(), cifar.MD5["train.bin"]
+    with pytest.raises(ValueError, match=rf"train\.bin is damaged: its MD5 is {found}, expected {expected}"):
+        read_cifar("cifar100", tmp_path, "train")
+
+
+def write_python(root, monkeypatch):
+    """A small Python version of CIFAR-10 that torchvision accepts."""
+    kind, rng = CIFAR["cifar10"].python, np.random.default_rng(1)
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+
+    def dump(file, value):
+        (folder / file).write_bytes(pickle.dumps(value))
+        return [file, hashlib.md5((folder / file).read_bytes()).hexdigest()]
+
+    def batch():
+        return {"data": rng.integers(0, 256, (3, 3072), dtype=np.uint8), "labels": rng.integers(0, 10, 3).tolist()}
+
+    train, val = batch(), batch()
+    monkeypatch.setattr(kind, "train_list", [dump("data_batch_1", train)])
+    monkeypatch.setattr(kind, "test_list", [dump("test_batch", val)])
+    file, digest = dump("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(kind, "meta", {"filename": file, "key": "label_names", "md5": digest})
+    return train, val
+
+
+def test_python_version(tmp_path, monkeypatch):
+    for split, batch in zip(("train", "val"), write_python(tmp_path, monkeypatch), strict=True):
+        images, labels, classes = read_cifar("cifar10", tmp_path, split)
+        np.testing.assert_array_equal(images.transpose(0, 3, 1, 2).reshape(3, 3072), batch["data"])
+        assert labels == batch["labels"] and classes == list("abcdefghij")
+
+
+def test_missing_or_damaged_python_version(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"cifar100 is not in .*cifar-100-binary/ .*cifar-100-python/"):
+        read_cifar("cifar100", tmp_path, "val")
+    write_python(tmp_path, monkeypatch)
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="cifar10 is not in .*, or is damaged"):
+        read_cifar("cifar10", tmp_path, "val")
+
+
+def no_network(*_, **__):
+    raise URLError("no network")
+
+
+def test_download_failure_says_what_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR["cifar10"].python, "download", no_network)
+    expected = rf"could not be downloaded .*no network.* put cifar-10-batches-bin/ .* into {tmp_path}$"
+    with pytest.raises(FileNotFoundError, match=expected):
+        download_cifar("cifar10", tmp_path)
+
+
+def test_nothing_is_downloaded_when_a_version_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    write_binary(tmp_path / "a" / "cifar-100-binary", "cifar100", monkeypatch)
+    download_cifar("cifar100", tmp_path / "a")
+    write_python(tmp_path / "b", monkeypatch)
+    download_cifar("cifar10", tmp_path / "b")
+    with pytest.raises(FileNotFoundError):
+        download_cifar("cifar10", tmp_path / "a")

@@ -1,0 +1,176 @@
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import load_config
+from data.datasets import build_dataset, read_digits
+
+
+def config(dataset, root="", num_classes=2, *opts):
+    values = ["DATA.DATASET", dataset, "DATA.DATA_PATH", str(root), "MODEL.NUM_CLASSES", str(num_classes), *opts]
+    return load_config(opts=values)
+
+
+def write_folders(root: Path, train=("cat", "dog"), val=("cat", "dog"), per_class=3) -> Path:
+    for split, classes in (("train", train), ("val", val)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for index in range(per_class):
+                Image.new("L", (5, 4), 40 * index).save(root / split / name / f"{index}.png")
+    return root
+
+
+def fails(kind, message, split, *args):
+    with pytest.raises(kind, match=message):
+        build_dataset(config(*args), split)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "imagefolder", "caltech101"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_folders(name, split, tmp_path):
+    dataset = build_dataset(config(name, write_folders(tmp_path)), split)
+    assert dataset.classes == ["cat", "dog"] and len(dataset) == 6
+    assert [dataset[index][1] for index in range(6)] == [0, 0, 0, 1, 1, 1]
+    image = dataset[4][0]
+    assert image.mode == "RGB" and image.size == (5, 4) and image.getpixel((0, 0)) == (40, 40, 40)
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    write_folders(tmp_path)
+    (tmp_path / "train" / "dog" / "1.png").write_bytes(b"")
+    dataset = build_dataset(config("imagefolder", tmp_path), "train")
+    with pytest.raises(ValueError, match=r"train/dog/1\.png is empty"):
+        dataset[4]
+
+
+def test_evaluation_needs_no_training_folder(tmp_path):
+    write_folders(tmp_path, train=())
+    assert len(build_dataset(config("imagefolder", tmp_path), "val")) == 6
+    fails(FileNotFoundError, r"train does not exist; .* must hold train/ and val/", "train", "imagefolder", tmp_path)
+    (tmp_path / "train").mkdir()
+    assert len(build_dataset(config("imagefolder", tmp_path), "val")) == 6
+    fails(FileNotFoundError, "train holds no class folders", "train", "imagefolder", tmp_path)
+
+
+def test_missing_caltech101_names_the_script(tmp_path):
+    message = rf"val does not exist; .*python split_caltech101\.py 101_ObjectCategories {tmp_path}$"
+    fails(FileNotFoundError, message, "val", "caltech101", tmp_path)
+
+
+def test_an_empty_class_is_named(tmp_path):
+    write_folders(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "eel").mkdir()
+        (tmp_path / split / "eel" / "notes.txt").write_text("none yet")
+    fails(FileNotFoundError, rf"{tmp_path}/val: .* eel\. .*Fill these folders", "val", "imagefolder", tmp_path, 3)
+
+
+def test_an_image_outside_the_class_folders_is_named(tmp_path):
+    write_folders(tmp_path)
+    Image.new("L", (4, 4)).save(tmp_path / "val" / "stray.JPEG")
+    fails(ValueError, r"val/stray\.JPEG lies outside the class folders", "val", "imagefolder", tmp_path)
+    assert len(build_dataset(config("imagefolder", tmp_path), "train")) == 6
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_classes_of_the_splits_must_agree(split, tmp_path):
+    write_folders(tmp_path, train=("cat", "dog", "eel"), val=("ant", "cat", "dog"))
+    message = r"different classes: 1 missing from val \(eel\); 1 missing from train \(ant\)"
+    fails(ValueError, message, split, "imagefolder", tmp_path, 3)
+
+
+def test_a_long_list_of_missing_classes_is_cut(tmp_path):
+    write_folders(tmp_path, train=[f"c{number:02}" for number in range(13)], val=("c00",), per_class=1)
+    message = r"12 missing from val \(c01, c02, .*, c10, \.\.\.\)$"
+    fails(ValueError, message, "val", "imagefolder", tmp_path, 13)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_number_of_classes_must_agree_with_the_config(split, tmp_path):
+    message = (
+        rf"the data set in {tmp_path} has 2 classes but MODEL.NUM_CLASSES is 1000; add --opts MODEL.NUM_CLASSES 2$"
+    )
+    fails(ValueError, message, split, "imagenet", write_folders(tmp_path), 1000)
+
+
+def test_an_empty_path_is_an_error():
+    fails(ValueError, r"DATA\.DATA_PATH is empty; give the folder of imagenet with --data-path", "val", "imagenet", "")
+
+
+# ---- zip form ------------------------------------------------------------------------------------
+
+
+def write_zip(root: Path, split: str, classes: list[str]) -> None:
+    image = root / "image.png"
+    Image.new("L", (4, 4)).save(image)
+    with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+        for name in classes:
+            archive.write(image, f"{name}/0.png" if name.isalpha() else f"{name}.png")
+    members = [f"{name}/0.png" if name.isalpha() else f"{name}.png" for name in classes]
+    (root / f"{split}_map.txt").write_text("".join(f"{name}\t{label}\n" for label, name in enumerate(members)))
+
+
+def build_zip(root, split="val", num_classes=2):
+    return build_dataset(config("imagenet", root, num_classes, "DATA.ZIP_MODE", "True"), split)
+
+
+@pytest.mark.parametrize("val", [["cat", "dog"], ["0", "1"]])
+def test_zip_form(val, tmp_path):
+    write_zip(tmp_path, "val", val)
+    assert build_zip(tmp_path).classes == val
+    write_zip(tmp_path, "train", ["cat", "dog"])  # checked against val, by name or by label
+    assert build_zip(tmp_path, "train").classes == ["cat", "dog"] and build_zip(tmp_path).classes == val
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "message"),
+    [
+        (["cat", "dog"], ["cat", "eel"], r"1 missing from val \(dog\); 1 missing from train \(eel\)"),
+        (["cat", "dog"], ["dog", "cat"], "label 0 is cat in train and dog in val"),
+        (["cat", "dog"], ["0"], r"1 missing from val \(1\)"),
+        (["0", "1"], ["0", "1", "2"], r"1 missing from train \(2\)"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_zip_classes_of_the_splits_must_agree(train, val, message, split, tmp_path):
+    write_zip(tmp_path, "train", train)
+    write_zip(tmp_path, "val", val)
+    with pytest.raises(ValueError, match=message):
+        build_zip(tmp_path, split, num_classes=3)
+
+
+def test_zip_number_of_classes_must_agree_with_the_config(tmp_path):
+    write_zip(tmp_path, "val", ["cat", "dog"])
+    with pytest.raises(ValueError, match=r"has 2 classes but MODEL\.NUM_CLASSES is 5"):
+        build_zip(tmp_path, num_classes=5)
+
+
+def test_zip_of_other_data_sets_is_an_error():
+    message = r"DATA\.ZIP_MODE reads imagenet, imagefolder, caltech101; DATA\.DATASET is digits"
+    with pytest.raises(ValueError, match=message):
+        build_dataset(config("digits", "", 10, "DATA.ZIP_MODE", "True"), "val")
+
+
+# ---- digits --------------------------------------------------------------------------------------
+
+
+def test_digits_are_those_of_scikit_learn():
+    reference = pytest.importorskip("sklearn.datasets").load_digits()
+    is_val = np.arange(1797) % 5 == 0
+    for split, chosen, count in (("train", ~is_val, 1437), ("val", is_val, 360)):
+        images, labels, classes = read_digits(split)
+        assert len(images) == len(labels) == count and images.dtype == np.uint8
+        assert labels == reference.target[chosen].tolist() and classes == [str(digit) for digit in range(10)]
+        for channel in range(3):
+            np.testing.assert_array_equal(images[..., channel], reference.images[chosen].astype(int) * 255 // 16)
+
+
+def test_digits_data_set():
+    dataset = build_dataset(config("digits", "", 10), "val")
+    image, label = dataset[0]
+    assert len(dataset) == 360 and label == 0 and image.mode == "RGB" and image.size == (8, 8)
+    assert [image.getpixel((x, 0))[0] for x in range(8)] == [v * 255 // 16 for v in (0, 0, 5, 13, 9, 1, 0, 0)]
+    fails(ValueError, r"has 10 classes but MODEL\.NUM_CLASSES is 2", "train", "digits", "", 2)

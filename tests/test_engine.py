@@ -1,0 +1,312 @@
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+import main
+from config import load_config
+from data import build_mixup, build_val_loader
+from engine import Precision, evaluate, measure_throughput
+from lr_scheduler import LRScheduler
+from models import build_model
+from optimizer import build_optimizer
+from state import Layout, TrainState
+from tests.helpers import DIGITS, TINY, arguments, folder, run, torchrun
+
+CPU = torch.device("cpu")
+
+
+class Batches:
+    """A loader of fixed batches."""
+
+    def __init__(self, batches):
+        self.batches, self.batch_sampler = batches, self
+
+    def set_epoch(self, epoch, start_batch):
+        self.start_batch = start_batch
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches[self.start_batch:])
+
+
+class NeverDue:
+    def is_due(self, state):
+        return False
+
+
+def make_state(config, precision, updates_per_epoch=2, images=64):
+    torch.manual_seed(0)
+    model = build_model(config)
+    optimizer = build_optimizer(config, model)
+    return TrainState(Layout(images, 10, 16, 1, 1), model, optimizer, LRScheduler(config, optimizer, updates_per_epoch),
+                      precision.scaler(), None)
+
+
+def batches(count, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(size, 3, 16, 16, generator=generator), torch.randint(10, (size,), generator=generator))
+            for _ in range(count)]
+
+
+def train(config, data, state=None, precision=None, mixup=None):
+    precision = precision or Precision(config.AMP_DTYPE, CPU)
+    state = state or make_state(config, precision)
+    engine.train_one_epoch(config, state, state.model, Batches(data), mixup, precision, None, NeverDue())
+    return state
+
+
+def tiny(*opts):
+    return load_config(DIGITS, [*TINY, "MODEL.DROP_PATH_RATE", 0.0, "TRAIN.EMA.ENABLED", False, *opts])
+
+
+def weights(state):
+    return torch.cat([p.detach().flatten() for p in state.model.parameters()])
+
+
+# ---- training --------------------------------------------------------------------------------------
+
+def test_one_update_is_the_textbook_update():
+    """Loss, clipping, AdamW and schedule of one update against plain PyTorch."""
+    config = tiny("TRAIN.CLIP_GRAD", 0.1)
+    data = batches(1)
+    state = train(config, data)
+    torch.manual_seed(0)
+    model = build_model(config)
+    decay = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith("bias")]
+    no_decay = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith("bias")]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}],
+                                  lr=config.TRAIN.WARMUP_LR, weight_decay=0.05)
+    nn.functional.cross_entropy(model(data[0][0]), data[0][1], label_smoothing=0.1).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert norm > 0.1
+    for p in model.parameters():
+        p.grad *= 0.1 / norm
+    optimizer.step()
+    torch.testing.assert_close(weights(state), torch.cat([p.detach().flatten() for p in model.parameters()]),
+                               rtol=1e-6, atol=1e-8)
+    assert state.step == 1 and state.epoch == 1 and state.batch == 0
+
+
+def frozen_statistics(config):
+    """BatchNorm on stored statistics, so that micro-batches do not influence each other."""
+    state = make_state(config, Precision("fp32", CPU))
+    state.model.eval()
+    state.model.train = lambda mode=True: state.model
+    return state
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    data = batches(4)
+    joined = [(torch.cat([data[i][0], data[i + 1][0]]), torch.cat([data[i][1], data[i + 1][1]])) for i in (0, 2)]
+    sgd = ("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.BASE_LR", 0.1)
+    config = tiny("TRAIN.ACCUMULATION_STEPS", 2, *sgd)
+    accumulated = train(config, data, frozen_statistics(config))
+    config = tiny("TRAIN.ACCUMULATION_STEPS", 1, *sgd)
+    whole = train(config, joined, frozen_statistics(config))
+    assert accumulated.step == whole.step == 2
+    torch.testing.assert_close(weights(accumulated), weights(whole), rtol=1e-5, atol=1e-6)
+
+
+def test_tail_of_an_epoch_is_averaged_over_its_own_micro_batches():
+    """5 micro-batches by 2: the last update has one, whose gradient must not be halved. SGD would show it."""
+    opts = ("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.CLIP_GRAD", 0.0, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.WEIGHT_DECAY", 0.0,
+            "TRAIN.OPTIMIZER.MOMENTUM", 0.5)
+    data = batches(1)
+    config = tiny("TRAIN.ACCUMULATION_STEPS", 2, *opts)
+    alone = train(config, data, frozen_statistics(config))
+    config = tiny("TRAIN.ACCUMULATION_STEPS", 1, *opts)
+    plain = train(config, data, frozen_statistics(config))
+    assert torch.equal(weights(alone), weights(plain))
+    config = tiny("TRAIN.ACCUMULATION_STEPS", 2, *opts)
+    assert train(config, batches(5)).step == 3
+
+
+@pytest.mark.parametrize("first, last", [(0, 0), (1, 2), (3, 3)])
+def test_a_skipped_update_leaves_no_trace(monkeypatch, first, last):
+    """Updates with a loss that is not finite are as if their batches had not been there (but for the schedule)."""
+    config = tiny("TRAIN.LR_SCHEDULER.NAME", "step", "TRAIN.WARMUP_EPOCHS", 0)
+    data = batches(4)
+    bad = data[:first] + [(images * float("nan"), targets) for images, targets in data[first:last + 1]] + data[last + 1:]
+    with_bad, without = train(config, bad), train(config, data[:first] + data[last + 1:])
+    assert with_bad.step == 4
+    for a, b in zip(with_bad.model.state_dict().items(), without.model.state_dict().items(), strict=True):
+        assert a[0].endswith("num_batches_tracked") or torch.equal(a[1], b[1]), a[0]
+    for a, b in zip(with_bad.optimizer.state.values(), without.optimizer.state.values(), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_infinite_loss_with_a_finite_gradient_is_skipped():
+    config = tiny()
+    state = make_state(config, Precision("fp32", CPU))
+    updater = engine._Updater(config, state)
+    before = weights(state)
+    finite = state.model(batches(1)[0][0]).sum()
+    updater.backward(finite + float("inf"))
+    assert updater.update()[1].item() is True
+    assert torch.equal(weights(state), before)
+
+
+def test_too_many_skipped_updates_stop_the_run(tmp_path):
+    result = run(["tests/faults.py", "bad_loss_at_steps", 9, 99, "--",
+                  *arguments(tmp_path, "TRAIN.MAX_SKIPPED", 3, "PRINT_FREQ", 1)])
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "3 updates in a row were skipped" in result.stdout and "TRAIN.BASE_LR" in result.stdout
+    assert "updates were skipped" in (folder(tmp_path) / "log_rank0.txt").read_text()
+
+
+def test_a_loss_that_is_bad_on_one_process_is_skipped_on_all(tmp_path):
+    options = ("DATA.BATCH_SIZE", 100, "PRINT_FREQ", 1)
+    result = run([*torchrun(2), "tests/faults.py", "bad_loss_at_steps", 3, 4, 1, "--", *arguments(tmp_path, *options)])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("1 of the last 1 updates were skipped") == 2
+    assert "Best top-1" in result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_precisions_agree(dtype):
+    config = tiny("AMP_DTYPE", dtype, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.BASE_LR", 1e-3)
+    data = batches(2)
+    precision = Precision(dtype, CPU)
+    assert precision.scaler().is_enabled() == (dtype == "fp16")
+    state, reference = train(config, data, precision=precision), train(tiny(*["TRAIN.WARMUP_EPOCHS", 0]), data)
+    seen = []
+    state.model.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with precision.autocast(), torch.no_grad():
+        state.model.eval()(data[0][0])
+    assert seen == [Precision.DTYPES[dtype]]
+    assert state.step == 2
+    if dtype != "fp16":  # whose loss scale starts so high that first updates are skipped
+        assert 1e-4 < (weights(state) - weights(reference)).norm() / weights(reference).norm() < 0.05
+
+
+@pytest.mark.parametrize("mixup, cutmix, smoothing", [(0.8, 0.0, 0.1), (0.0, 1.0, 0.1), (0.0, 0.0, 0.1), (0.0, 0.0, 0.0),
+                                                      (0.8, 1.0, 0.0)])
+def test_every_choice_of_loss(mixup, cutmix, smoothing):
+    """Training runs, and the loss is the cross entropy with the targets that the choice makes."""
+    config = tiny("AUG.MIXUP", mixup, "AUG.CUTMIX", cutmix, "MODEL.LABEL_SMOOTHING", smoothing)
+    mix = build_mixup(config)
+    assert (mix is None) == (mixup == cutmix == 0)
+    data = batches(1)
+    losses = []
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mix else smoothing)
+    state = make_state(config, Precision("fp32", CPU))
+    record = engine._Progress.add_loss
+
+    class Spy(engine._Progress):
+        def add_loss(self, loss, images):
+            losses.append(loss.item())
+            record(self, loss, images)
+
+    engine._Progress, original = Spy, engine._Progress
+    try:
+        import numpy as np
+        np.random.seed(0)
+        images, targets = (t.clone() for t in data[0])
+        if mix:
+            images, targets = mix(images, targets)
+            assert torch.allclose(targets.sum(1), torch.ones(8)) and targets.min() >= smoothing / 10 - 1e-6
+        logits = state.model.train()(images)
+        expected = criterion(logits, targets).item()
+        np.random.seed(0)
+        train(config, [(data[0][0].clone(), data[0][1])], make_state(config, Precision("fp32", CPU)), mixup=mix)
+    finally:
+        engine._Progress = original
+    assert losses == [pytest.approx(expected, rel=1e-6)]
+
+
+def test_train_mode_statistics_are_the_mean_over_processes(tmp_path):
+    """After an update two processes hold one network: the same weights and the mean of their BatchNorm statistics."""
+    script = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import engine, utils
+from torch.nn.parallel import DistributedDataParallel
+from tests.test_engine import *
+device = utils.init_distributed("cpu")
+config = tiny()
+state = make_state(config, Precision("fp32", CPU))
+model = DistributedDataParallel(state.model, broadcast_buffers=False)
+data = batches(1, seed=utils.rank())
+engine.train_one_epoch(config, state, model, Batches(data), None, Precision("fp32", CPU), None, NeverDue())
+ours = state.model.state_dict()
+gathered = utils.gather_objects(ours)
+assert all(torch.equal(gathered[0][k], gathered[1][k]) for k in ours)
+local = []
+for seed in (0, 1):
+    single = make_state(config, Precision("fp32", CPU))
+    single.model.train()(batches(1, seed=seed)[0][0])
+    local.append(single.model.state_dict())
+for key in ours:
+    if "running" in key:
+        torch.testing.assert_close(ours[key], (local[0][key] + local[1][key]) / 2, rtol=1e-6, atol=1e-7)
+dist.destroy_process_group()
+"""
+    (tmp_path / "check.py").write_text(script)
+    result = run([*torchrun(2), tmp_path / "check.py", main.__file__.rsplit(os.sep, 1)[0]])
+    assert result.returncode == 0, result.stderr
+
+
+# ---- evaluation ------------------------------------------------------------------------------------
+
+def test_evaluate_against_a_plain_count():
+    config = load_config(DIGITS, TINY + ["DATA.BATCH_SIZE", "50"])
+    torch.manual_seed(1)
+    model = build_model(config)
+    loader = build_val_loader(config)
+    result = evaluate(model, loader, Precision("fp32", CPU))
+    model.eval()
+    with torch.no_grad():
+        logits, targets = map(torch.cat, zip(*[(model(x), y) for x, y in loader], strict=True))
+    order = logits.argsort(1, descending=True)
+    assert result["images"] == 360 == len(targets)
+    assert result["acc1"] == 100 * (order[:, 0] == targets).sum().item() / 360
+    assert result["acc5"] == pytest.approx(100 * (order[:, :5] == targets[:, None]).any(1).double().mean().item(), rel=1e-12)
+    picked = -logits.double().log_softmax(1)[range(360), targets]
+    assert result["loss"] == pytest.approx(picked.mean().item(), rel=1e-6)
+
+
+def test_evaluate_with_fewer_than_five_classes():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+
+    class Loader(list):
+        dataset = range(5)
+
+    loader = Loader([(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))])
+    assert evaluate(model, loader, Precision("fp32", CPU))["acc5"] == 100.0
+
+
+def test_evaluate_refuses_to_lose_an_image():
+    class Loader(list):
+        dataset = range(6)
+
+    loader = Loader([(torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))])
+    with pytest.raises(RuntimeError, match="5 images were evaluated, but the validation set has 6"):
+        evaluate(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), loader, Precision("fp32", CPU))
+
+
+def test_throughput_counts_images():
+    images = torch.randn(4, 3, 16, 16)
+    calls = []
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            calls.append(len(x))
+            __import__("time").sleep(0.01)
+            return x
+
+    speed = measure_throughput(Slow(), images, Precision("fp32", CPU), repeats=6)
+    assert len(calls) == 8 and 200 < speed < 400
+
+
+def test_precision_auto_is_fp32_on_the_cpu():
+    assert Precision("auto", CPU).name == "fp32"
+    assert Precision("auto", torch.device("cuda")).name == "bf16"

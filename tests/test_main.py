@@ -1,0 +1,299 @@
+"""The command line, end to end, on tiny trainings."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+import checkpoint
+import main
+from config import load_config, to_dict
+from models import build_model, to_released_state_dict
+from tests.helpers import DIGITS, ROOT, TINY, arguments, differences, environment, folder, run, torchrun
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The output folder of a finished training."""
+    output = tmp_path_factory.mktemp("trained")
+    assert main.main(arguments(output)) == 0
+    return output
+
+
+def records(output, tag="run"):
+    return [json.loads(line) for line in (folder(output, tag) / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- one run ---------------------------------------------------------------------------------------
+
+def test_what_a_run_leaves_behind(trained):
+    run_folder = folder(trained)
+    assert {path.name for path in run_folder.iterdir()} >= {
+        "best.pth", "ckpt_step_00000007.pth", "ckpt_step_00000014.pth", "config.yaml", "run.yaml", "log_rank0.txt",
+        "metrics.jsonl", "tensorboard"}
+    newest = checkpoint.load_file(run_folder / "ckpt_step_00000014.pth")
+    assert {"model", "optimizer", "lr_scheduler", "epoch", "max_accuracy", "config", "model_ema"} <= newest.keys()
+    assert newest["epoch"] == 2 and newest["step"] == 14
+    assert torch.load(run_folder / "best.pth", weights_only=True)["epoch"] in (1, 2)
+    described = yaml.safe_load((run_folder / "run.yaml").read_text())
+    assert described["torch"] == torch.__version__ and described["python"] == sys.version.split()[0]
+    assert described["timm"] and described["git_commit"] and described["world_size"] == 1
+    assert described["effective_batch"] == 200 and described["base_lr"] == 2e-3
+    again = load_config(run_folder / "config.yaml")
+    assert to_dict(again) == newest["config"]
+
+
+def test_log_and_metrics(trained):
+    log = (folder(trained) / "log_rank0.txt").read_text()
+    assert "\x1b[" not in log, "colours in a file"
+    assert "Train: [0/2][3/7]  eta 0:0" in log and "grad_norm" in log and "G multiply-accumulates" in log
+    train_records = [record for record in records(trained) if record["kind"] == "train"]
+    assert [record["step"] for record in train_records] == [3, 6, 7, 9, 12, 14]
+    assert all(record["loss"] > 0 and record["lr"] > 0 and record["grad_norm"] > 0 for record in train_records)
+    evals = [record for record in records(trained) if record["kind"] == "eval_ema"]
+    assert [record["images"] for record in evals] == [360, 360]
+    best = checkpoint.load_file(folder(trained) / "best.pth")["max_accuracy"]
+    assert best == max(record["acc1"] for record in evals)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder(trained) / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [3, 6, 7, 9, 12, 14]
+    assert events.Scalars("eval_ema/acc1")[-1].value == pytest.approx(evals[-1]["acc1"])
+
+
+def test_the_same_command_again_trains_nothing(trained):
+    before = checkpoint.load_file(folder(trained) / "ckpt_step_00000014.pth")
+    assert main.main(arguments(trained)) == 0
+    assert differences(before, checkpoint.load_file(checkpoint.newest_checkpoint(folder(trained)))) == []
+    assert len(records(trained)) == 10
+
+
+def test_the_same_seed_gives_the_same_bits(trained, tmp_path):
+    assert main.main(arguments(tmp_path, "DATA.NUM_WORKERS", 2)) == 0
+    a, b = (checkpoint.load_file(folder(path) / "ckpt_step_00000014.pth")["model"] for path in (trained, tmp_path))
+    assert differences(a, b) == []
+    assert main.main(arguments(tmp_path, "SEED", 1, "TRAIN.EPOCHS", 1, tag="seed1")) == 0
+    other = checkpoint.load_file(folder(tmp_path, "seed1") / "ckpt_step_00000007.pth")["model"]
+    assert differences(a, other)
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path):
+    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 4, "KEEP_CHECKPOINTS", 2)) == 0
+    names = sorted(path.name for path in folder(tmp_path).glob("*.pth"))
+    assert names == ["best.pth", "ckpt_step_00000021.pth", "ckpt_step_00000028.pth"]
+
+
+def test_save_freq(tmp_path):
+    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 3, "SAVE_FREQ", 2, "TRAIN.BASE_LR", 1e-12,
+                               "TRAIN.WARMUP_LR", 0.0, "TRAIN.MIN_LR", 0.0, "TRAIN.EMA.ENABLED", False,
+                               "KEEP_CHECKPOINTS", 9)) == 0
+    steps = [path.name for path in checkpoint.list_checkpoints(folder(tmp_path))]
+    assert steps[0] == "ckpt_step_00000021.pth" and "ckpt_step_00000014.pth" in steps  # the last, and every second
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1)) == 0
+    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 2)) == 0
+    assert "7 updates done" in (folder(tmp_path) / "log_rank0.txt").read_text()
+    assert records(tmp_path)[-1]["step"] == 14
+
+
+# ---- evaluation ------------------------------------------------------------------------------------
+
+def test_eval_repeats_the_training_s_last_evaluation(trained, tmp_path):
+    last = folder(trained) / "ckpt_step_00000014.pth"
+    assert main.main(arguments(tmp_path, flags=["--eval", "--resume", str(last)])) == 0
+    report = json.loads((folder(tmp_path) / "eval.json").read_text())
+    for kind in ("eval", "eval_ema"):
+        logged = [record for record in records(trained) if record["kind"] == kind][-1]
+        for key in ("acc1", "acc5", "images"):
+            assert report[kind][key] == logged[key]
+        assert report[kind]["loss"] == pytest.approx(logged["loss"], rel=1e-6)
+    digest = subprocess.run(["sha256sum", last], capture_output=True, text=True).stdout.split()[0]
+    assert report["sha256"] == digest and report["environment"]["torch"] == torch.__version__
+    assert report["config"]["DATA"]["DATASET"] == "digits"
+
+
+def test_eval_takes_the_run_s_best_checkpoint_by_itself(trained):
+    assert main.main(arguments(trained, flags=["--eval"])) == 0
+    report = json.loads((folder(trained) / "eval.json").read_text())
+    assert report["eval_ema"]["acc1"] == checkpoint.load_file(folder(trained) / "best.pth")["max_accuracy"]
+
+
+def test_eval_of_a_released_checkpoint(trained, tmp_path):
+    from yacs.config import CfgNode
+    ours = checkpoint.load_file(folder(trained) / "ckpt_step_00000014.pth")
+    path = tmp_path / "released.pth"
+    torch.save({"model": to_released_state_dict(ours["model"]), "epoch": 1, "max_accuracy": 1.0,
+                "config": CfgNode({"MODEL": {"NAME": "smlp"}})}, path)
+    assert main.main(arguments(tmp_path, flags=["--eval", "--resume", str(path)])) == 0
+    logged = [record for record in records(trained) if record["kind"] == "eval"][-1]
+    report = json.loads((folder(tmp_path) / "eval.json").read_text())
+    assert report["eval"]["acc1"] == logged["acc1"] and "eval_ema" not in report
+
+
+@pytest.mark.parametrize("batch_size", [7, 64, 360])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_eval_is_the_same_for_any_number_of_processes_and_batch_size(trained, tmp_path, processes, batch_size):
+    """360 images, which neither batch size divides evenly over the processes."""
+    if (processes, batch_size) not in [(1, 7), (1, 360), (2, 7), (2, 64), (3, 7)]:
+        pytest.skip("covered by the others")
+    launcher = torchrun(processes) if processes > 1 else []
+    flags = ["--eval", "--resume", folder(trained) / "best.pth", "--batch-size", batch_size]
+    result = run([*launcher, "main.py", *arguments(tmp_path, "AUG.MIXUP", 0, "AUG.CUTMIX", 0, flags=flags)])
+    assert result.returncode == 0, result.stderr
+    ours = json.loads((folder(tmp_path) / "eval.json").read_text())["eval_ema"]
+    logged = max((r for r in records(trained) if r["kind"] == "eval_ema"), key=lambda r: r["acc1"])
+    assert {key: ours[key] for key in ("acc1", "acc5", "images", "loss")} == {
+        key: logged[key] for key in ("acc1", "acc5", "images", "loss")}
+
+
+def test_throughput(capsys):
+    assert main.main([*arguments("unused", flags=["--throughput", "--batch-size", "4"])]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "images/s, batch size 4, fp32, CPU" in line
+    assert float(line.split(": ")[1].split(" images/s")[0]) > 0
+
+
+# ---- weights to start from -------------------------------------------------------------------------
+
+def test_pretrained_with_another_number_of_classes(tmp_path):
+    """A network of 7 classes starts a training of 10: all but the head is loaded."""
+    config = load_config(DIGITS, [*TINY, "MODEL.NUM_CLASSES", 7])
+    torch.manual_seed(5)
+    source = build_model(config).state_dict()
+    torch.save({"model": source}, tmp_path / "seven.pth")
+    options = ("TRAIN.EPOCHS", 1, "TRAIN.BASE_LR", 1e-12, "TRAIN.WARMUP_LR", 0.0, "TRAIN.MIN_LR", 0.0)
+    assert main.main(arguments(tmp_path, *options, flags=["--pretrained", str(tmp_path / "seven.pth")])) == 0
+    log = (folder(tmp_path) / "log_rank0.txt").read_text()
+    assert "drawn anew: head.weight, head.bias" in log
+    after = checkpoint.load_file(folder(tmp_path) / "ckpt_step_00000007.pth")["model"]
+    for key, value in source.items():
+        if not key.startswith("head.") and "running" not in key and "num_batches" not in key:
+            torch.testing.assert_close(after[key], value, rtol=0, atol=1e-9)
+
+
+def test_resume_from_a_named_checkpoint(trained, tmp_path):
+    path = folder(trained) / "ckpt_step_00000007.pth"
+    assert main.main(arguments(tmp_path, flags=["--resume", str(path)])) == 0
+    a, b = (checkpoint.load_file(folder(output) / "ckpt_step_00000014.pth") for output in (trained, tmp_path))
+    for content in (a, b):
+        content.pop("config")
+    assert differences(a, b) == []
+
+
+def test_released_checkpoint_cannot_be_resumed(trained, tmp_path, capsys):
+    ours = checkpoint.load_file(folder(trained) / "best.pth")
+    torch.save({"model": to_released_state_dict(ours["model"]), "epoch": 1}, tmp_path / "released.pth")
+    assert main.main(arguments(tmp_path, flags=["--resume", str(tmp_path / "released.pth")])) == 2
+    out = capsys.readouterr().out
+    assert "it lacks" in out and "--pretrained" in out
+
+
+# ---- launchers -------------------------------------------------------------------------------------
+
+LAUNCHERS = {
+    "torchrun": [sys.executable.rsplit("/", 1)[0] + "/torchrun", "--standalone", "--nproc_per_node", "2"],
+    "torch.distributed.launch": [sys.executable, "-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node",
+                                 "2", "--master_port", "29517"],
+    "none": [sys.executable],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS.keys())
+def test_launchers(tmp_path, launcher):
+    options = arguments(tmp_path, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 100)
+    result = subprocess.run([*launcher, "main.py", *options], cwd=ROOT, env=environment(), capture_output=True,
+                            text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    processes = 1 if launcher == LAUNCHERS["none"] else 2
+    described = yaml.safe_load((folder(tmp_path) / "run.yaml").read_text())
+    assert described["world_size"] == processes and described["effective_batch"] == 100 * processes
+    assert result.stdout.count("Best top-1") == 1, "every rank printed"
+    newest = checkpoint.load_file(checkpoint.newest_checkpoint(folder(tmp_path)))
+    assert newest["step"] == 1437 // (100 * processes) and len(newest["rng"]) == processes
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_nccl(tmp_path):
+    """One process through the launcher is enough to bring up NCCL, its collectives and DistributedDataParallel's."""
+    options = [*arguments(tmp_path, "TRAIN.EPOCHS", 1), "TRAIN.SYNC_BN", "True", "AMP_DTYPE", "bf16"]
+    options[options.index("--device") + 1] = "cuda"
+    result = run([*torchrun(torch.cuda.device_count()), "main.py", *options])
+    assert result.returncode == 0, result.stderr
+    assert "Best top-1" in result.stdout
+
+
+# ---- what a user can get wrong ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, message", [
+    (["--batchsize", "3"], "unknown argument --batchsize; did you mean --batch-size?"),
+    (["--resum=x"], "unknown argument --resum=x; did you mean --resume?"),
+    (["--lr", "3"], "unknown argument --lr"),
+    (["stray"], "unknown argument stray"),
+    (["--batch-size", "many"], "invalid int value: 'many'"),
+    (["--device", "tpu"], "invalid choice: 'tpu'"),
+])
+def test_bad_flags(capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        main.parse_arguments(["--cfg", "x.yaml", *argv])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_flags_reach_the_config():
+    args = main.parse_arguments(["--cfg", str(DIGITS), "--batch-size", "6", "--zip", "--cache-mode", "no",
+                                 "--accumulation-steps", "3", "--use-checkpoint", "--amp-dtype", "bf16", "--compile",
+                                 "--output", "out", "--tag", "1e5", "--pretrained", "p", "--resume", "r", "--data-path",
+                                 "d", "--opts", "DATA.BATCH_SIZE", "8", "SEED", "4"])
+    config = load_config(args.cfg, main.config_overrides(args))
+    assert config.DATA.BATCH_SIZE == 6 and config.SEED == 4  # a flag wins over --opts
+    assert (config.DATA.ZIP_MODE, config.DATA.CACHE_MODE, config.TRAIN.ACCUMULATION_STEPS) == (True, "no", 3)
+    assert (config.TRAIN.USE_CHECKPOINT, config.AMP_DTYPE, config.COMPILE) == (True, "bf16", True)
+    assert (config.OUTPUT, config.TAG, config.MODEL.PRETRAINED, config.MODEL.RESUME) == ("out", "1e5", "p", "r")
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
+def test_launcher_flags_are_ignored(flag):
+    args = main.parse_arguments(["--cfg", str(DIGITS), flag])
+    assert main.config_overrides(args) == []
+
+
+def test_amp_opt_level_is_deprecated(tmp_path, capsys):
+    assert main.main(arguments(tmp_path, flags=["--amp-opt-level", "O1", "--throughput", "--batch-size", "2"])) == 0
+    assert "WARNING: --amp-opt-level" in capsys.readouterr().out
+
+
+def test_a_second_run_on_one_folder_is_refused(tmp_path, capsys):
+    folder(tmp_path).mkdir(parents=True)
+    with checkpoint.lock_folder(folder(tmp_path)):
+        assert main.main(arguments(tmp_path)) == 2
+    assert "run in progress" in capsys.readouterr().out
+    assert not list(folder(tmp_path).glob("*.pth"))
+
+
+def test_damaged_checkpoints_never_start_afresh(tmp_path, capsys):
+    folder(tmp_path).mkdir(parents=True)
+    (folder(tmp_path) / "ckpt_step_00000009.pth").write_bytes(b"damaged")
+    assert main.main(arguments(tmp_path)) == 2
+    assert "none of the 1 checkpoints" in capsys.readouterr().out
+
+
+def test_disk_full_while_saving_does_not_stop_the_run(tmp_path):
+    result = run(["tests/faults.py", "disk_full_while_saving", 1, "--", *arguments(tmp_path)])
+    assert result.returncode == 0, result.stderr
+    assert "COULD NOT SAVE A CHECKPOINT" in result.stdout and "No space left" in result.stdout
+    assert sorted(path.name for path in folder(tmp_path).glob("*.pth")) == ["best.pth", "ckpt_step_00000014.pth"]
+    assert not list(folder(tmp_path).glob(".*.tmp"))
+
+
+def test_closed_stdout_does_not_stop_the_run(tmp_path):
+    command = [sys.executable, "main.py", *arguments(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    stderr = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 0, stderr
+    assert "Best top-1" in (folder(tmp_path) / "log_rank0.txt").read_text()
