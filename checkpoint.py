@@ -126,8 +126,8 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
             logger.warning("skipping a checkpoint: %s", error)
     if paths:
         raise CheckpointError(
-            f"none of the {len(paths)} checkpoints in {folder} can be loaded; move them away to start afresh, or name a "
-            "good one with --resume"
+            f"none of the {len(paths)} checkpoints in {folder} can be loaded; move them away to start afresh, or name "
+            "a good one with --resume"
         )
     return None
 

@@ -49,7 +49,8 @@ class Checkpointer:
         """Whether to save after this update, agreed by all processes."""
         steps, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
         wish = _NOTHING
-        if steps and state.step % steps == 0 or minutes and time.monotonic() - self.saved_at > 60 * minutes:
+        overdue = minutes and time.monotonic() - self.saved_at > 60 * minutes
+        if overdue or steps and state.step % steps == 0:
             wish = _SAVE
         if self.signal:
             wish = _STOP
@@ -67,8 +68,8 @@ class Checkpointer:
                 path = checkpoint.save_checkpoint(content, self.folder, is_best, self.config.KEEP_CHECKPOINTS)
                 logger.info(f"saved {path}{' (best)' if is_best else ''}")
             except OSError as error:
-                logger.error("COULD NOT SAVE A CHECKPOINT: %s. Older ones are untouched and the run goes on; make room, "
-                             "or it will be lost from the last one on", error)
+                logger.error("COULD NOT SAVE A CHECKPOINT: %s. Older ones are untouched and the run goes on; make "
+                             "room, or what comes after them may be lost", error)
         utils.barrier()
         self.saved_at = time.monotonic()
         if utils.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP:

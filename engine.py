@@ -38,7 +38,7 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
-def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, precision, metrics, checkpointer) -> None:
+def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, precision, metrics, checkpointer):
     """Trains the rest of the epoch that ``state`` is in.
 
     Args:
@@ -89,8 +89,8 @@ def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, 
         state.step += 1
         state.lr_scheduler.step_update(state.step)
 
-        # 4. Log and checkpoint. Only here does the host wait for the device. A log interval ends with each checkpoint, so
-        #    that a resumed run logs the same intervals.
+        # 4. Log and checkpoint. Only here does the host wait for the device. A log interval ends with each checkpoint,
+        #    so that a resumed run logs the same intervals.
         is_due = checkpointer.is_due(state)
         progress.log(grad_norm, skipped, lr, now=is_due)
         if is_due:
@@ -252,8 +252,8 @@ class _Progress:
         if longest_row >= self.config.TRAIN.MAX_SKIPPED:
             raise FloatingPointError(
                 f"{longest_row} updates in a row were skipped because loss or gradient was not finite (the limit is "
-                "TRAIN.MAX_SKIPPED). The last checkpoint is from before the fault or holds the same weights. Try a lower "
-                "TRAIN.BASE_LR, a longer TRAIN.WARMUP_EPOCHS, --amp-dtype bf16 or fp32, and look for bad images"
+                "TRAIN.MAX_SKIPPED). The last checkpoint is from before the fault or holds the same weights. Try a "
+                "lower TRAIN.BASE_LR, a longer TRAIN.WARMUP_EPOCHS, --amp-dtype bf16 or fp32, and look for bad images"
             )
         self._restart()
 

@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import utils
-from config import load_config, nearest, to_dict
 from checkpointer import PREEMPTED, Checkpointer, Preempted
+from config import load_config, nearest, to_dict
 from data import build_mixup, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, evaluate, measure_throughput, train_one_epoch
 from logger import MetricsWriter, add_log_file, setup_console
@@ -70,12 +70,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="config keys to set, e.g. --opts TRAIN.EPOCHS 100 AUG.MIXUP 0; config.py lists them all")
     parser.add_argument("--data-path", metavar="DIR", help="the data set's folder")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per process and micro-batch")
-    parser.add_argument("--zip", action="store_true", default=None, help="read train.zip and val.zip instead of folders")
-    parser.add_argument("--cache-mode", metavar="MODE", help="of --zip, in memory: no, part (each process its share), full")
+    parser.add_argument("--zip", action="store_true", default=None, help="read train.zip and val.zip, not folders")
+    parser.add_argument("--cache-mode", metavar="MODE", help="of --zip, in memory: no, part (each its share), full")
     parser.add_argument("--pretrained", metavar="CKPT", help="start from these weights")
     parser.add_argument("--resume", metavar="CKPT", help="go on from this checkpoint, or evaluate it")
     parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches per update")
-    parser.add_argument("--use-checkpoint", action="store_true", default=None, help="gradient checkpointing: less memory")
+    parser.add_argument("--use-checkpoint", action="store_true", default=None, help="gradient checkpointing")
     parser.add_argument("--amp-dtype", metavar="TYPE", help="bf16, fp16, fp32 or auto (bf16 on CUDA, fp32 on the CPU)")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile the network")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="", help="default: cuda where there is a GPU")
@@ -103,8 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        The exit status: 0; 2 for what the user can put right; 1 for a training that failed; 75 for one that saved itself
-        and stopped on a signal, to go on with the same command.
+        The exit status: 0; 2 for what the user can put right; 1 for a training that failed; 75 for one that saved
+        itself and stopped on a signal, to go on with the same command.
     """
     args = parse_arguments(argv)
     setup_console(int(os.environ.get("RANK", 0)))
@@ -148,7 +148,7 @@ def train(config, device: torch.device, folder: Path) -> None:
             _load_pretrained(config, model)
         if config.TRAIN.SYNC_BN and utils.world_size() > 1:
             if device.type != "cuda":
-                raise ValueError("TRAIN.SYNC_BN is True, but PyTorch's SyncBatchNorm needs CUDA; set it False on the CPU")
+                raise ValueError("TRAIN.SYNC_BN is True, but SyncBatchNorm needs CUDA; set it False on the CPU")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
         # 2. The state of the training; from here on every process draws its own random numbers.

@@ -74,15 +74,15 @@ class TrainState:
         missing = self.state_dict().keys() - checkpoint.keys()
         if missing:
             raise ValueError(
-                f"the checkpoint cannot be resumed, it lacks {', '.join(sorted(missing))}; to start a new training from "
-                "its weights use --pretrained, to evaluate it --eval"
+                f"the checkpoint cannot be resumed, it lacks {', '.join(sorted(missing))}; to start a new training "
+                "from its weights use --pretrained, to evaluate it --eval"
             )
         saved = Layout(**checkpoint["layout"])
         if (saved.training_images, saved.num_classes) != (self.layout.training_images, self.layout.num_classes):
             raise ValueError(
-                f"the checkpoint was trained on {saved.training_images} images of {saved.num_classes} classes, this data "
-                f"set has {self.layout.training_images} of {self.layout.num_classes}; to train its weights on other data "
-                "use --pretrained and another --tag"
+                f"the checkpoint was trained on {saved.training_images} images of {saved.num_classes} classes, this "
+                f"data set has {self.layout.training_images} of {self.layout.num_classes}; to train its weights on "
+                "other data use --pretrained and another --tag"
             )
         groups = self.optimizer.state_dict()["param_groups"]
         for group, saved_group in zip(groups, checkpoint["optimizer"]["param_groups"], strict=True):
@@ -104,8 +104,8 @@ class TrainState:
         else:
             self._move_to(self.batch * saved.images_per_batch)
             logger.warning(
-                "the checkpoint was written with %s processes x batch %s x accumulation %s, this run has %s x %s x %s: it "
-                "goes on at the same image, epoch %s batch %s, but its bits will differ from a run without a break",
+                "the checkpoint was written with %s processes x batch %s x accumulation %s, this run has %s x %s x %s: "
+                "it goes on at the same image, epoch %s batch %s, but its bits will differ from a run without a break",
                 saved.world_size, saved.batch_size, saved.accumulation_steps,
                 self.layout.world_size, self.layout.batch_size, self.layout.accumulation_steps, self.epoch, self.batch,
             )

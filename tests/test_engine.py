@@ -131,7 +131,8 @@ def test_a_skipped_update_leaves_no_trace(monkeypatch, first, last):
     """Updates with a loss that is not finite are as if their batches had not been there (but for the schedule)."""
     config = tiny("TRAIN.LR_SCHEDULER.NAME", "step", "TRAIN.WARMUP_EPOCHS", 0)
     data = batches(4)
-    bad = data[:first] + [(images * float("nan"), targets) for images, targets in data[first:last + 1]] + data[last + 1:]
+    bad = [(images * float("nan") if first <= i <= last else images, targets)
+           for i, (images, targets) in enumerate(data)]
     with_bad, without = train(config, bad), train(config, data[:first] + data[last + 1:])
     assert with_bad.step == 4
     for a, b in zip(with_bad.model.state_dict().items(), without.model.state_dict().items(), strict=True):
@@ -184,8 +185,8 @@ def test_precisions_agree(dtype):
         assert 1e-4 < (weights(state) - weights(reference)).norm() / weights(reference).norm() < 0.05
 
 
-@pytest.mark.parametrize("mixup, cutmix, smoothing", [(0.8, 0.0, 0.1), (0.0, 1.0, 0.1), (0.0, 0.0, 0.1), (0.0, 0.0, 0.0),
-                                                      (0.8, 1.0, 0.0)])
+@pytest.mark.parametrize("mixup, cutmix, smoothing", [
+    (0.8, 0.0, 0.1), (0.0, 1.0, 0.1), (0.0, 0.0, 0.1), (0.0, 0.0, 0.0), (0.8, 1.0, 0.0)])
 def test_every_choice_of_loss(mixup, cutmix, smoothing):
     """Training runs, and the loss is the cross entropy with the targets that the choice makes."""
     config = tiny("AUG.MIXUP", mixup, "AUG.CUTMIX", cutmix, "MODEL.LABEL_SMOOTHING", smoothing)
@@ -265,7 +266,7 @@ def test_evaluate_against_a_plain_count():
     order = logits.argsort(1, descending=True)
     assert result["images"] == 360 == len(targets)
     assert result["acc1"] == 100 * (order[:, 0] == targets).sum().item() / 360
-    assert result["acc5"] == pytest.approx(100 * (order[:, :5] == targets[:, None]).any(1).double().mean().item(), rel=1e-12)
+    assert result["acc5"] == pytest.approx(100 * (order[:, :5] == targets[:, None]).sum().item() / 360, rel=1e-12)
     picked = -logits.double().log_softmax(1)[range(360), targets]
     assert result["loss"] == pytest.approx(picked.mean().item(), rel=1e-6)
 

@@ -101,7 +101,7 @@ def test_training_steps():
             expected = figures["first_step_grad_norm"]
             assert grads.keys() == expected.keys()
             assert relative_error([float(grads[k].norm()) for k in expected], list(expected.values())) < FLOAT64
-            for key, norm in expected.items():  # one by one; a bias before a BatchNorm has a zero gradient but for rounding
+            for key, norm in expected.items():  # a bias before a BatchNorm has a zero gradient but for rounding
                 assert abs(float(grads[key].norm()) - norm) < FLOAT64 * norm + 1e-13, key
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)))
         optimizer.step()

@@ -1,0 +1,88 @@
+"""Parameter groups and the options of the optimisers."""
+
+import pytest
+import torch
+
+from config import load_config
+from models import StripMLPNet
+from optimizer import build_optimizer
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    return StripMLPNet(img_size=32, num_classes=3, embed_dim=8, depths=(1, 1, 1, 1), num_patches=2, drop_path_rate=0.0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_groups(name):
+    model = tiny_model()
+    optimizer = build_optimizer(load_config("", ["TRAIN.OPTIMIZER.NAME", name]), model)
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    groups = {group["weight_decay"]: [names[id(p)] for p in group["params"]] for group in optimizer.param_groups}
+    assert groups.keys() == {0.05, 0.0}
+    assert sorted(groups[0.05] + groups[0.0]) == sorted(names.values())  # nothing lost, nothing twice
+
+    def ending(*ends):
+        return {key for key in names.values() if key.endswith(ends)}
+
+    parameters = dict(model.named_parameters())
+    tables, grn = ending("position.table"), ending("grn.gamma", "grn.beta")
+    strip_biases = ending("strip.bias")
+    assert len(tables) == len(grn) == len(strip_biases) == 2 * 4
+    assert tables | grn | ending("strip.weight") <= set(groups[0.05])
+    assert {parameters[key].ndim for key in strip_biases} == {2}
+    assert ending("bias") == {key for key in groups[0.0] if key.endswith("bias")}
+    one_dimensional = {key for key, p in parameters.items() if p.ndim == 1}
+    assert set(groups[0.0]) == one_dimensional | strip_biases
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny_model()
+    model.stem.requires_grad_(False)
+    optimizer = build_optimizer(load_config(), model)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for key, p in model.named_parameters() if key != "stem.weight"}
+
+
+def test_options():
+    opts = ["TRAIN.BASE_LR", "1e-3", "TRAIN.WEIGHT_DECAY", "0.3", "TRAIN.OPTIMIZER.EPS", "1e-6",
+            "TRAIN.OPTIMIZER.BETAS", "[0.8, 0.95]", "TRAIN.OPTIMIZER.MOMENTUM", "0.7"]
+    adamw = build_optimizer(load_config("", opts), tiny_model())
+    sgd = build_optimizer(load_config("", [*opts, "TRAIN.OPTIMIZER.NAME", "sgd"]), tiny_model())
+    assert (type(adamw), type(sgd)) == (torch.optim.AdamW, torch.optim.SGD)
+    for optimizer in (adamw, sgd):
+        assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0.3), (1e-3, 0.0)]
+    for group in adamw.param_groups:
+        assert (group["eps"], group["betas"]) == (1e-6, (0.8, 0.95))
+    for group in sgd.param_groups:
+        assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.7, True, 0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_two_steps_against_the_formulas(name):
+    """The update rules as their papers have them, in float64, on gradients drawn with seed 1."""
+    config = load_config("", ["TRAIN.OPTIMIZER.NAME", name])
+    lr, decay, eps, (beta1, beta2) = 5e-4, 0.05, 1e-8, (0.9, 0.999)
+    model = tiny_model().double()
+    optimizer = build_optimizer(config, model)
+    expected = {key: p.detach().clone() for key, p in model.named_parameters()}
+    first = {key: torch.zeros_like(p) for key, p in expected.items()}
+    second = {key: torch.zeros_like(p) for key, p in expected.items()}
+    generator = torch.Generator().manual_seed(1)
+    for step in (1, 2):
+        for key, p in model.named_parameters():
+            grad = p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            weight_decay = 0.0 if p.ndim == 1 or key.endswith("bias") else decay
+            if name == "adamw":
+                first[key] = beta1 * first[key] + (1 - beta1) * grad
+                second[key] = beta2 * second[key] + (1 - beta2) * grad**2
+                expected[key] *= 1 - lr * weight_decay
+                mean, variance = first[key] / (1 - beta1**step), second[key] / (1 - beta2**step)
+                expected[key] -= lr * mean / (variance.sqrt() + eps)
+            else:
+                decayed = grad + weight_decay * expected[key]
+                first[key] = 0.9 * first[key] + decayed
+                expected[key] -= lr * (decayed + 0.9 * first[key])
+        optimizer.step()
+    for key, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[key], rtol=1e-10, atol=1e-14, msg=key)
