@@ -135,15 +135,15 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 def lock_folder(folder: str | Path):
     """Keeps other runs out of an output folder for as long as the returned file is open.
 
-    The lock belongs to the process, so that one left by a dead run does not block.
+    The lock is this process's alone, not its forked data workers': one left by a dead run does not block.
 
     Raises:
         ValueError: another run holds it.
     """
     file = open(Path(folder, ".lock"), "a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         holder = file.read().strip()
         file.close()

@@ -23,6 +23,7 @@ _C.DATA.BATCH_SIZE = 128  # images per process and micro-batch
 _C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (evaluation then takes bicubic)
 _C.DATA.ZIP_MODE = False  # imagenet and imagefolder: read train.zip + train_map.txt, val.zip + val_map.txt
 _C.DATA.CACHE_MODE = "part"  # of the zip form, in memory: no | part (this process's shard) | full
+_C.DATA.SKIP_BAD_IMAGES = False  # training: put the next image in place of an unreadable one instead of stopping
 _C.DATA.NUM_WORKERS = 8  # loading processes per training process
 _C.DATA.PIN_MEMORY = True  # page-locked batches, for copies to a GPU that do not wait
 
@@ -92,6 +93,7 @@ _C.AUG.MIXUP_MODE = "batch"  # what shares one draw: batch | pair | elem
 # ---- evaluation ----------------------------------------------------------------------------------
 _C.TEST = CfgNode()
 _C.TEST.CROP = True  # resize to 256/224 of the input size, then crop the centre; False: resize to the input size
+_C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, a line per image
 
 # ---- the run -------------------------------------------------------------------------------------
 _C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto (bf16 on CUDA, fp32 on the CPU)

@@ -92,6 +92,7 @@ def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, 
         # 4. Log and checkpoint. Only here does the host wait for the device. A log interval ends with each checkpoint,
         #    so that a resumed run logs the same intervals.
         is_due = checkpointer.is_due(state)
+        progress.report_bad_images(loader.dataset.bad_images())
         progress.log(grad_norm, skipped, lr, now=is_due)
         if is_due:
             checkpointer.save(state)
@@ -100,10 +101,16 @@ def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, 
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict:
+def evaluate(model: nn.Module, loader: DataLoader, precision: Precision, predictions: list | None = None) -> dict:
     """Top-1 and top-5 accuracy (percent) and mean cross entropy over all images of a validation set.
 
     Every process evaluates its own share of the images; the sums meet in one all-reduce at the end.
+
+    Args:
+        model: the network.
+        loader: batches of this process's share.
+        precision: the arithmetic of the forward pass.
+        predictions: where to append ``(target, prediction, probability)`` of each image of this process's share.
 
     Returns:
         ``{"acc1", "acc5", "loss", "images"}``. The loss is rounded to 6 decimals, which do not depend on how the images
@@ -122,6 +129,9 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict
         sums[1] += hits.sum()
         sums[2] += losses.double().sum()
         sums[3] += len(targets)
+        if predictions is not None:
+            probabilities, classes = logits.float().softmax(dim=1).max(dim=1)
+            predictions += zip(targets.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
     hits1, hits5, loss, count = utils.all_reduce_sum(sums).tolist()
     if count != len(loader.dataset):
         raise RuntimeError(f"{count:.0f} images were evaluated, but the validation set has {len(loader.dataset)}")
@@ -201,6 +211,7 @@ class _Progress:
         self.config, self.state, self.device, self.metrics = config, state, device, metrics
         self.batches = len(loader)
         self.updates_left = config.TRAIN.EPOCHS * -(-self.batches // config.TRAIN.ACCUMULATION_STEPS) - state.step
+        self.bad_images = 0
         self.skipped_in_row = torch.zeros((), dtype=torch.int64, device=device)
         self._restart()
 
@@ -222,6 +233,11 @@ class _Progress:
     def add_loss(self, loss: torch.Tensor, images: int) -> None:
         self.loss_sum += loss * images
         self.images += images
+
+    def report_bad_images(self, messages: list[str]) -> None:
+        self.bad_images += len(messages)
+        for message in messages:
+            logger.error("%s; the next image took its place (%s so far in this epoch)", message, self.bad_images)
 
     def log(self, grad_norm: torch.Tensor, skipped: torch.Tensor, lr: float, now: bool) -> None:
         self.updates += 1

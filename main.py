@@ -15,6 +15,7 @@ Evaluation of a checkpoint, this project's or a released one:
 
 import argparse
 import contextlib
+import csv
 import hashlib
 import json
 import logging
@@ -213,7 +214,9 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
         load_strict(ema.module, content["model_ema"])
     if config.COMPILE:
         model.compile()
-    results = _evaluate_all(model, ema, loader, Precision(config.AMP_DTYPE, device))
+    precision = Precision(config.AMP_DTYPE, device)
+    predictions = [] if config.TEST.PREDICTIONS else None
+    results = _evaluate_all(model, ema, loader, precision, predictions)
     _log_results(results)
     if utils.rank() == 0:
         report = results | {
@@ -224,6 +227,8 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
         }
         (folder / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
         logger.info(f"results written to {folder / 'eval.json'}")
+    if config.TEST.PREDICTIONS:
+        _write_predictions(folder / "predictions.csv", loader.dataset, predictions)
 
 
 def throughput(config, device: torch.device) -> None:
@@ -304,12 +309,30 @@ def _resume(config, state: TrainState, folder: Path) -> None:
         logger.info(f"resumed {path}: epoch {state.epoch}, {state.step} updates done, best {state.max_accuracy:.3f}")
 
 
-def _evaluate_all(model: nn.Module, ema: ModelEmaV3 | None, loader, precision: Precision) -> dict:
-    """The results of the network and, last, of its average where there is one."""
-    results = {"eval": evaluate(model, loader, precision)}
-    if ema:
-        results["eval_ema"] = evaluate(ema.module, loader, precision)
-    return results
+def _evaluate_all(model: nn.Module, ema: ModelEmaV3 | None, loader, precision: Precision, predictions=None) -> dict:
+    """The results of the network and, last, of its average where there is one, whose predictions are then recorded."""
+    if ema is None:
+        return {"eval": evaluate(model, loader, precision, predictions)}
+    return {
+        "eval": evaluate(model, loader, precision),
+        "eval_ema": evaluate(ema.module, loader, precision, predictions),
+    }
+
+
+def _write_predictions(path: Path, dataset, predictions: list) -> None:
+    """A line per validation image, in the data set's order, from every process's share of the predictions."""
+    shares = utils.gather_objects(predictions)
+    if utils.rank() != 0:
+        return
+    classes, paths = dataset.classes, getattr(dataset.images, "samples", None)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "image", "target", "prediction", "probability"])
+        for index in range(len(dataset)):
+            target, prediction, probability = shares[index % len(shares)][index // len(shares)]
+            image = paths[index][0] if paths else ""
+            writer.writerow([index, image, classes[target], classes[prediction], f"{probability:.6f}"])
+    logger.info(f"predictions written to {path}")
 
 
 def _log_results(results: dict, before: str = "", after: str = "") -> None:

@@ -41,7 +41,7 @@ def build_train_loader(config, rank: int = 0, world_size: int = 1) -> DataLoader
         world_size,
         sharded=config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part",
     )
-    dataset = TrainSet(images, build_transform(config, train=True), config.SEED)
+    dataset = TrainSet(images, build_transform(config, train=True), config.SEED, config.DATA.SKIP_BAD_IMAGES)
     return DataLoader(dataset, batch_sampler=sampler, **_loading(config))
 
 

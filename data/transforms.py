@@ -1,5 +1,6 @@
 """What happens to an image between its file and its batch, and where the randomness of that comes from."""
 
+import multiprocessing
 import random
 from contextlib import contextmanager
 
@@ -10,6 +11,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment,
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+
+from .images import ImageError
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **hparams) -> Image.Image:
@@ -78,20 +81,44 @@ class TrainSet(Dataset):
 
     So it does not matter which worker of which process makes an image, nor what was made before it, and a run that is
     resumed in the middle of an epoch sees what the uninterrupted one would have seen.
+
+    Args:
+        images: gives ``(PIL image, label)`` by index, or raises ImageError or OSError for one that cannot be read.
+        transform: from image to tensor.
+        seed: of the augmentation.
+        skip_bad: whether an image that cannot be read is replaced by the next one and reported in ``bad_images``,
+            instead of being an error.
     """
 
-    def __init__(self, images, transform, seed: int):
+    def __init__(self, images, transform, seed: int, skip_bad: bool = False):
         self.images, self.transform, self.seed = images, transform, seed
         self.classes = images.classes
+        self._bad = multiprocessing.SimpleQueue() if skip_bad else None  # from the workers to the training process
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
-        image, label = self.images[index]
+        image, label = self._read(index)
         with seeded(self.seed, epoch, index):
             return self.transform(image), label
+
+    def _read(self, index: int, tries: int = 100):
+        try:
+            return self.images[index]
+        except (ImageError, OSError) as error:
+            if self._bad is None or tries == 1:
+                raise
+            self._bad.put(str(error))
+            return self._read((index + 1) % len(self), tries - 1)
+
+    def bad_images(self) -> list[str]:
+        """What was wrong with the images replaced since the last call, a message each that names the file."""
+        messages = []
+        while self._bad is not None and not self._bad.empty():
+            messages.append(self._bad.get())
+        return messages
 
 
 class EvalSet(Dataset):

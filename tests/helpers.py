@@ -1,5 +1,6 @@
 """What several tests share: a training that takes seconds, and ways to run it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -45,6 +46,21 @@ def run(command, timeout=240, **variables) -> subprocess.CompletedProcess:
 def torchrun(processes: int, *flags) -> list[str]:
     """The beginning of a command that starts that many processes on this machine."""
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *flags]
+
+
+@contextlib.contextmanager
+def another_run(run_folder):
+    """Another process that holds the lock of an output folder; yields its Popen."""
+    hold = ("import checkpoint, sys, time; lock = checkpoint.lock_folder(sys.argv[1]); print('held', flush=True); "
+            "time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(run_folder)], cwd=ROOT, stdout=subprocess.PIPE,
+                              text=True, env=environment())
+    assert holder.stdout.readline() == "held\n"
+    try:
+        yield holder
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 def differences(a, b, path="") -> list[str]:

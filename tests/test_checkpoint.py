@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 import checkpoint
 from models import model_state_dict
-from tests.helpers import ROOT, environment
+from tests.helpers import ROOT, another_run, environment
 
 
 def content(step=1):
@@ -264,14 +264,20 @@ def test_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch):
 
 
 def test_lock(tmp_path):
-    hold = ("import checkpoint, sys, time; lock = checkpoint.lock_folder(sys.argv[1]); print('held', flush=True); "
-            "time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                              env=environment())
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"run in progress.*process {holder.pid}"):
+    with another_run(tmp_path) as holder, pytest.raises(ValueError, match=f"run in progress.*process {holder.pid}"):
         checkpoint.lock_folder(tmp_path)
-    holder.kill()
-    holder.wait()
-    with checkpoint.lock_folder(tmp_path), pytest.raises(ValueError, match=str(os.getpid())):
-        checkpoint.lock_folder(tmp_path)
+    checkpoint.lock_folder(tmp_path).close()  # the other one was killed
+
+
+def test_lock_is_not_kept_by_forked_children(tmp_path):
+    """The data workers of a killed run live on for seconds; they must not keep its folder locked."""
+    script = ("import checkpoint, os, sys, time; lock = checkpoint.lock_folder(sys.argv[1])\n"
+              "if os.fork() == 0: time.sleep(60)\n"
+              "else: os.kill(os.getpid(), 9)")
+    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment(),
+                              start_new_session=True)
+    parent.wait()
+    try:
+        checkpoint.lock_folder(tmp_path).close()
+    finally:
+        os.killpg(parent.pid, 9)

@@ -22,7 +22,10 @@ class Batches:
     """A loader of fixed batches."""
 
     def __init__(self, batches):
-        self.batches, self.batch_sampler = batches, self
+        self.batches, self.batch_sampler, self.dataset = batches, self, self
+
+    def bad_images(self):
+        return []
 
     def set_epoch(self, epoch, start_batch):
         self.start_batch = start_batch

@@ -12,7 +12,7 @@ import checkpoint
 import main
 from config import load_config, to_dict
 from models import build_model, to_released_state_dict
-from tests.helpers import DIGITS, ROOT, TINY, arguments, differences, environment, folder, run, torchrun
+from tests.helpers import DIGITS, ROOT, TINY, another_run, arguments, differences, environment, folder, run, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,7 @@ def test_amp_opt_level_is_deprecated(tmp_path, capsys):
 
 def test_a_second_run_on_one_folder_is_refused(tmp_path, capsys):
     folder(tmp_path).mkdir(parents=True)
-    with checkpoint.lock_folder(folder(tmp_path)):
+    with another_run(folder(tmp_path)):
         assert main.main(arguments(tmp_path)) == 2
     assert "run in progress" in capsys.readouterr().out
     assert not list(folder(tmp_path).glob("*.pth"))
