@@ -14,6 +14,7 @@ logger = logging.getLogger("strip_mlp")
 
 PREEMPTED = 75  # exit status of a run that saved itself and stopped on a signal; the same command goes on (EX_TEMPFAIL)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SAME_SIGNAL = 5  # seconds
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 
 
@@ -25,7 +26,8 @@ class Checkpointer:
     """Saves a run into its folder. All processes call every method together; rank 0 writes.
 
     While it is entered as a context, the first SIGTERM, SIGUSR1 or SIGINT to reach any process makes all of them finish
-    their update, save and stop; a second one acts as it always does.
+    their update, save and stop. One that comes over 5 seconds after it acts as it always does; sooner, it is the same
+    signal again, which launchers pass on to processes that got it already.
 
     Args:
         config: the run's config, saved along.
@@ -76,5 +78,8 @@ class Checkpointer:
             raise Preempted(self.signal.name if self.signal else "signal to another process")
 
     def _receive(self, number: int, frame) -> None:
-        self.signal = signal.Signals(number)
-        signal.signal(number, self.handlers[number])
+        if self.signal is None:
+            self.signal, self.received_at = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self.received_at > _SAME_SIGNAL:
+            signal.signal(number, self.handlers[number])
+            signal.raise_signal(number)

@@ -20,7 +20,7 @@ from .strip_ops import strip_mix
 
 
 class StripMLP(nn.Module):
-    """Strip MLP layer (section 3.2): a linear layer over each token's strip of rows or columns.
+    """Strip MLP layer (section 3): a linear layer over each token's strip of rows or columns.
 
     The P channel patches share the weights, and so do all rows (columns); each of the D channels of a patch has its
     own.
@@ -68,7 +68,7 @@ class RelativePosition(nn.Module):
 
 
 class CGSMM(nn.Module):
-    """Cascade Group Strip Mixing Module (section 3.3): a row strip layer, then a column strip layer on its result.
+    """Cascade Group Strip Mixing Module (section 3): a row strip layer, then a column strip layer on its result.
 
     Args:
         dim: C, the channels of the input.
@@ -96,7 +96,7 @@ class CGSMM(nn.Module):
 
 
 class LSMM(nn.Module):
-    """Local Strip Mixing Module (section 3.4): two depthwise strip convolutions and the input, weighted per channel.
+    """Local Strip Mixing Module (section 3): two depthwise strip convolutions and the input, weighted per channel.
 
     The weights come from the pooled sum of the three branches. The paper's figure puts the MLP before the pooling; the
     released network pools first, and so does this one.
@@ -119,7 +119,7 @@ class LSMM(nn.Module):
 
 
 class StripMixingBlock(nn.Module):
-    """Token mixing (figure 2): CGSMM on the first half of the channels, LSMM on the second."""
+    """Token mixing (figure 2b): CGSMM on the first half of the channels, LSMM on the second."""
 
     def __init__(self, dim: int, length: int, num_patches: int, strip_width: int = 3):
         super().__init__()
@@ -158,7 +158,7 @@ class GRN(nn.Module):
 
 
 class ChannelMixingBlock(nn.Module):
-    """Channel mixing (figure 2): a 7x7 depthwise convolution, then an MLP of width ``mlp_ratio * dim`` with GRN."""
+    """Channel mixing (figure 2c): a 7x7 depthwise convolution, then an MLP of width ``mlp_ratio * dim`` with GRN."""
 
     def __init__(self, dim: int, mlp_ratio: float = 3.0):
         super().__init__()
@@ -192,7 +192,7 @@ class Block(nn.Module):
 
 
 class StripMLPNet(nn.Module):
-    """Strip-MLP (figure 2): four stages at 1/4, 1/8, 1/16 and 1/32 of the input size for ``patch_size`` 4.
+    """Strip-MLP (figure 2a): four stages at 1/4, 1/8, 1/16 and 1/32 of the input size for ``patch_size`` 4.
 
     The strip weights depend on the size of the feature maps, so a network serves one square input size.
 
@@ -338,23 +338,24 @@ def _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_wid
 
 def _recomputation_contexts(block: nn.Module):
     """Contexts of a checkpointed block's forward pass and of its recomputation, which must not count batches again."""
-    return contextlib.nullcontext(), _frozen_statistics(block)
+    return contextlib.nullcontext(), _KeptBuffers(block)
 
 
-@contextlib.contextmanager
-def _frozen_statistics(block: nn.Module):
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    tracking = [norm.track_running_stats for norm in norms]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm, tracks in zip(norms, tracking, strict=True):
-            norm.track_running_stats = tracks
+class _KeptBuffers:
+    """A context that leaves a module's buffers, which are the statistics of its BatchNorms, as it found them."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __enter__(self):
+        self.saved = [buffer.clone() for buffer in self.module.buffers()]
+
+    def __exit__(self, *error):
+        for buffer, saved in zip(self.module.buffers(), self.saved, strict=True):
+            buffer.copy_(saved)
 
 
-# ---- variants (table 1), registered with timm ----------------------------------------------------
+# ---- the variants, registered with timm ----------------------------------------------------
 
 VARIANTS = {
     "strip_mlp_tiny_light": {"embed_dim": 80, "depths": (2, 2, 6, 2), "num_patches": 2},

@@ -1,4 +1,4 @@
-"""The strip-mixing operator (paper section 3.2) behind one function, ``strip_mix``.
+"""The strip-mixing operator (paper section 3) behind one function, ``strip_mix``.
 
 Work: a stage of N images, C_in channels and side L costs ``N * C_in * L * L * K * L`` multiply-accumulates, the K rows
 of a strip times its L tokens for each output token, and must read and write ``N * C_in * L * L`` numbers each. That is

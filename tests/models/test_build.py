@@ -70,7 +70,7 @@ def test_sizes_that_do_not_fit():
 
 # ---- timm's models -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, parameters, rate", [  # parameters of the published network, less its head of 1000 classes
+@pytest.mark.parametrize("name, parameters, rate", [  # parameters of the published network, less its head
     ("resnet18", 11_689_512 - 513 * 1000, 0.1),
     ("swin_tiny_patch4_window7_224", 28_288_354 - 769 * 1000, 0.1),
 ])

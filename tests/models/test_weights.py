@@ -1,6 +1,7 @@
 """State dicts of either kind, loaded in part or strictly."""
 
 import pytest
+import timm
 import torch
 
 from models import (
@@ -104,7 +105,7 @@ def test_released_file_with_missing_keys():
     released = to_released_state_dict(copies(tiny_model(1)))
     key = "blocks1.0.token_mixing.smlp_block.proj_h.weight"
     del released[key]
-    with pytest.raises(ValueError, match=r"missing: stages\.0\.0\.token_mixing\.cgsmm\.row_strip\.weight \(2, 8, 8, 3\)"):
+    with pytest.raises(ValueError, match=r"missing: stages\.0\.0\.token_mixing\.cgsmm\.row_strip\.weight"):
         load_pretrained(tiny_model(2), released)
 
 
@@ -112,7 +113,7 @@ def test_another_size_depth_or_p_is_refused_by_key():
     for kwargs, key in [
         ({"img_size": 64}, "stages.3.0.token_mixing.cgsmm.row_position.table is (3, 32) in the file, (5, 32)"),
         ({"depths": (1, 1, 1, 1)}, "unexpected: stages.2.1.token_mixing.conv_norm.weight"),
-        ({"num_patches": 4}, "stages.0.0.token_mixing.cgsmm.row_strip.weight is (2, 8, 8, 3) in the file, (1, 8, 8, 3)"),
+        ({"num_patches": 4}, "cgsmm.row_strip.weight is (2, 8, 8, 3) in the file, (1, 8, 8, 3) in the model"),
     ]:
         with pytest.raises(ValueError) as error:
             load_pretrained(tiny_model(2, **kwargs), copies(tiny_model(1)))
@@ -155,11 +156,10 @@ def test_load_pretrained_refuses_a_mismatch_beside_the_head():
 
 
 def test_load_pretrained_of_a_timm_model():
-    import timm
-
     torch.manual_seed(0)
     source, target = (timm.create_model("resnet10t", num_classes=n) for n in (5, 3))
     weights = copies(source)
     assert load_pretrained(target, weights) == ["fc.weight", "fc.bias"]
-    after = copies(target)
-    assert same({k: v for k, v in after.items() if k[:3] != "fc."}, {k: v for k, v in weights.items() if k[:3] != "fc."})
+    after, head = copies(target), ("fc.weight", "fc.bias")
+    assert same(after, weights | {key: after[key] for key in head})
+    assert after["fc.weight"].shape == (3, 512)

@@ -1,0 +1,373 @@
+"""The configs, and how they are loaded, merged and checked."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from config import flat_keys, load_config, nearest, to_dict
+from models import build_model
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+# Exact parameter counts and P of the 16 configs, by variant and data set.
+PARAMETERS = {
+    "tiny_light": {"imagenet1k": 18_243_920, "cifar100": 17_667_020, "caltech101": 17_667_661, "cifar10": 16_702_130},
+    "tiny": {"imagenet1k": 24_903_920, "cifar100": 24_327_020, "caltech101": 24_327_661, "cifar10": 23_073_170},
+    "small": {"imagenet1k": 42_568_600, "cifar100": 43_658_644, "caltech101": 43_659_413, "cifar10": 41_807_290},
+    "base": {"imagenet1k": 57_216_480, "cifar100": 58_488_348, "caltech101": 58_489_245, "cifar10": 56_328_450},
+}
+PUBLISHED = [(variant, data) for variant, counts in PARAMETERS.items() for data in counts]
+CLASSES = {"imagenet1k": 1000, "cifar100": 100, "caltech101": 101, "cifar10": 10}
+
+
+def config_path(variant, data):
+    return CONFIGS / f"smlp_{variant}_alpha3_patch4_224_{data}.yaml"
+
+
+def write(folder, text, name="run.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+# ---- the files -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("variant, data", PUBLISHED)
+def test_published_config(variant, data):
+    config = load_config(config_path(variant, data))
+    assert config.MODEL.NAME == f"smlp_{variant}_alpha3_patch4_224_{data}"
+    assert config.DATA.DATASET == ("imagenet" if data == "imagenet1k" else data)
+    assert config.MODEL.NUM_CLASSES == CLASSES[data]
+    large = variant in ("small", "base")
+    expected = {"imagenet1k": 4 if large else 2, "cifar100": 2, "caltech101": 2, "cifar10": 4}
+    assert config.MODEL.STRIP_MLP.NUM_PATCHES == expected[data]
+    with torch.device("meta"):
+        model = build_model(config)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[variant][data]
+
+
+@pytest.mark.parametrize("variant, data", PUBLISHED)
+def test_published_configs_differ_only_in_what_differs(variant, data):
+    assert yaml.safe_load(config_path(variant, data).read_text()).keys() == {"BASE"}
+    config, defaults = (flat_keys(load_config(path)) for path in (config_path(variant, data), ""))
+    differing = {key for key, value in config.items() if value != defaults[key]}
+    assert differing <= {
+        "DATA.DATASET", "MODEL.NAME", "MODEL.NUM_CLASSES", "MODEL.STRIP_MLP.EMBED_DIM", "MODEL.STRIP_MLP.DEPTHS",
+        "MODEL.STRIP_MLP.NUM_PATCHES",
+    }
+
+
+def test_recipe():
+    """Section 4 of the design: the paper's training recipe is what the defaults are."""
+    expected = {
+        "DATA.IMG_SIZE": 224, "DATA.BATCH_SIZE": 128, "DATA.INTERPOLATION": "bicubic", "MODEL.LABEL_SMOOTHING": 0.1,
+        "MODEL.DROP_PATH_RATE": 0.1, "MODEL.DROP_PATH_SCHEDULE": "constant", "MODEL.STRIP_MLP.MLP_RATIO": 3.0,
+        "MODEL.STRIP_MLP.PATCH_SIZE": 4, "MODEL.STRIP_MLP.STRIP_WIDTH": 3, "TRAIN.EPOCHS": 300,
+        "TRAIN.WARMUP_EPOCHS": 20, "TRAIN.BASE_LR": 5e-4, "TRAIN.WARMUP_LR": 5e-7, "TRAIN.MIN_LR": 5e-6,
+        "TRAIN.WEIGHT_DECAY": 0.05, "TRAIN.CLIP_GRAD": 5.0, "TRAIN.LR_SCHEDULER.NAME": "cosine",
+        "TRAIN.OPTIMIZER.NAME": "adamw", "TRAIN.OPTIMIZER.EPS": 1e-8, "TRAIN.OPTIMIZER.BETAS": [0.9, 0.999],
+        "AUG.AUTO_AUGMENT": "rand-m9-mstd0.5-inc1", "AUG.REPROB": 0.25, "AUG.REMODE": "pixel", "AUG.MIXUP": 0.8,
+        "AUG.CUTMIX": 1.0, "AUG.MIXUP_PROB": 1.0, "AUG.MIXUP_SWITCH_PROB": 0.5, "AUG.MIXUP_MODE": "batch",
+        "TEST.CROP": True,
+    }
+    defaults = flat_keys(load_config())
+    assert {key: defaults[key] for key in expected} == expected
+
+
+def test_every_config_loads_builds_and_holds_no_absolute_path():
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        for value in flat_values(yaml.safe_load(path.read_text())):
+            assert not re.match(r"[/~\\$]|[A-Za-z]:\\", str(value)), f"{path}: {value}"
+        config = load_config(path)
+        if path.parent == CONFIGS:
+            assert config.MODEL.NAME == path.stem
+            with torch.device("meta"):
+                build_model(config)
+
+
+def flat_values(node):
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else None
+    return [node] if children is None else [value for child in children for value in flat_values(child)]
+
+
+# ---- loading and merging -------------------------------------------------------------------------
+
+def test_order_of_precedence(tmp_path):
+    write(tmp_path, "{SEED: 1, TAG: first, PRINT_FREQ: 1, TRAIN: {EPOCHS: 21}}", "first.yaml")
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, "{BASE: ../first.yaml, TAG: second, PRINT_FREQ: 2, SAVE_FREQ: 2}", "sub/second.yaml")
+    path = write(tmp_path, "{BASE: [first.yaml, sub/second.yaml], PRINT_FREQ: 3, SAVE_FREQ: 3}")
+    config = load_config(path, ["SAVE_FREQ", "4", "TRAIN.BASE_LR", "1e-3", "SAVE_FREQ", "5"])
+    assert (config.SEED, config.TRAIN.EPOCHS) == (1, 21)  # of the base's base
+    assert config.TAG == "second"  # later bases win
+    assert config.PRINT_FREQ == 3  # the file wins over its bases
+    assert (config.SAVE_FREQ, config.TRAIN.BASE_LR) == (5, 1e-3)  # opts win over all, the last one over the others
+    assert config.TRAIN.WARMUP_EPOCHS == 20  # the default where nobody says otherwise
+    assert config.MODEL.NAME == "run"
+    swapped = write(tmp_path, "BASE: [sub/second.yaml, first.yaml]", "swapped.yaml")
+    assert load_config(swapped).TAG == "first"
+
+
+def test_base_cycles_and_missing_bases(tmp_path):
+    path = write(tmp_path, "BASE: [b.yaml]", "a.yaml")
+    write(tmp_path, "BASE: [a.yaml]", "b.yaml")
+    with pytest.raises(ValueError, match=r"a\.yaml: its BASE files lead back to itself"):
+        load_config(path)
+    write(tmp_path, "SEED: 3", "b.yaml")
+    diamond = write(tmp_path, "BASE: [a.yaml, b.yaml]", "diamond.yaml")  # the same base twice is no cycle
+    assert load_config(diamond).SEED == 3
+    missing = write(tmp_path, "BASE: [dimond.yaml]", "missing.yaml")
+    with pytest.raises(FileNotFoundError, match=r"dimond\.yaml does not exist; did you mean .*/diamond\.yaml\?"):
+        load_config(missing)
+
+
+@pytest.mark.parametrize("name", ["smlp_small_alpha3_patch4_224_cifar10", "smlp_nano_alpha3_patch2_32_digits"])
+def test_dumped_config_loads_as_the_same(name, tmp_path):
+    odd = ["TAG", "007", "DATA.CACHE_MODE", "no", "DATA.DATA_PATH", "1e5", "AUG.CUTMIX_MINMAX", "[0.2, 0.8]",
+           "TRAIN.BASE_LR", "1e-3", "TRAIN.OPTIMIZER.EPS", "1e-12", "MODEL.PRETRAINED", "None"]
+    config = load_config(CONFIGS / f"{name}.yaml", odd)
+    again = load_config(write(tmp_path, yaml.safe_dump(to_dict(config))))
+    assert flat_keys(again) == flat_keys(config)
+    assert [type(value) for value in flat_keys(again).values()] == [type(value) for value in flat_keys(config).values()]
+
+
+def test_to_dict_is_a_copy():
+    config = load_config()
+    dumped = to_dict(config)
+    dumped["AUG"]["SCALE"][0] = 0.5
+    dumped["SEED"] = 7
+    assert (config.AUG.SCALE[0], config.SEED) == (0.08, 0)
+
+
+def test_config_is_frozen_and_loads_are_independent():
+    config = load_config()
+    for node, key in [(config, "SEED"), (config.TRAIN, "EPOCHS"), (config.MODEL.STRIP_MLP, "NUM_PATCHES")]:
+        with pytest.raises(AttributeError):
+            setattr(node, key, 1)
+    config.MODEL.STRIP_MLP.DEPTHS[0] = 9  # a list cannot be frozen; but it is this config's own
+    assert load_config().MODEL.STRIP_MLP.DEPTHS == [2, 2, 6, 2]
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("key, given, expected", [
+    ("TRAIN.CLIP_GRAD", "1", 1.0),
+    ("TRAIN.CLIP_GRAD", 0, 0.0),
+    ("TRAIN.BASE_LR", "5e-4", 5e-4),
+    ("MODEL.STRIP_MLP.MLP_RATIO", 4, 4.0),
+    ("AUG.SCALE", "(0.5, 1)", [0.5, 1.0]),
+    ("AUG.CUTMIX_MINMAX", "[0, 1]", [0.0, 1.0]),
+    ("MODEL.STRIP_MLP.DEPTHS", "[1,1,2,1]", [1, 1, 2, 1]),
+    ("TEST.CROP", "False", False),
+    ("TAG", "1e5", "1e5"),
+    ("TAG", "None", "None"),
+    ("TAG", "True", "True"),
+    ("TAG", "007", "007"),
+    ("TAG", "[1]", "[1]"),
+    ("TAG", 5, "5"),
+    ("DATA.CACHE_MODE", "no", "no"),
+    ("DATA.DATA_PATH", "2012", "2012"),
+    ("DATA.DATA_PATH", "", ""),
+    ("MODEL.RESUME", "'quoted'", "'quoted'"),
+])
+def test_values_of_opts(key, given, expected):
+    value = flat_keys(load_config("", [key, given]))[key]
+    assert (value, type(value)) == (expected, type(expected))
+    if isinstance(expected, list):
+        assert [type(item) for item in value] == [type(item) for item in expected]
+
+
+@pytest.mark.parametrize("text, key, expected", [
+    ("TRAIN: {BASE_LR: 5e-4}", "TRAIN.BASE_LR", 5e-4),  # a string to YAML 1.1, which wants a point in it
+    ("TRAIN: {BASE_LR: 1}", "TRAIN.BASE_LR", 1.0),
+    ("AUG: {SCALE: [8e-2, 1]}", "AUG.SCALE", [0.08, 1.0]),
+    ("TAG: '1e5'", "TAG", "1e5"),
+    ("TAG: 'None'", "TAG", "None"),
+    ("MODEL: {RESUME: null}", "MODEL.RESUME", ""),
+    ("AUG: {AUTO_AUGMENT: none}", "AUG.AUTO_AUGMENT", "none"),
+    ("BASE: []", "SEED", 0),
+    ("", "SEED", 0),
+])
+def test_values_of_files(text, key, expected, tmp_path):
+    value = flat_keys(load_config(write(tmp_path, text)))[key]
+    assert (value, type(value)) == (expected, type(expected))
+
+
+# Each message names the key, and what is expected or the nearest known key.
+@pytest.mark.parametrize("key, value, message", [
+    # unknown keys
+    ("TRAIN.EPOCH", "1", "unknown config key TRAIN.EPOCH; did you mean TRAIN.EPOCHS?"),
+    ("BATCH_SIZE", "1", "unknown config key BATCH_SIZE; did you mean DATA.BATCH_SIZE?"),
+    ("train.base_lr", "1", "unknown config key train; did you mean TRAIN?"),
+    ("TRAIN.base_lr", "1", "unknown config key TRAIN.base_lr; did you mean TRAIN.BASE_LR?"),
+    ("MODEL.STRIPMLP.DEPTHS", "1", "unknown config key MODEL.STRIPMLP; did you mean MODEL.STRIP_MLP?"),
+    ("MODEL.STRIP_MLP.NUM_PATCH", "1", "did you mean MODEL.STRIP_MLP.NUM_PATCHES?"),
+    ("SEDE", "1", "unknown config key SEDE; did you mean SEED?"),
+    ("QQQQQ", "1", "unknown config key QQQQQ"),
+    ("", "1", "unknown config key"),
+    ("DATA", "1", "DATA is a group of keys, not a value; set e.g. DATA.DATASET"),
+    ("DATA.BATCH_SIZE.X", "1", "DATA.BATCH_SIZE takes int"),
+    # wrong types
+    ("TRAIN.EPOCHS", "many", "TRAIN.EPOCHS takes int, e.g. 300; got 'many' (str)"),
+    ("TRAIN.EPOCHS", "1.5", "TRAIN.EPOCHS takes int, e.g. 300; got 1.5 (float)"),
+    ("TRAIN.EPOCHS", "None", "TRAIN.EPOCHS takes int"),
+    ("TRAIN.EPOCHS", "True", "TRAIN.EPOCHS takes int, e.g. 300; got True (bool)"),
+    ("TRAIN.BASE_LR", "fast", "TRAIN.BASE_LR takes float"),
+    ("TRAIN.BASE_LR", "nan", "TRAIN.BASE_LR takes float"),
+    ("TEST.CROP", "yes", "TEST.CROP takes bool, e.g. True; got 'yes' (str)"),
+    ("TEST.CROP", "1", "TEST.CROP takes bool"),
+    ("AUG.SCALE", "1", "AUG.SCALE takes list"),
+    ("AUG.SCALE", "[0.1, 'a']", "AUG.SCALE[1] takes float"),
+    ("MODEL.STRIP_MLP.DEPTHS", "[2, 2, 6, 2.5]", "MODEL.STRIP_MLP.DEPTHS[3] takes int"),
+    # out of range
+    ("DATA.DATASET", "imagnet", "DATA.DATASET is 'imagnet'; it must be one of imagenet, cifar10"),
+    ("DATA.DATASET", "imagnet", "did you mean imagenet?"),
+    ("AMP_DTYPE", "fp8", "AMP_DTYPE is 'fp8'; it must be one of auto, bf16, fp16, fp32"),
+    ("TRAIN.OPTIMIZER.NAME", "adam", "did you mean adamw?"),
+    ("TRAIN.EPOCHS", "0", "TRAIN.EPOCHS is 0; it must be at least 1"),
+    ("DATA.BATCH_SIZE", "0", "DATA.BATCH_SIZE is 0; it must be at least 1"),
+    ("DATA.BATCH_SIZE", "3", "DATA.BATCH_SIZE is 3; it must be even while mixup or cutmix is on"),
+    ("DATA.NUM_WORKERS", "-1", "DATA.NUM_WORKERS is -1; it must be at least 0"),
+    ("TRAIN.CLIP_GRAD", "-1", "TRAIN.CLIP_GRAD is -1.0; it must be at least 0"),
+    ("TRAIN.BASE_LR", "0", "TRAIN.BASE_LR is 0.0; it must be above 0"),
+    ("TRAIN.WARMUP_EPOCHS", "301", "TRAIN.WARMUP_EPOCHS is 301; it must be at most TRAIN.EPOCHS (300)"),
+    ("TRAIN.OPTIMIZER.BETAS", "[0.9]", "TRAIN.OPTIMIZER.BETAS is [0.9]; it must be two numbers"),
+    ("TRAIN.OPTIMIZER.BETAS", "[0.9, 1.0]", "TRAIN.OPTIMIZER.BETAS is [0.9, 1.0]"),
+    ("TRAIN.OPTIMIZER.MOMENTUM", "0", "TRAIN.OPTIMIZER.MOMENTUM is 0.0; it must be between 0 and 1"),
+    ("TRAIN.OPTIMIZER.EPS", "-1e-8", "TRAIN.OPTIMIZER.EPS is -1e-08; it must be at least 0"),
+    ("MODEL.DROP_PATH_RATE", "1", "MODEL.DROP_PATH_RATE is 1.0; it must be below 1"),
+    ("MODEL.LABEL_SMOOTHING", "1.1", "MODEL.LABEL_SMOOTHING is 1.1; it must be between 0 and 1"),
+    ("MODEL.STRIP_MLP.DEPTHS", "[2, 2, 6]", "MODEL.STRIP_MLP.DEPTHS is [2, 2, 6]; it must be four numbers"),
+    ("MODEL.STRIP_MLP.DEPTHS", "[2, 2, 0, 2]", "MODEL.STRIP_MLP.DEPTHS is [2, 2, 0, 2]"),
+    ("MODEL.STRIP_MLP.STRIP_WIDTH", "2", "MODEL.STRIP_MLP.STRIP_WIDTH is 2; it must be odd"),
+    ("MODEL.STRIP_MLP.MLP_RATIO", "0", "MODEL.STRIP_MLP.MLP_RATIO is 0.0; it must be above 0"),
+    ("AUG.SCALE", "[1, 0.1]", "AUG.SCALE is [1.0, 0.1]; it must be two numbers above 0, the smaller first"),
+    ("AUG.SCALE", "[0.5, 2]", "AUG.SCALE is [0.5, 2.0]; it must be at most 1"),
+    ("AUG.RATIO", "[0, 1]", "AUG.RATIO is [0.0, 1.0]"),
+    ("AUG.CUTMIX_MINMAX", "[0.8, 0.2]", "AUG.CUTMIX_MINMAX is [0.8, 0.2]"),
+    ("AUG.CUTMIX_MINMAX", "[0.5]", "AUG.CUTMIX_MINMAX is [0.5]"),
+    ("TAG", "a/b", "TAG is 'a/b'; it must be a plain folder name"),
+    ("MODEL.NAME", "..", "MODEL.NAME is '..'; it must be a plain folder name"),
+    ("SEED", "-1", "SEED is -1; it must be at least 0"),
+])
+def test_refused_opts(key, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config("", [key, value])
+
+
+@pytest.mark.parametrize("key", [key for key, value in flat_keys(load_config()).items() if type(value) in (int, float)])
+def test_no_number_may_be_negative(key):
+    with pytest.raises(ValueError, match=f"^{re.escape(key)} is -1"):
+        load_config("", [key, "-1"])
+
+
+@pytest.mark.parametrize("key", [
+    "DATA.DATASET", "DATA.INTERPOLATION", "DATA.CACHE_MODE", "MODEL.TYPE", "MODEL.DROP_PATH_SCHEDULE",
+    "TRAIN.LR_SCHEDULER.NAME", "TRAIN.OPTIMIZER.NAME", "AUG.REMODE", "AUG.MIXUP_MODE", "AMP_DTYPE",
+])
+def test_choices(key):
+    default = flat_keys(load_config())[key]
+    with pytest.raises(ValueError, match=f"^{key} is 'nonsense'; it must be one of .*{default}"):
+        load_config("", [key, "nonsense"])
+
+
+@pytest.mark.parametrize("key", [
+    "MODEL.LABEL_SMOOTHING", "MODEL.DROP_PATH_RATE", "TRAIN.EMA.DECAY", "TRAIN.LR_SCHEDULER.DECAY_RATE", "AUG.HFLIP",
+    "AUG.REPROB", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB",
+])
+def test_shares(key):
+    assert flat_keys(load_config("", [key, "0.75"]))[key] == 0.75
+    with pytest.raises(ValueError, match=f"^{key} is 1.01; it must be between 0 and 1"):
+        load_config("", [key, "1.01"])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("TRIAN: {EPOCHS: 1}", "unknown config key TRIAN; did you mean TRAIN?"),
+    ("MODEL: {STRIP_MLPP: {DEPTHS: [1]}}", "unknown config key MODEL.STRIP_MLPP; did you mean MODEL.STRIP_MLP?"),
+    ("MODEL: {STRIP_MLP: {DEPTH: [1]}}", "key MODEL.STRIP_MLP.DEPTH; did you mean MODEL.STRIP_MLP.DEPTHS?"),
+    ("1: 2", "unknown config key 1"),
+    ("DATA: 3", "DATA is a group of keys"),
+    ("DATA:", "DATA is a group of keys"),
+    ("TRAIN: {EPOCHS: true}", "TRAIN.EPOCHS takes int"),
+    ("TEST: {CROP: null}", "TEST.CROP takes bool"),
+    ("DATA: {CACHE_MODE: no}", "DATA.CACHE_MODE takes str, e.g. 'part'; got False (bool); in YAML put it in quotes"),
+    ("TRAIN: {BASE_LR: .nan}", "TRAIN.BASE_LR is nan; it must be above 0"),
+    ("- SEED", "holds list, not a mapping"),
+    ("SEED: [", "is not a YAML file"),
+    ("SEED: !!python/object/apply:os.getcwd []", "is not a YAML file"),
+    ("BASE: 5", "BASE takes a list of config files; got 5"),
+    ("BASE: [5]", "BASE takes a list of config files; got [5]"),
+])
+def test_refused_files(text, message, tmp_path):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_config(path)
+    assert path.name in str(error.value) or " is nan" in message  # which file it was
+
+
+def test_refused_calls(tmp_path):
+    with pytest.raises(ValueError, match=r"'TRAIN.EPOCHS' has no value"):
+        load_config("", ["SEED", "1", "TRAIN.EPOCHS"])
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ValueError, match=r"binary\.yaml is not a YAML file"):
+        load_config(path)
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*smlp_tiny_alpha3_patch4_224_cifar10\.yaml\?"):
+        load_config(CONFIGS / "smlp_tiny_alpha3_patch4_224_cifar1.yaml")
+
+
+def test_nearest():
+    assert nearest("--bach-size", ["--batch-size", "--data-path"]) == "; did you mean --batch-size?"
+    assert nearest("train.epochs", ["TRAIN.EPOCHS", "TRAIN.EMA.DECAY"]) == "; did you mean TRAIN.EPOCHS?"
+    assert nearest("zzz", ["TRAIN.EPOCHS"]) == ""
+
+
+# ---- every key is read ---------------------------------------------------------------------------
+
+def keys_read(source):
+    """The config keys that a module reads as attributes of ``config``, by their dotted names, through local aliases."""
+    tree, aliases, read = ast.parse(source), {}, set()
+
+    def dotted(node):
+        """``"TRAIN.EPOCHS"`` for ``config.TRAIN.EPOCHS``; ``""`` for the config itself; None for anything else."""
+        if isinstance(node, ast.Name):
+            return "" if node.id == "config" else aliases.get(node.id)
+        if isinstance(node, ast.Attribute):
+            if node.attr == "config":  # self.config
+                return ""
+            parent = dotted(node.value)
+            return None if parent is None or not node.attr.isupper() else f"{parent}.{node.attr}".lstrip(".")
+        return None
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                is_tuple = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                pairs = zip(target.elts, node.value.elts, strict=True) if is_tuple else [(target, node.value)]
+                aliases |= {left.id: name for left, right in pairs
+                            if isinstance(left, ast.Name) and (name := dotted(right)) is not None}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (name := dotted(node)):
+            read.add(name)
+    return read
+
+
+def test_keys_read_sees_through_aliases_and_not_more():
+    source = """
+def f(config, other):
+    train, ema = config.TRAIN, config.TRAIN.EMA
+    return train.EPOCHS + ema.DECAY + self.config.SEED + other.AUG.MIXUP + len("config.TAG")  # config.OUTPUT
+"""
+    assert keys_read(source) - {"TRAIN", "TRAIN.EMA"} == {"TRAIN.EPOCHS", "TRAIN.EMA.DECAY", "SEED"}
+
+
+def test_every_key_is_read():
+    files = [path for path in ROOT.glob("*.py") if path.name != "config.py"]
+    files += [*(ROOT / "models").glob("*.py"), *(ROOT / "data").glob("*.py")]
+    read = set().union(*(keys_read(path.read_text(encoding="utf-8")) for path in files))
+    unread = flat_keys(load_config()).keys() - read
+    assert unread == {"BASE"}  # which config.py itself follows
