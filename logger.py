@@ -33,10 +33,11 @@ class _Formatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         head = f"[{self.formatTime(record, self.datefmt)}]"
-        level = f" {record.levelname}:" if record.levelno >= logging.WARNING else ""
+        level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
         if self.coloured:
-            head, level = colored(head, "green"), colored(level, self.COLOURS.get(record.levelno))
-        return f"{head}{level} {record.message}"
+            head = colored(head, "green", force_color=True)
+            level = colored(level, self.COLOURS[record.levelno], force_color=True) if level else ""
+        return f"{head} {level}{record.message}"
 
 
 def setup_console(rank: int) -> None:

@@ -355,7 +355,7 @@ class _KeptBuffers:
             buffer.copy_(saved)
 
 
-# ---- the variants, registered with timm ----------------------------------------------------
+# ---- the variants, registered with timm ----------------------------------------------------------
 
 VARIANTS = {
     "strip_mlp_tiny_light": {"embed_dim": 80, "depths": (2, 2, 6, 2), "num_patches": 2},
