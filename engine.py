@@ -212,7 +212,6 @@ class _Progress:
         self.batches = len(loader)
         self.updates_left = config.TRAIN.EPOCHS * -(-self.batches // config.TRAIN.ACCUMULATION_STEPS) - state.step
         self.bad_images = 0
-        self.skipped_in_row = torch.zeros((), dtype=torch.int64, device=device)
         self._restart()
 
     def watch(self, loader):
@@ -243,10 +242,10 @@ class _Progress:
         self.updates += 1
         self.updates_left -= 1
         self.skipped += skipped
-        self.skipped_in_row = (self.skipped_in_row + 1) * skipped
-        self.longest_row = self.longest_row.maximum(self.skipped_in_row)
-        state, print_freq = self.state, self.config.PRINT_FREQ
-        if state.step % print_freq and state.batch < self.batches and not now:
+        state = self.state
+        state.skipped_in_row = (state.skipped_in_row + 1) * skipped
+        self.longest_row = self.longest_row.maximum(state.skipped_in_row)
+        if state.step % self.config.PRINT_FREQ and state.batch < self.batches and not now:
             return
         sums = torch.stack([self.loss_sum.double(), torch.tensor(self.images, device=self.device).double()])
         loss_sum, images = utils.all_reduce_sum(sums).tolist()

@@ -44,6 +44,7 @@ class TrainState:
     batch: int = 0  # micro-batches of that epoch already trained, per process
     step: int = 0  # updates done
     max_accuracy: float = 0.0  # best top-1 so far, in percent
+    skipped_in_row: torch.Tensor | int = 0  # updates skipped since the last good one; on the device while training
 
     def state_dict(self) -> dict:
         """Plain containers and tensors, for ``load_state_dict``. Called by all processes together."""
@@ -57,6 +58,7 @@ class TrainState:
             "batch": self.batch,
             "step": self.step,
             "max_accuracy": self.max_accuracy,
+            "skipped_in_row": int(self.skipped_in_row),
             "rng": utils.gather_objects(utils.get_rng_state()),
             "layout": vars(self.layout),
         }
@@ -98,7 +100,7 @@ class TrainState:
         if checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.batch, self.step = checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
-        self.max_accuracy = checkpoint["max_accuracy"]
+        self.max_accuracy, self.skipped_in_row = checkpoint["max_accuracy"], checkpoint["skipped_in_row"]
         if saved == self.layout:
             utils.set_rng_state(checkpoint["rng"][utils.rank()])
         else:
