@@ -4,13 +4,13 @@ A checkpoint is a PyTorch file, whose zip form keeps a CRC-32 beside every recor
 sums first and then admits nothing but tensors and plain containers, so that no file can run code.
 """
 
+import errno
 import fcntl
 import logging
 import os
 import pickle
 import platform
 import re
-import shutil
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -57,7 +57,7 @@ def load_file(path: str | Path) -> dict:
                 f"{path} holds a pickled {refused[1]}; only tensors and plain containers are loaded, since unpickling "
                 "anything else could run code"
             ) from error
-        raise CheckpointError(f"{path} is not a checkpoint: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} is not a PyTorch file, or a damaged one") from error
     except Exception as error:  # a damaged file can fail in any way inside the reader
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {_first_line(error)}") from error
     if not isinstance(content, dict):
@@ -100,12 +100,26 @@ def save_checkpoint(content: dict, folder: str | Path, is_best: bool, keep: int)
         temporary.unlink(missing_ok=True)
         try:
             os.link(path, temporary)
+            _replace(temporary, path.with_name(BEST))
         except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
-        _replace(temporary, path.with_name(BEST))
-    for old in list_checkpoints(folder)[keep:]:
+            save_file(content, path.with_name(BEST))
+    others = [other for other in list_checkpoints(folder) if other != path]
+    for old in others[keep - 1:]:
         old.unlink()
     return path
+
+
+def set_aside_after(step: int, folder: str | Path) -> None:
+    """Renames the checkpoints of later steps than the one that a run goes on from.
+
+    They are damaged, or count the updates of another batch size; left where they are, they would pass for newer than
+    those to come.
+    """
+    for path in list_checkpoints(folder):
+        if int(_NAME.fullmatch(path.name)[1]) > step:
+            aside = path.with_name(path.name + ".aside")
+            os.replace(path, aside)
+            logger.warning("the run goes on from step %s; set aside %s", step, aside)
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -139,15 +153,18 @@ def lock_folder(folder: str | Path):
 
     Raises:
         ValueError: another run holds it.
+        OSError: the file system knows no locks.
     """
     file = open(Path(folder, ".lock"), "a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except OSError as error:
         file.seek(0)
         holder = file.read().strip()
         file.close()
-        raise ValueError(f"{folder} belongs to a run in progress ({holder}); give this one another --tag") from None
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise ValueError(f"{folder} belongs to a run in progress ({holder}); give this one another --tag") from None
+        raise OSError(f"cannot lock {folder} ({error.strerror}); its file system must know locks") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()

@@ -58,24 +58,30 @@ class Checkpointer:
             wish = _STOP
         return utils.agree_on_largest(wish) != _NOTHING
 
-    def save(self, state: TrainState, is_best: bool = False) -> None:
+    def save(self, state: TrainState, is_best: bool = False) -> bool:
         """Saves the run. A failure to write is logged and the run goes on; older checkpoints stay as they are.
+
+        Returns:
+            Whether it was saved.
 
         Raises:
             Preempted: a signal has reached any of the processes.
         """
+        is_saved = True
         content = state.state_dict() | {"config": to_dict(self.config)}
         if utils.rank() == 0:
             try:
                 path = checkpoint.save_checkpoint(content, self.folder, is_best, self.config.KEEP_CHECKPOINTS)
                 logger.info(f"saved {path}{' (best)' if is_best else ''}")
             except OSError as error:
+                is_saved = False
                 logger.error("COULD NOT SAVE A CHECKPOINT: %s. Older ones are untouched and the run goes on; make "
                              "room, or what comes after them may be lost", error)
-        utils.barrier()
+        is_saved = utils.broadcast_object(is_saved)
         self.saved_at = time.monotonic()
         if utils.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP:
             raise Preempted(self.signal.name if self.signal else "signal to another process")
+        return is_saved
 
     def _receive(self, number: int, frame) -> None:
         if self.signal is None:

@@ -282,8 +282,5 @@ def _check(config: CfgNode) -> None:
     require(0 < config.TRAIN.OPTIMIZER.MOMENTUM < 1, "TRAIN.OPTIMIZER.MOMENTUM", "between 0 and 1, both excluded")
     require(config.TRAIN.WARMUP_EPOCHS <= config.TRAIN.EPOCHS, "TRAIN.WARMUP_EPOCHS",
             f"at most TRAIN.EPOCHS ({config.TRAIN.EPOCHS})")
-    mixing = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX
-    require(not (mixing and config.DATA.BATCH_SIZE % 2), "DATA.BATCH_SIZE",
-            "even while mixup or cutmix is on: they mix images in pairs (AUG.MIXUP 0 AUG.CUTMIX 0 turns both off)")
     for key in ("TAG", "MODEL.NAME"):
         require("/" not in values[key] and values[key] not in (".", ".."), key, "a plain folder name")

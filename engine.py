@@ -80,6 +80,7 @@ def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, 
                 loss = criterion(model(images), targets)
             updater.backward(loss / micro_batches)
         progress.add_loss(loss.detach(), len(targets))
+        progress.report_bad_images(loader.dataset.bad_images())
         if not is_last:
             continue
 
@@ -92,7 +93,6 @@ def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, 
         # 4. Log and checkpoint. Only here does the host wait for the device. A log interval ends with each checkpoint,
         #    so that a resumed run logs the same intervals.
         is_due = checkpointer.is_due(state)
-        progress.report_bad_images(loader.dataset.bad_images())
         progress.log(grad_norm, skipped, lr, now=is_due)
         if is_due:
             checkpointer.save(state)
@@ -161,7 +161,8 @@ class _Updater:
     """Turns gradients into an update: unscale, clip, step, average.
 
     An update whose loss or gradient is not finite is skipped by all processes alike, since they see the same gradient,
-    and leaves weights, optimiser and BatchNorm statistics as they were. The decision stays on the device.
+    and leaves weights, optimiser and running statistics as they were; only the schedule and the average of the weights
+    go on. The decision stays on the device.
     """
 
     def __init__(self, config, state: TrainState):
@@ -275,7 +276,7 @@ class _Progress:
     def _restart(self) -> None:
         self.start, self.data_seconds = time.perf_counter(), 0.0
         self.loss_sum, self.images, self.updates = torch.zeros((), device=self.device), 0, 0
-        self.skipped = self.longest_row = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped, self.longest_row = torch.zeros(2, dtype=torch.int64, device=self.device)
 
 
 def _shows_progress() -> bool:

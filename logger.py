@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,17 @@ class _ConsoleHandler(logging.StreamHandler):
             sys.stdout = open(os.devnull, "w")
 
 
+class _FileHandler(logging.FileHandler):
+    """Says once that the file cannot be written, on a full disk, and lets the run go on."""
+
+    is_failing = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.is_failing:
+            self.is_failing = True
+            logger.error("cannot write %s: %s; the run goes on", self.baseFilename, sys.exc_info()[1])
+
+
 class _Formatter(logging.Formatter):
     COLOURS = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
@@ -40,19 +52,20 @@ class _Formatter(logging.Formatter):
         return f"{head} {level}{record.message}"
 
 
-def setup_console(rank: int) -> None:
-    """Sends the log to the terminal: everything on rank 0, errors on the others. Colours only on a terminal."""
+def setup_console(is_first: bool) -> None:
+    """Sends the log to standard output: everything from the first process, errors from the others."""
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    handler = _ConsoleHandler(sys.stdout)
-    handler.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    handler.setFormatter(_Formatter(coloured=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    stream = sys.stdout or open(os.devnull, "w")  # without a standard output at all there is only the log file
+    handler = _ConsoleHandler(stream)
+    handler.setLevel(logging.INFO if is_first else logging.ERROR)
+    handler.setFormatter(_Formatter(coloured=stream.isatty() and "NO_COLOR" not in os.environ))
     logger.handlers = [handler]
 
 
 def add_log_file(path: Path) -> None:
     """Sends the log to a file as well, with the details that the terminal is spared."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _FileHandler(path, encoding="utf-8")
     handler.setFormatter(_Formatter(coloured=False))
     logger.addHandler(handler)
 
@@ -62,15 +75,14 @@ class MetricsWriter:
 
     Args:
         folder: the run's output folder.
-        step: the update that the run goes on from; records of what comes after, which a run that broke off had written,
-            are dropped.
-        is_evaluated: whether the evaluation after ``step`` is behind it.
+        epoch, step: the epoch in progress and the updates done where the run goes on; records of what comes after,
+            which a run that broke off had written, are dropped.
     """
 
-    def __init__(self, folder: Path, step: int, is_evaluated: bool):
+    def __init__(self, folder: Path, epoch: int, step: int):
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if _is_before(line, step, is_evaluated)]
+        kept = [line for line in lines if _is_before(line, epoch, step)]
         temporary = path.with_name(".metrics.jsonl.tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
@@ -80,7 +92,8 @@ class MetricsWriter:
     def write(self, kind: str, step: int, epoch: int, **figures: float) -> None:
         """Records the figures of ``kind`` (``train``, ``eval``, ``eval_ema``) after update ``step`` of ``epoch``."""
         try:
-            self.file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **figures}) + "\n")
+            record = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            self.file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **record}) + "\n")
             self.file.flush()
             for name, value in figures.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
@@ -93,9 +106,10 @@ class MetricsWriter:
         self.tensorboard.close()
 
 
-def _is_before(line: str, step: int, is_evaluated: bool) -> bool:
+def _is_before(line: str, epoch: int, step: int) -> bool:
     try:
         record = json.loads(line)
     except ValueError:  # a line that a killed run left unfinished
         return False
-    return record["step"] < step or record["step"] == step and (is_evaluated or record["kind"] == "train")
+    is_trained = record["kind"] == "train" and record["step"] <= step
+    return record["epoch"] < epoch or record["epoch"] == epoch and is_trained

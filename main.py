@@ -34,7 +34,7 @@ import checkpoint
 import utils
 from checkpointer import PREEMPTED, Checkpointer, Preempted
 from config import load_config, nearest, to_dict
-from data import build_mixup, build_train_loader, build_val_loader, prepare_data
+from data import build_mixup, build_train_loader, build_val_loader, end_workers, prepare_data
 from engine import Precision, evaluate, measure_throughput, train_one_epoch
 from logger import MetricsWriter, add_log_file, setup_console
 from lr_scheduler import LRScheduler
@@ -105,10 +105,11 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 2 for what the user can put right; 1 for a training that failed; 75 for one that saved
-        itself and stopped on a signal, to go on with the same command.
+        itself and stopped on a signal, to go on with the same command; 130 for an interruption by Ctrl-C.
     """
     args = parse_arguments(argv)
-    setup_console(int(os.environ.get("RANK", 0)))
+    status = 0
+    setup_console(is_first=os.environ.get("RANK", "0") == "0")
     try:
         config = load_config(args.cfg, config_overrides(args))
         if args.amp_opt_level:
@@ -117,22 +118,44 @@ def main(argv: list[str] | None = None) -> int:
         if args.throughput:
             throughput(config, device)
         else:
-            folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
-            folder.mkdir(parents=True, exist_ok=True)
-            add_log_file(folder / f"log_rank{utils.rank()}.txt")
+            folder = _open_output_folder(config)
             (evaluate_checkpoint if args.eval else train)(config, device, folder)
     except Preempted as signal:
         logger.warning("stopped by %s; the same command goes on from here", signal)
-        return PREEMPTED
+        status = PREEMPTED
     except (ValueError, OSError, FloatingPointError) as error:
-        # What a data worker raises arrives with the worker's traceback before it.
-        logger.error(str(error).splitlines()[-1] if "Original Traceback" in str(error) else str(error))
+        logger.error(_message(error))
         logger.debug("where it happened:", exc_info=True)  # for the log file
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 1 if isinstance(error, FloatingPointError) else 2  # without waiting for processes that wait for this one
+    except RuntimeError as error:
+        advice = next((advice for sign, advice in _ADVICE.items() if sign in str(error)), None)
+        if advice is None:
+            raise
+        logger.error(f"{str(error).splitlines()[0]} {advice}")
+        logger.debug("where it happened:", exc_info=True)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        return 130
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        end_workers()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
+
+
+# What to do about failures that PyTorch reports as a RuntimeError of some words.
+_ADVICE = {
+    "DataLoader worker": "Memory is often the reason: lower DATA.NUM_WORKERS, or cache less (--cache-mode).",
+    "gloo/transport": "Another process of this run has ended; its own message says why.",
+    "out of memory": "Lower --batch-size, with --accumulation-steps to make up for it, or add --use-checkpoint.",
+}
+
+
+def _message(error: Exception) -> str:
+    """An error's own words; what a data worker raises arrives with the worker's traceback and the class before them."""
+    text = str(error)
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
 
 
 def train(config, device: torch.device, folder: Path) -> None:
@@ -140,14 +163,14 @@ def train(config, device: torch.device, folder: Path) -> None:
     lock = checkpoint.lock_folder(folder) if utils.rank() == 0 else contextlib.nullcontext()
     with lock, Checkpointer(config, folder) as checkpointer:
         # 1. Data and model; every process draws the same weights.
+        mixup = build_mixup(config)
         train_loader, val_loader = _build_loaders(config)
         utils.seed_everything(config.SEED)
         model = _build_model(config, device)
-        updates_per_epoch = -(-len(train_loader) // config.TRAIN.ACCUMULATION_STEPS)
-        _describe_run(config, model, device, folder, train_loader, updates_per_epoch)
-        if config.MODEL.PRETRAINED:
+        resume_path = _find_resume(config, folder)
+        if config.MODEL.PRETRAINED and not resume_path:
             _load_pretrained(config, model)
-        if config.TRAIN.SYNC_BN and utils.world_size() > 1:
+        if config.TRAIN.SYNC_BN:
             if device.type != "cuda":
                 raise ValueError("TRAIN.SYNC_BN is True, but SyncBatchNorm needs CUDA; set it False on the CPU")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -156,39 +179,50 @@ def train(config, device: torch.device, folder: Path) -> None:
         utils.seed_everything(config.SEED + utils.rank())
         precision = Precision(config.AMP_DTYPE, device)
         optimizer = build_optimizer(config, model)
+        updates_per_epoch = -(-len(train_loader) // config.TRAIN.ACCUMULATION_STEPS)
         state = TrainState(
-            layout=Layout(len(train_loader.dataset), config.MODEL.NUM_CLASSES, config.DATA.BATCH_SIZE,
-                          utils.world_size(), config.TRAIN.ACCUMULATION_STEPS),
+            layout=Layout(
+                dataset=config.DATA.DATASET,
+                training_images=len(train_loader.dataset),
+                num_classes=config.MODEL.NUM_CLASSES,
+                seed=config.SEED,
+                is_sharded=train_loader.batch_sampler.sharded,
+                batch_size=config.DATA.BATCH_SIZE,
+                world_size=utils.world_size(),
+                accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
+            ),
             model=model,
             optimizer=optimizer,
             lr_scheduler=LRScheduler(config, optimizer, updates_per_epoch),
             scaler=precision.scaler(),
             ema=ModelEmaV3(model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLED else None,
         )
-        _resume(config, state, folder)
+        if resume_path:
+            _resume(resume_path, state, checkpointer, folder)
+        _describe_run(config, state, device, folder, train_loader)
 
         # 3. The network as the loop calls it.
         if config.COMPILE:
             model.compile()
         wrapped = model
-        if utils.world_size() > 1:
+        if utils.is_distributed():
             wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
         # 4. The epochs.
-        mixup = build_mixup(config)
-        metrics = MetricsWriter(folder, state.step, is_evaluated=state.batch == 0) if utils.rank() == 0 else None
+        metrics = MetricsWriter(folder, state.epoch, state.step) if utils.rank() == 0 else None
         while state.epoch < config.TRAIN.EPOCHS:
             train_one_epoch(config, state, wrapped, train_loader, mixup, precision, metrics, checkpointer)
             results = _evaluate_all(state.model, state.ema, val_loader, precision)
             accuracy = list(results.values())[-1]["acc1"]  # the average's, where there is one
-            is_best = accuracy > state.max_accuracy
-            state.max_accuracy = max(accuracy, state.max_accuracy)
+            best_before, state.max_accuracy = state.max_accuracy, max(accuracy, state.max_accuracy)
+            is_best = accuracy > best_before
             _log_results(results, f"epoch {state.epoch - 1}  ", f"  best {state.max_accuracy:.3f}")
             if metrics:
                 for name, result in results.items():
                     metrics.write(name, state.step, state.epoch - 1, **result)
             if is_best or state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
-                checkpointer.save(state, is_best)
+                if not checkpointer.save(state, is_best):
+                    state.max_accuracy = best_before  # best.pth is still the one before
         if metrics:
             metrics.close()
     logger.info(f"Best top-1 {state.max_accuracy:.3f} % in {state.epoch} epochs ({state.step} updates).\n"
@@ -206,12 +240,12 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     content = checkpoint.load_file(path)
     _prepare_data(config)
     loader = build_val_loader(config, utils.rank(), utils.world_size())
-    model = _build_model(config, device)
-    load_strict(model, model_state_dict(content))
-    ema = None
-    if content.get("model_ema"):
-        ema = ModelEmaV3(model)
-        load_strict(ema.module, content["model_ema"])
+    model, ema = _build_model(config, device), None
+    with _naming(path):
+        load_strict(model, model_state_dict(content))
+        if content.get("model_ema"):
+            ema = ModelEmaV3(model)
+            load_strict(ema.module, content["model_ema"])
     if config.COMPILE:
         model.compile()
     precision = Precision(config.AMP_DTYPE, device)
@@ -243,8 +277,31 @@ def throughput(config, device: torch.device) -> None:
                 f"{utils.describe_environment(device)['device']}")
 
 
+def _open_output_folder(config) -> Path:
+    """The run's output folder, made where it is not there yet; the log goes into it from here on."""
+    folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        add_log_file(folder / f"log_rank{utils.rank()}.txt")
+    except OSError as error:
+        raise OSError(f"cannot write into {folder} ({error}); choose another --output") from None
+    return folder
+
+
+@contextlib.contextmanager
+def _naming(path: Path | str):
+    """Puts the name of a checkpoint before an error about its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _prepare_data(config) -> None:
-    if utils.local_rank() == 0:
+    if utils.rank() == 0:
+        prepare_data(config)
+    utils.barrier()
+    if utils.local_rank() == 0 and utils.rank() != 0:  # a machine that does not share the first one's disk
         prepare_data(config)
     utils.barrier()
 
@@ -264,21 +321,26 @@ def _image_shape(config) -> tuple[int, int, int]:
     return config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE
 
 
-def _describe_run(config, model, device, folder: Path, train_loader, updates_per_epoch: int) -> None:
+def _describe_run(config, state: TrainState, device, folder: Path, train_loader) -> None:
     """Logs what is trained and where, and saves it as YAML: ``config.yaml`` can be run again with ``--cfg``."""
     if utils.rank() != 0:
         return
-    effective_batch = config.DATA.BATCH_SIZE * utils.world_size() * config.TRAIN.ACCUMULATION_STEPS
+    layout = state.layout
+    try:
+        macs = utils.count_macs(state.model, _image_shape(config))
+    except AssertionError as error:  # a timm model's, about its input
+        name, size = config.MODEL.NAME, config.DATA.IMG_SIZE
+        raise ValueError(f"MODEL.NAME {name} does not take a DATA.IMG_SIZE of {size}: {error}") from error
     run = utils.describe_environment(device) | {
         "command": " ".join(sys.argv),
-        "effective_batch": effective_batch,
+        "effective_batch": layout.images_per_batch * layout.accumulation_steps,
         "base_lr": config.TRAIN.BASE_LR,
-        "updates_per_epoch": updates_per_epoch,
-        "training_images": len(train_loader.dataset),
-        "classes": list(train_loader.dataset.classes),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "macs": utils.count_macs(model, _image_shape(config)),
+        "updates_per_epoch": state.lr_scheduler.steps_per_epoch,
+        "training_images": layout.training_images,
+        "parameters": sum(p.numel() for p in state.model.parameters() if p.requires_grad),
+        "macs": macs,
         "amp_dtype": Precision(config.AMP_DTYPE, device).name,
+        "classes": list(train_loader.dataset.classes),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
@@ -290,23 +352,34 @@ def _describe_run(config, model, device, folder: Path, train_loader, updates_per
 
 
 def _load_pretrained(config, model: nn.Module) -> None:
-    skipped = load_pretrained(model, checkpoint.load_file(config.MODEL.PRETRAINED))
+    content = checkpoint.load_file(config.MODEL.PRETRAINED)
+    with _naming(config.MODEL.PRETRAINED):
+        skipped = load_pretrained(model, content)
     logger.info(f"loaded the weights of {config.MODEL.PRETRAINED}")
     if skipped:
         logger.info(f"its head has another number of classes and is drawn anew: {', '.join(skipped)}")
 
 
-def _resume(config, state: TrainState, folder: Path) -> None:
-    """Restores the newest checkpoint in ``folder``, else the one that the config names, if any."""
-    path = None
+def _find_resume(config, folder: Path) -> Path | str:
+    """The newest good checkpoint in ``folder``, else the one that the config names; empty where there is neither."""
+    newest = None
     if config.TRAIN.AUTO_RESUME:
-        path = utils.broadcast_object(checkpoint.newest_checkpoint(folder) if utils.rank() == 0 else None)
-        if path and config.MODEL.RESUME:
+        newest = utils.broadcast_object(checkpoint.newest_checkpoint(folder) if utils.rank() == 0 else None)
+        if newest and config.MODEL.RESUME:
             logger.info(f"this run has its own checkpoints; {config.MODEL.RESUME} is not used")
-    path = path or config.MODEL.RESUME
-    if path:
-        state.load_state_dict(checkpoint.load_file(path))
-        logger.info(f"resumed {path}: epoch {state.epoch}, {state.step} updates done, best {state.max_accuracy:.3f}")
+    return newest or config.MODEL.RESUME
+
+
+def _resume(path: Path | str, state: TrainState, checkpointer: Checkpointer, folder: Path) -> None:
+    """Restores a checkpoint and leaves none in ``folder`` that would pass for a later one."""
+    content = checkpoint.load_file(path)
+    with _naming(path):
+        state.load_state_dict(content)
+    logger.info(f"resumed {path}: epoch {state.epoch}, {state.step} updates done, best {state.max_accuracy:.3f}")
+    if state.step != content["step"]:  # updates are counted otherwise now, so first save the run under its new step
+        checkpointer.save(state)
+    if utils.rank() == 0:
+        checkpoint.set_aside_after(state.step, folder)
 
 
 def _evaluate_all(model: nn.Module, ema: ModelEmaV3 | None, loader, precision: Precision, predictions=None) -> dict:

@@ -18,4 +18,7 @@ def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:
     options, lr = config.TRAIN.OPTIMIZER, config.TRAIN.BASE_LR
     if options.NAME == "adamw":
         return torch.optim.AdamW(groups, lr=lr, eps=options.EPS, betas=tuple(options.BETAS), fused=True)
-    return torch.optim.SGD(groups, lr=lr, momentum=options.MOMENTUM, nesterov=True, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=options.MOMENTUM, nesterov=True, fused=True)
+    for parameter in decay + no_decay:  # PyTorch would leave them uninitialised if the very first step were left out
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer

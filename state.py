@@ -16,10 +16,13 @@ logger = logging.getLogger("strip_mlp")
 
 @dataclass(frozen=True)
 class Layout:
-    """How an epoch is cut into updates."""
+    """Which images an epoch has, in what order, and how it is cut into updates."""
 
+    dataset: str
     training_images: int
     num_classes: int
+    seed: int
+    is_sharded: bool  # every process draws from its own shard of the images
     batch_size: int  # images per process and micro-batch
     world_size: int
     accumulation_steps: int
@@ -66,8 +69,8 @@ class TrainState:
     def load_state_dict(self, checkpoint: dict) -> None:
         """Restores what ``state_dict`` returned, to the bit where the layout is the same.
 
-        With another world size, batch size or accumulation the position in the epoch is recomputed from the images
-        seen, and the run goes on with other random numbers. Hyperparameters follow this run's config.
+        With another world size, batch size, accumulation or seed the position in the epoch is recomputed from the
+        images seen, and the run goes on with other random numbers. Hyperparameters follow this run's config.
 
         Raises:
             ValueError: the checkpoint holds no whole training, as a released one does not, or one that cannot go on
@@ -79,12 +82,20 @@ class TrainState:
                 f"the checkpoint cannot be resumed, it lacks {', '.join(sorted(missing))}; to start a new training "
                 "from its weights use --pretrained, to evaluate it --eval"
             )
-        saved = Layout(**checkpoint["layout"])
-        if (saved.training_images, saved.num_classes) != (self.layout.training_images, self.layout.num_classes):
+        saved, own = checkpoint["layout"], vars(self.layout)
+        if saved.keys() != own.keys():
+            raise ValueError("the checkpoint was written by another version of this code; use --pretrained")
+        changed = {key: f"{key} {saved[key]} -> {own[key]}" for key in own if saved[key] != own[key]}
+        if changed.keys() & {"dataset", "training_images", "num_classes"}:
             raise ValueError(
-                f"the checkpoint was trained on {saved.training_images} images of {saved.num_classes} classes, this "
-                f"data set has {self.layout.training_images} of {self.layout.num_classes}; to train its weights on "
-                "other data use --pretrained and another --tag"
+                f"the checkpoint was trained on another data set ({', '.join(changed.values())}); to train its weights "
+                "on this one use --pretrained and another --tag"
+            )
+        if changed and checkpoint["batch"] and (saved["is_sharded"] or own["is_sharded"]):
+            raise ValueError(
+                f"the checkpoint is from the middle of an epoch over shards of the images, which changed "
+                f"({', '.join(changed.values())}), so that what is left of the epoch is not defined; resume as before, "
+                "or from a checkpoint at the end of an epoch"
             )
         groups = self.optimizer.state_dict()["param_groups"]
         for group, saved_group in zip(groups, checkpoint["optimizer"]["param_groups"], strict=True):
@@ -101,16 +112,14 @@ class TrainState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.batch, self.step = checkpoint["epoch"], checkpoint["batch"], checkpoint["step"]
         self.max_accuracy, self.skipped_in_row = checkpoint["max_accuracy"], checkpoint["skipped_in_row"]
-        if saved == self.layout:
-            utils.set_rng_state(checkpoint["rng"][utils.rank()])
-        else:
-            self._move_to(self.batch * saved.images_per_batch)
+        if changed:
+            self._move_to(self.batch * Layout(**saved).images_per_batch)
             logger.warning(
-                "the checkpoint was written with %s processes x batch %s x accumulation %s, this run has %s x %s x %s: "
-                "it goes on at the same image, epoch %s batch %s, but its bits will differ from a run without a break",
-                saved.world_size, saved.batch_size, saved.accumulation_steps,
-                self.layout.world_size, self.layout.batch_size, self.layout.accumulation_steps, self.epoch, self.batch,
+                "resumed with %s: the run goes on after as many images, at epoch %s batch %s, but its bits will differ "
+                "from a run without a break", ", ".join(changed.values()), self.epoch, self.batch,
             )
+        else:
+            utils.set_rng_state(checkpoint["rng"][utils.rank()])
         self.lr_scheduler.step_update(self.step)
 
     def _move_to(self, images_seen: int) -> None:

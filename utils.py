@@ -1,5 +1,6 @@
 """The process group, random states, reductions, and what a run says about itself."""
 
+import datetime
 import os
 import platform
 import random
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 _host_group: dist.ProcessGroup | None = None  # connects the hosts where the main group connects devices; None: the main
+_PATIENCE = datetime.timedelta(hours=1)  # of one process for another that downloads or caches data
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -29,33 +31,59 @@ def init_distributed(device: str = "") -> torch.device:
         device: ``"cuda"``, ``"cpu"``, or empty for a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: the launcher's environment variables are set only in part, or there are too few GPUs.
+        ValueError: the launcher's environment variables are set only in part or wrong, or there are too few GPUs.
+        OSError: the processes cannot connect.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu, or install a CUDA build")
     local_rank = 0
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        missing = [name for name in _LAUNCHER_VARIABLES if not os.environ.get(name)]
-        if missing:
-            raise ValueError(
-                f"the launcher's environment variables are set in part: {', '.join(missing)} missing; start with "
-                "torchrun, or unset RANK and WORLD_SIZE to run as one process"
-            )
+        _check_launcher_variables()
         local_rank = int(os.environ["LOCAL_RANK"])
-        if device == "cuda":
-            if local_rank >= torch.cuda.device_count():
-                raise ValueError(
-                    f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; lower "
-                    "--nproc_per_node"
-                )
-            torch.cuda.set_device(local_rank)
-            dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
-            global _host_group
-            _host_group = dist.new_group(backend="gloo")
-        else:
-            dist.init_process_group("gloo")
+        if device == "cuda" and local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; lower "
+                "--nproc_per_node"
+            )
+        try:
+            _init_process_group(device, local_rank)
+        except dist.DistError as error:
+            raise OSError(
+                f"process {os.environ['RANK']} cannot join the others at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); where another run holds this port, give "
+                "the launcher another --master_port"
+            ) from error
     return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+
+
+def _check_launcher_variables() -> None:
+    values = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
+    missing = [name for name, value in values.items() if not value]
+    if missing:
+        raise ValueError(
+            f"the launcher's environment variables are set in part: {', '.join(missing)} missing; start with "
+            "torchrun, or unset RANK and WORLD_SIZE to run as one process"
+        )
+    world_size = values["WORLD_SIZE"]
+    last = int(world_size) - 1 if world_size.isdecimal() else 0
+    limits = {"WORLD_SIZE": (1, 2**31 - 1), "RANK": (0, last), "LOCAL_RANK": (0, last), "MASTER_PORT": (1, 2**16 - 1)}
+    for name, (low, high) in limits.items():
+        if not (values[name].isdecimal() and low <= int(values[name]) <= high):
+            raise ValueError(
+                f"the environment variable {name} is {values[name]!r}; it must be a number from {low} to {high} "
+                f"(WORLD_SIZE is {world_size}); start with torchrun, which sets it"
+            )
+
+
+def _init_process_group(device: str, local_rank: int) -> None:
+    if device == "cpu":
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+        return
+    torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+    global _host_group
+    _host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def rank() -> int:
@@ -68,15 +96,20 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
 
 
+def is_distributed() -> bool:
+    """Whether a launcher started this process, alone or with others."""
+    return dist.is_initialized()
+
+
 def world_size() -> int:
     """The number of processes; 1 without a launcher."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Waits for all processes, for up to an hour."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_host_group)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,7 +124,7 @@ def gather_objects(value) -> list:
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_host_group)
     return values
 
 
@@ -108,7 +141,7 @@ def broadcast_object(value):
     """Rank 0's ``value``."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, group=_host_group)
     return values[0]
 
 
@@ -128,7 +161,7 @@ def get_rng_state() -> dict:
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -138,7 +171,7 @@ def set_rng_state(state: dict) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
 
 

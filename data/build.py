@@ -1,5 +1,6 @@
 """From the config to loaders and mixup."""
 
+import multiprocessing
 import signal
 
 import torch
@@ -61,10 +62,19 @@ def build_val_loader(config, rank: int = 0, world_size: int = 1) -> DataLoader:
 
 
 def build_mixup(config) -> Mixup | None:
-    """timm's mixup and cutmix, from (images, labels) to (images, smoothed soft targets); None where both are off."""
+    """timm's mixup and cutmix, from (images, labels) to (images, smoothed soft targets); None where both are off.
+
+    Raises:
+        ValueError: the batch size is odd.
+    """
     aug = config.AUG
     if not (aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX):
         return None
+    if config.DATA.BATCH_SIZE % 2:
+        raise ValueError(
+            f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}; it must be even while mixup or cutmix is on, because images "
+            "are mixed in pairs (AUG.MIXUP 0 AUG.CUTMIX 0 turns both off)"
+        )
     return Mixup(
         mixup_alpha=aug.MIXUP,
         cutmix_alpha=aug.CUTMIX,
@@ -75,6 +85,16 @@ def build_mixup(config) -> Mixup | None:
         label_smoothing=config.MODEL.LABEL_SMOOTHING,
         num_classes=config.MODEL.NUM_CLASSES,
     )
+
+
+def end_workers() -> None:
+    """Kills the data workers that are left when a run ends in an error.
+
+    The interpreter would end them with a SIGTERM, which they ignore, and then wait for them for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler makes an error of a worker that is killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _check_channels(config) -> None:

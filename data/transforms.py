@@ -1,8 +1,12 @@
-"""What happens to an image between its file and its batch, and where the randomness of that comes from."""
+"""What happens to an image between its file and its batch, and where the randomness of that comes from.
 
+Importing this module replaces timm's posterize operation, which fails with Pillow 13, in the whole process.
+"""
+
+import contextlib
 import multiprocessing
+import queue
 import random
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -93,7 +97,9 @@ class TrainSet(Dataset):
     def __init__(self, images, transform, seed: int, skip_bad: bool = False):
         self.images, self.transform, self.seed = images, transform, seed
         self.classes = images.classes
-        self._bad = multiprocessing.SimpleQueue() if skip_bad else None  # from the workers to the training process
+        self._bad = None
+        if skip_bad:
+            self._bad = multiprocessing.Queue()  # from the workers to the training process
 
     def __len__(self) -> int:
         return len(self.images)
@@ -104,20 +110,23 @@ class TrainSet(Dataset):
         with seeded(self.seed, epoch, index):
             return self.transform(image), label
 
-    def _read(self, index: int, tries: int = 100):
-        try:
-            return self.images[index]
-        except (ImageError, OSError) as error:
-            if self._bad is None or tries == 1:
-                raise
-            self._bad.put(str(error))
-            return self._read((index + 1) % len(self), tries - 1)
+    def _read(self, index: int):
+        for step in range(len(self)):
+            try:
+                return self.images[(index + step) % len(self)]
+            except (ImageError, OSError) as error:
+                if self._bad is None:
+                    raise
+                self._bad.cancel_join_thread()  # a worker's end need not wait for its messages to be read
+                self._bad.put(str(error))
+        raise ImageError("not one image of the training set can be read")
 
     def bad_images(self) -> list[str]:
         """What was wrong with the images replaced since the last call, a message each that names the file."""
         messages = []
-        while self._bad is not None and not self._bad.empty():
-            messages.append(self._bad.get())
+        with contextlib.suppress(queue.Empty):
+            while self._bad is not None:
+                messages.append(self._bad.get_nowait())
         return messages
 
 
@@ -136,7 +145,7 @@ class EvalSet(Dataset):
         return self.transform(image), label
 
 
-@contextmanager
+@contextlib.contextmanager
 def seeded(*key: int):
     """Inside, Python's, NumPy's and torch's CPU generators are seeded by ``key``; afterwards they are as before."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()

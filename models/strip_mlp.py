@@ -266,8 +266,8 @@ class StripMLPNet(nn.Module):
         if x.ndim != 4 or x.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(
                 f"this network was built for images of {self.img_size}x{self.img_size}, got a batch of shape "
-                f"{tuple(x.shape)}; resize the images, or build the network with another img_size "
-                f"(a multiple of {self.feature_info[-1]['reduction']})"
+                f"{tuple(x.shape)}; resize the images, or build the network with another img_size: those nearest to "
+                f"{x.shape[-1]} are {_legal_sizes(x.shape[-1], self.feature_info[-1]['reduction'])}"
             )
         m1 = self.merging[0](self._run_stage(0, self.stem(x)))
         m2 = self.merging[1](self._run_stage(1, m1))
@@ -318,11 +318,9 @@ def _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_wid
         img_size = img_size[0]
     multiple = 8 * patch_size
     if img_size < multiple or img_size % multiple:
-        below, above = img_size // multiple * multiple, (img_size // multiple + 1) * multiple
-        legal = f"{below} and {above}" if below else f"{above} and up"
         raise ValueError(
             f"img_size {img_size} is not a multiple of {multiple} (patch size {patch_size} x 8); "
-            f"the nearest legal sizes are {legal}"
+            f"the nearest legal sizes are {_legal_sizes(img_size, multiple)}"
         )
     if len(depths) != 4 or min(depths) < 1:
         raise ValueError(f"depths {tuple(depths)} must be four numbers, each at least 1")
@@ -334,6 +332,11 @@ def _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_wid
     if strip_width % 2 == 0:
         raise ValueError(f"strip_width {strip_width} is even; a strip is centred on its row, so it must be odd")
     return img_size
+
+
+def _legal_sizes(size: int, multiple: int) -> str:
+    below, above = size // multiple * multiple, -(-size // multiple) * multiple
+    return " and ".join(str(legal) for legal in sorted({below, above})) if below else f"{multiple} and up"
 
 
 def _recomputation_contexts(block: nn.Module):

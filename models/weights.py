@@ -85,7 +85,7 @@ def model_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
     state_dict = checkpoint.get("model", checkpoint)
     if not isinstance(state_dict, dict) or not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise ValueError(f"no weights under 'model'; the entries are: {', '.join(map(str, checkpoint)) or 'none'}")
-    state_dict = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
+    state_dict = {_WRAPPERS.sub("", str(key)): value for key, value in state_dict.items()}
     is_released = any(key.startswith("blocks1.") for key in state_dict)
     return convert_released_state_dict(state_dict) if is_released else state_dict
 

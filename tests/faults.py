@@ -1,5 +1,8 @@
 """main.py with one fault injected, for tests: ``python tests/faults.py FAULT [VALUE] -- ARGUMENTS OF MAIN``."""
 
+import gc
+import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -86,6 +89,36 @@ def raise_at_step(step, rank="0"):
         raise RuntimeError("injected")
 
     _before_update(_only_on_rank(rank, action), int(step))
+
+
+@fault
+def kill_data_worker_at_step(step):
+    """SIGKILL to a data worker."""
+    _before_update(lambda: multiprocessing.active_children()[0].kill(), int(step))
+
+
+@fault
+def full_disk_for_the_log(step):
+    """From update ``step`` on nothing can be written to the log file and to metrics.jsonl."""
+
+    class Full:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    def action():
+        for handler in main.logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.stream = Full(handler.stream)
+        for writer in [value for value in gc.get_objects() if isinstance(value, main.MetricsWriter)]:
+            writer.file = Full(writer.file)
+
+    _before_update(action, int(step))
 
 
 @fault

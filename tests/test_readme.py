@@ -20,7 +20,7 @@ def test_two_commands_set_everything_up():
     assert len(commands) == 2
     assert "requirements.txt" in commands[0] and "digits.yaml" in commands[0]
     assert "requirements-test.txt" in commands[1] and commands[1].endswith("python -m pytest")
-    assert commands[1] == next(line for line in README.splitlines() if re.search("venv .*pytest", line)), ".ci/run greps it"
+    assert commands[1] == next(line for line in README.splitlines() if re.search("venv .*pytest", line))  # by .ci/run
 
 
 def test_every_file_that_it_names_exists():

@@ -1,0 +1,189 @@
+"""What goes wrong around a run: workers, signals, disks, images, processes without work."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import checkpoint
+import main
+from tests.helpers import ROOT, arguments, environment, folder, run, torchrun
+
+LONG = ("TRAIN.EPOCHS", 500, "TRAIN.WARMUP_EPOCHS", 1, "SAVE_FREQ", 1000)  # until something stops it
+
+
+def image_folder(root, train, val, seed=0):
+    """An ImageFolder of two classes with that many images of noise in each split."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate("ab"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(label, count, 2):
+                Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(root / split / name / f"{i}.png")
+    return ["DATA.DATASET", "imagefolder", "DATA.DATA_PATH", root, "MODEL.NUM_CLASSES", 2, "DATA.BATCH_SIZE", 4,
+            "TRAIN.EPOCHS", 1]
+
+
+def start(output, *options):
+    """A training in a process group of its own, once it trains."""
+    process = subprocess.Popen([sys.executable, "main.py", *arguments(output, *LONG, *options)], cwd=ROOT,
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
+    metrics = folder(output) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    return process
+
+
+def members(group):
+    """The living processes of a process group."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            state, _, pgrp = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state != "Z":
+            found.append(int(pid))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_a_whole_process_group(tmp_path, number):
+    """Ctrl-C in a terminal, or a scheduler: the data workers get the signal too and must not die of it."""
+    process = start(tmp_path, "DATA.NUM_WORKERS", 2)
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert f"stopped by {number.name}" in output and "Traceback" not in output
+    step = checkpoint.load_file(checkpoint.newest_checkpoint(folder(tmp_path)))["step"]
+    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1 + step // 7)) == 0
+    assert f"{step} updates done" in (folder(tmp_path) / "log_rank0.txt").read_text()
+
+
+def test_dead_data_worker_ends_the_run(tmp_path):
+    options = ("DATA.NUM_WORKERS", 2, "SAVE_STEPS", 2)
+    result = run(["tests/faults.py", "kill_data_worker_at_step", 5, "--", *arguments(tmp_path, *options)], timeout=120)
+    assert result.returncode == 1
+    assert "DataLoader worker" in result.stdout and "lower DATA.NUM_WORKERS" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000004.pth"
+
+
+@pytest.mark.parametrize("fault", ["raise_at_step", "kill_at_step"])
+def test_all_processes_end_when_one_fails(tmp_path, fault):
+    process = subprocess.Popen(
+        [sys.executable, *torchrun(2), "tests/faults.py", fault, "4", "1", "--",
+         *arguments(tmp_path, *LONG, "DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1)],
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    assert process.wait(timeout=120) != 0
+    deadline = time.monotonic() + 15
+    while members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert members(process.pid) == []
+    log = (folder(tmp_path) / "log_rank0.txt").read_text()
+    last = time.mktime(time.strptime(log.rsplit("[2", 1)[1][:18], "0%y-%m-%d %H:%M:%S"))
+    assert time.time() - last < 60
+
+
+def test_full_disk_for_the_log(tmp_path):
+    result = run(["tests/faults.py", "full_disk_for_the_log", 8, "--", *arguments(tmp_path, "PRINT_FREQ", 1)])
+    assert result.returncode == 0, result.stderr
+    assert "Best top-1" in result.stdout and "Traceback" not in result.stdout + result.stderr
+    assert result.stdout.count("log_rank0.txt: [Errno 28] No space left on device; the run goes on") == 1
+    assert "could not write the metrics of step 9: [Errno 28]" in result.stdout
+    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000014.pth"
+
+
+def test_no_standard_output_at_all(tmp_path):
+    result = subprocess.run(["bash", "-c", 'exec "$@" >&-', "bash", sys.executable, "main.py",
+                             *arguments(tmp_path, "TRAIN.EPOCHS", 1)], cwd=ROOT, env=environment(),
+                            stderr=subprocess.PIPE, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "Best top-1" in (folder(tmp_path) / "log_rank0.txt").read_text()
+
+
+# ---- images ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_training_image(tmp_path, capsys, workers):
+    options = [*image_folder(tmp_path / "data", 16, 4), "DATA.NUM_WORKERS", workers]
+    bad = tmp_path / "data" / "train" / "b" / "5.png"
+    bad.write_bytes(bad.read_bytes()[:-30])
+    assert main.main(arguments(tmp_path, *options)) == 2
+    error = [line for line in capsys.readouterr().out.splitlines() if "ERROR" in line]
+    assert len(error) == 1 and f"ERROR: {bad} cannot be decoded" in error[0]
+    assert main.main(arguments(tmp_path, *options, "DATA.SKIP_BAD_IMAGES", True)) == 0
+    out = capsys.readouterr().out
+    assert out.count(f"{bad} cannot be decoded") == 1 and "the next image took its place (1 so far" in out
+
+
+def test_many_bad_training_images_do_not_block(tmp_path):
+    """Thousands of messages are more than a pipe holds."""
+    options = image_folder(tmp_path / "data", 600, 4)
+    for path in (tmp_path / "data" / "train").rglob("*.png"):
+        if int(path.stem) >= 8:
+            path.write_bytes(b"")
+    options += ["DATA.BATCH_SIZE", 300, "DATA.NUM_WORKERS", 1, "DATA.SKIP_BAD_IMAGES", True, "PRINT_FREQ", 100]
+    result = run(["main.py", *arguments(tmp_path, *options)], timeout=240)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert result.stdout.count("took its place") > 1000
+
+
+def test_bad_validation_image_always_stops(tmp_path, capsys):
+    options = image_folder(tmp_path / "data", 16, 4)
+    bad = tmp_path / "data" / "val" / "a" / "2.png"
+    bad.write_bytes(b"")
+    assert main.main(arguments(tmp_path, *options, "DATA.SKIP_BAD_IMAGES", True)) == 2
+    assert f"ERROR: {bad} is empty" in capsys.readouterr().out
+
+
+# ---- evaluation ------------------------------------------------------------------------------------
+
+def test_evaluation_with_a_process_that_gets_no_image(tmp_path):
+    """Two images over three processes; every image is counted and predicted once, whatever their number."""
+    options = [*image_folder(tmp_path / "data", 16, 2), "TEST.PREDICTIONS", True]
+    assert main.main(arguments(tmp_path, *options)) == 0
+    reports, predictions = [], []
+    for processes in (1, 2, 3):
+        flags = ["--eval", "--resume", folder(tmp_path) / "best.pth"]
+        launcher = torchrun(processes) if processes > 1 else []
+        result = run([*launcher, "main.py", *arguments(tmp_path, *options, tag=f"eval{processes}", flags=flags)])
+        assert result.returncode == 0, result.stderr
+        reports.append(json.loads((folder(tmp_path, f"eval{processes}") / "eval.json").read_text())["eval_ema"])
+        with open(folder(tmp_path, f"eval{processes}") / "predictions.csv", newline="") as file:
+            predictions.append(list(csv.DictReader(file)))
+    assert reports[0]["images"] == 2 and reports[0] == reports[1] == reports[2]
+    assert [(row["index"], row["target"]) for row in predictions[0]] == [("0", "a"), ("1", "b")]
+    assert [os.path.basename(row["image"]) for row in predictions[0]] == ["0.png", "1.png"]
+    hits = sum(row["target"] == row["prediction"] for row in predictions[0])
+    assert reports[0]["acc1"] == 50 * hits
+    assert predictions[0] == predictions[1] == predictions[2]
+
+
+# ---- several machines ------------------------------------------------------------------------------
+
+def test_two_nodes_through_the_launcher_s_rendezvous(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    node = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "x",
+            "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "main.py",
+            *arguments(tmp_path, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 100)]
+    nodes = [subprocess.Popen(node, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=240)[0] for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], outputs
+    assert yaml.safe_load((folder(tmp_path) / "run.yaml").read_text())["world_size"] == 2
+    assert sum(output.count("Best top-1") for output in outputs) == 1
