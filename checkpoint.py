@@ -80,6 +80,8 @@ def save_file(content: dict, path: str | Path) -> None:
             os.fsync(file.fileno())
         _replace(temporary, path)
     except RuntimeError as error:  # what PyTorch's writer makes of a full disk
+        if "DataLoader worker" in str(error):  # the news of one that died, which comes in the middle of anything
+            raise
         raise OSError(f"cannot write {path}: {_first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,10 +1,12 @@
 """What a run writes for people and programs: console, log file, metrics.jsonl, TensorBoard."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
+import threading
 from pathlib import Path
 
 from termcolor import colored
@@ -20,7 +22,7 @@ class _ConsoleHandler(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=self.stream)
-        except OSError:  # nobody reads the terminal any more; the log file goes on
+        except (OSError, ValueError):  # nobody reads the terminal any more; the log file goes on
             logger.removeHandler(self)
             sys.stdout = open(os.devnull, "w")
 
@@ -61,6 +63,7 @@ def setup_console(is_first: bool) -> None:
     handler.setLevel(logging.INFO if is_first else logging.ERROR)
     handler.setFormatter(_Formatter(coloured=stream.isatty() and "NO_COLOR" not in os.environ))
     logger.handlers = [handler]
+    threading.excepthook = _thread_failed
 
 
 def add_log_file(path: Path) -> None:
@@ -68,6 +71,14 @@ def add_log_file(path: Path) -> None:
     handler = _FileHandler(path, encoding="utf-8")
     handler.setFormatter(_Formatter(coloured=False))
     logger.addHandler(handler)
+
+
+def _thread_failed(failure) -> None:
+    """One line for a thread that could not write, as TensorBoard's cannot on a full disk; a traceback for a bug."""
+    if issubclass(failure.exc_type, OSError):
+        logger.error("a thread ended: %s", failure.exc_value)
+    else:
+        threading.__excepthook__(failure)
 
 
 class MetricsWriter:
@@ -88,22 +99,34 @@ class MetricsWriter:
         os.replace(temporary, path)
         self.file = open(path, "a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.failing = set()
 
     def write(self, kind: str, step: int, epoch: int, **figures: float) -> None:
         """Records the figures of ``kind`` (``train``, ``eval``, ``eval_ema``) after update ``step`` of ``epoch``."""
-        try:
-            record = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        record = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        with self._going_on("metrics.jsonl"):
             self.file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **record}) + "\n")
             self.file.flush()
+        with self._going_on("TensorBoard's events"):
             for name, value in figures.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
-        except OSError as error:
-            logger.error("could not write the metrics of step %s: %s; the run goes on", step, error)
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        self.file.close()
-        self.tensorboard.close()
+        with self._going_on("metrics.jsonl"):
+            self.file.close()
+        with self._going_on("TensorBoard's events"):
+            self.tensorboard.close()
+
+    @contextlib.contextmanager
+    def _going_on(self, name: str):
+        """Says once that something cannot be written, on a full disk, and lets the run go on."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self.failing:
+                self.failing.add(name)
+                logger.error("cannot write %s: %s; the run goes on", name, error)
 
 
 def _is_before(line: str, epoch: int, step: int) -> bool:

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         advice = next((advice for sign, advice in _ADVICE.items() if sign in str(error)), None)
         if advice is None:
             raise
-        logger.error(f"{str(error).splitlines()[0]} {advice}")
+        logger.error(f"{str(error).splitlines()[0].rstrip('. ')}. {advice}")
         logger.debug("where it happened:", exc_info=True)
         return 1
     except KeyboardInterrupt:

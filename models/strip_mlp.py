@@ -266,8 +266,8 @@ class StripMLPNet(nn.Module):
         if x.ndim != 4 or x.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(
                 f"this network was built for images of {self.img_size}x{self.img_size}, got a batch of shape "
-                f"{tuple(x.shape)}; resize the images, or build the network with another img_size: those nearest to "
-                f"{x.shape[-1]} are {_legal_sizes(x.shape[-1], self.feature_info[-1]['reduction'])}"
+                f"{tuple(x.shape)}; resize the images, or build the network with another img_size (legal near "
+                f"{x.shape[-1]}: {_legal_sizes(x.shape[-1], self.feature_info[-1]['reduction'])})"
             )
         m1 = self.merging[0](self._run_stage(0, self.stem(x)))
         m2 = self.merging[1](self._run_stage(1, m1))

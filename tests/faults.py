@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 import engine
 import main
@@ -94,29 +96,45 @@ def raise_at_step(step, rank="0"):
 @fault
 def kill_data_worker_at_step(step):
     """SIGKILL to a data worker."""
-    _before_update(lambda: multiprocessing.active_children()[0].kill(), int(step))
+
+    def action():
+        multiprocessing.active_children()[0].kill()
+        time.sleep(1)  # until the news of it
+
+    _before_update(action, int(step))
+
+
+@fault
+def kill_data_worker_while_saving(nth):
+    """SIGKILL to a data worker when half of the n-th checkpoint is written."""
+    save, count = torch.save, 0
+
+    def patched(content, file):
+        nonlocal count
+        count += 1
+        save(content, file)
+        if count == int(nth):
+            os.truncate(file.fileno(), file.tell() // 2)
+            multiprocessing.active_children()[0].kill()
+            time.sleep(1)
+
+    torch.save = patched
 
 
 @fault
 def full_disk_for_the_log(step):
-    """From update ``step`` on nothing can be written to the log file and to metrics.jsonl."""
+    """From update ``step`` on nothing can be written to the log file, metrics.jsonl and TensorBoard's events."""
 
-    class Full:
-        def __init__(self, stream):
-            self.stream = stream
-
-        def write(self, text):
-            raise OSError(28, "No space left on device")
-
-        def __getattr__(self, name):
-            return getattr(self.stream, name)
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
 
     def action():
         for handler in main.logger.handlers:
             if isinstance(handler, logging.FileHandler):
-                handler.stream = Full(handler.stream)
+                handler.stream = open("/dev/full", "w")
         for writer in [value for value in gc.get_objects() if isinstance(value, main.MetricsWriter)]:
-            writer.file = Full(writer.file)
+            writer.file = open("/dev/full", "w")
+        LocalFileSystem.append = refuse
 
     _before_update(action, int(step))
 

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
+
+from data.datasets import read_digits
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "configs" / "smlp_nano_alpha3_patch2_32_digits.yaml"
@@ -46,6 +49,17 @@ def run(command, timeout=240, **variables) -> subprocess.CompletedProcess:
 def torchrun(processes: int, *flags) -> list[str]:
     """The beginning of a command that starts that many processes on this machine."""
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *flags]
+
+
+def digits_folder(root, train=120, val=61) -> Path:
+    """An ImageFolder of so many of the bundled digits, in 10 classes."""
+    for split, count in (("train", train), ("val", val)):
+        images, labels, classes = read_digits(split)
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(images[i]).save(root / split / classes[labels[i]] / f"{i}.png")
+    return root
 
 
 @contextlib.contextmanager

@@ -230,7 +230,6 @@ def test_values_of_files(text, key, expected, tmp_path):
     ("TRAIN.OPTIMIZER.NAME", "adam", "did you mean adamw?"),
     ("TRAIN.EPOCHS", "0", "TRAIN.EPOCHS is 0; it must be at least 1"),
     ("DATA.BATCH_SIZE", "0", "DATA.BATCH_SIZE is 0; it must be at least 1"),
-    ("DATA.BATCH_SIZE", "3", "DATA.BATCH_SIZE is 3; it must be even while mixup or cutmix is on"),
     ("DATA.NUM_WORKERS", "-1", "DATA.NUM_WORKERS is -1; it must be at least 0"),
     ("TRAIN.CLIP_GRAD", "-1", "TRAIN.CLIP_GRAD is -1.0; it must be at least 0"),
     ("TRAIN.BASE_LR", "0", "TRAIN.BASE_LR is 0.0; it must be above 0"),

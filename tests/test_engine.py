@@ -46,7 +46,8 @@ def make_state(config, precision, updates_per_epoch=2, images=64):
     torch.manual_seed(0)
     model = build_model(config)
     optimizer = build_optimizer(config, model)
-    return TrainState(Layout(images, 10, 16, 1, 1), model, optimizer, LRScheduler(config, optimizer, updates_per_epoch),
+    layout = Layout("digits", images, 10, config.SEED, False, 16, 1, 1)
+    return TrainState(layout, model, optimizer, LRScheduler(config, optimizer, updates_per_epoch),
                       precision.scaler(), None)
 
 
@@ -130,9 +131,10 @@ def test_tail_of_an_epoch_is_averaged_over_its_own_micro_batches():
 
 
 @pytest.mark.parametrize("first, last", [(0, 0), (1, 2), (3, 3)])
-def test_a_skipped_update_leaves_no_trace(monkeypatch, first, last):
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_skipped_update_leaves_no_trace(optimizer, first, last):
     """Updates with a loss that is not finite are as if their batches had not been there (but for the schedule)."""
-    config = tiny("TRAIN.LR_SCHEDULER.NAME", "step", "TRAIN.WARMUP_EPOCHS", 0)
+    config = tiny("TRAIN.LR_SCHEDULER.NAME", "step", "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.OPTIMIZER.NAME", optimizer)
     data = batches(4)
     bad = [(images * float("nan") if first <= i <= last else images, targets)
            for i, (images, targets) in enumerate(data)]
@@ -185,6 +187,8 @@ def test_precisions_agree(dtype):
         state.model.eval()(data[0][0])
     assert seen == [Precision.DTYPES[dtype]]
     assert state.step == 2
+    initial = weights(make_state(config, precision))
+    assert not torch.equal(weights(state), initial)
     if dtype != "fp16":  # whose loss scale starts so high that first updates are skipped
         assert 1e-4 < (weights(state) - weights(reference)).norm() / weights(reference).norm() < 0.05
 
@@ -225,7 +229,10 @@ def test_every_choice_of_loss(mixup, cutmix, smoothing):
 
 
 def test_train_mode_statistics_are_the_mean_over_processes(tmp_path):
-    """After an update two processes hold one network: the same weights and the mean of their BatchNorm statistics."""
+    """After an update two processes hold one network: the same weights and the mean of their BatchNorm statistics.
+
+    An update whose loss is bad on one of them changes nothing on either.
+    """
     script = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
@@ -241,6 +248,13 @@ engine.train_one_epoch(config, state, model, Batches(data), None, Precision("fp3
 ours = state.model.state_dict()
 gathered = utils.gather_objects(ours)
 assert all(torch.equal(gathered[0][k], gathered[1][k]) for k in ours)
+before = {k: v.clone() for k, v in ours.items()}
+if utils.rank() == 1:
+    data = [(data[0][0] * float("nan"), data[0][1])]
+engine.train_one_epoch(config, state, model, Batches(data), None, Precision("fp32", CPU), None, NeverDue())
+for key in ours:
+    assert "num_batches" in key or torch.equal(ours[key], before[key]), f"a loss bad on one process changed {key}"
+ours = before
 local = []
 for seed in (0, 1):
     single = make_state(config, Precision("fp32", CPU))

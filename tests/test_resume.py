@@ -8,7 +8,7 @@ import pytest
 
 import checkpoint
 import main
-from tests.helpers import arguments, differences, folder, run, torchrun
+from tests.helpers import arguments, differences, digits_folder, folder, run, torchrun
 
 UPDATES = 14  # of the runs below: 2 epochs of 14 micro-batches of 100 images, two to an update
 OPTIONS = {
@@ -136,7 +136,7 @@ def test_resume_with_another_world_size_and_batch_size(tmp_path):
     options = ("DATA.BATCH_SIZE", 50, "TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.EPOCHS", 1)
     assert main.main(arguments(tmp_path, *options, tag="other")) == 0
     log = (target / "log_rank0.txt").read_text()
-    assert "1 processes x batch 100 x accumulation 2, this run has 1 x 50 x 2" in log and "bits will differ" in log
+    assert "resumed with batch_size 100 -> 50: the run goes on after as many images" in log
     assert "epoch 0, 4 updates done" in log
     newest = checkpoint.load_file(checkpoint.newest_checkpoint(target))
     assert newest["step"] == 14 and newest["epoch"] == 1  # 1437 images: 28 micro-batches of 50, two to an update
@@ -145,11 +145,38 @@ def test_resume_with_another_world_size_and_batch_size(tmp_path):
 @pytest.mark.parametrize("options, reason", [
     (("MODEL.STRIP_MLP.EMBED_DIM", 16), "the weights do not fit the model"),
     (("TRAIN.OPTIMIZER.NAME", "sgd"), "written with another optimiser"),
+    (("DATA.DATASET", "imagefolder", "DATA.DATA_PATH", "DIGITS_FOLDER", "DATA.BATCH_SIZE", 60), "trained on another data set"),
 ])
 def test_resume_that_makes_no_sense_is_refused(tmp_path, capsys, options, reason):
     plain = ("TRAIN.EPOCHS", 1, "TRAIN.EMA.ENABLED", False)
     assert main.main(arguments(tmp_path, *plain)) == 0
-    before = sorted(path.name for path in folder(tmp_path).iterdir())
+    options = [digits_folder(tmp_path / "data") if option == "DIGITS_FOLDER" else option for option in options]
+    before = {path.name: path.read_bytes() for path in folder(tmp_path).glob("*.[yp]*")}
     assert main.main(arguments(tmp_path, *plain, *options)) == 2
     assert reason in capsys.readouterr().out
-    assert sorted(path.name for path in folder(tmp_path).iterdir()) == before
+    assert {path.name: path.read_bytes() for path in folder(tmp_path).glob("*.[yp]*")} == before
+
+
+def test_checkpoints_of_another_step_count_are_set_aside(tmp_path):
+    """Larger batches make fewer updates: the run's own later checkpoints must not pass for newer than the next ones."""
+    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 2, "DATA.BATCH_SIZE", 100)) == 0
+    run_folder = folder(tmp_path)
+    assert checkpoint.newest_checkpoint(run_folder).name == "ckpt_step_00000028.pth"
+    for epochs in (3, 4):
+        assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", epochs, "DATA.BATCH_SIZE", 200)) == 0
+        newest = checkpoint.newest_checkpoint(run_folder)
+        assert newest.name == f"ckpt_step_{7 * epochs:08d}.pth" and checkpoint.load_file(newest)["epoch"] == epochs
+    assert (run_folder / "ckpt_step_00000028.pth.aside").exists() or "set aside" in (
+        run_folder / "log_rank0.txt").read_text()
+    records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records if record["kind"] == "eval"] == [0, 1, 2, 3]
+
+
+def test_a_damaged_newer_checkpoint_does_not_crowd_out_good_ones(tmp_path):
+    options = ("TRAIN.EPOCHS", 2, "KEEP_CHECKPOINTS", 1)
+    assert main.main(arguments(tmp_path, *options)) == 0
+    damaged = folder(tmp_path) / "ckpt_step_00000099.pth"
+    damaged.write_bytes(b"damaged")
+    assert main.main(arguments(tmp_path, *options, "TRAIN.EPOCHS", 3)) == 0
+    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000021.pth"
+    assert not damaged.exists() and damaged.with_name(damaged.name + ".aside").exists()

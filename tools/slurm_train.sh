@@ -7,7 +7,7 @@
 # and puts the job back into the queue, where the same command goes on from the checkpoint.
 #SBATCH --job-name=strip-mlp
 #SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task=64
+#SBATCH --cpus-per-task=64 # for 8 processes of DATA.NUM_WORKERS 8
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
@@ -15,13 +15,13 @@
 
 stop() {
     stopping=1
-    scancel --signal=TERM "$SLURM_JOB_ID.0" # torchrun passes it on to its processes
+    scancel --signal=TERM "$SLURM_JOB_ID.0" # torchrun passes it on to its processes, and gives them 30 seconds
 }
 trap stop USR1 TERM
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" \
-    --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$head_node:29500" main.py "$@" &
+    --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$head_node:$((20000 + SLURM_JOB_ID % 20000))" main.py "$@" &
 step=$!
 
 # A signal interrupts wait, so wait until the step is really over.

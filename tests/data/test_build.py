@@ -221,6 +221,11 @@ def test_mixup_takes_every_option():
     assert build_mixup(config("MODEL.LABEL_SMOOTHING", 0.25)).label_smoothing == 0.25
 
 
+def test_odd_batches_cannot_be_mixed():
+    with pytest.raises(ValueError, match="DATA.BATCH_SIZE is 7; it must be even while mixup or cutmix is on"):
+        build_mixup(load_config("", ["MODEL.NAME", "x", "DATA.BATCH_SIZE", 7, "AUG.MIXUP", 0]))
+
+
 def test_no_mixup():
     assert build_mixup(config("AUG.MIXUP", 0, "AUG.CUTMIX", 0)) is None
 

@@ -336,7 +336,13 @@ def test_images_of_another_size(shape):
     with pytest.raises(ValueError, match="this network was built for images of 32x32, got a batch of shape") as error:
         tiny_net()(torch.zeros(shape))
     assert str(shape) in str(error.value)
-    assert "a multiple of 32" in str(error.value)
+    legal = {64: "(legal near 64: 64)", 32: "(legal near 32: 32)"}
+    assert legal[shape[-1]] in str(error.value)
+
+
+def test_image_of_an_illegal_size_names_the_neighbours():
+    with pytest.raises(ValueError, match="legal near 70: 64 and 96"):
+        tiny_net()(torch.zeros(1, 3, 70, 70))
 
 
 # ---- options that change the parameters ----------------------------------------------------------
