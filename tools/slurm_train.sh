@@ -7,7 +7,7 @@
 # and puts the job back into the queue, where the same command goes on from the checkpoint.
 #SBATCH --job-name=strip-mlp
 #SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task=64 # for 8 processes of DATA.NUM_WORKERS 8
+#SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
