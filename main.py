@@ -34,7 +34,7 @@ import checkpoint
 import utils
 from checkpointer import PREEMPTED, Checkpointer, Preempted
 from config import load_config, nearest, to_dict
-from data import build_mixup, build_train_loader, build_val_loader, end_workers, prepare_data
+from data import build_mixup, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, evaluate, measure_throughput, train_one_epoch
 from logger import MetricsWriter, add_log_file, setup_console
 from lr_scheduler import LRScheduler
@@ -137,8 +137,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.error("interrupted")
         return 130
-    finally:
-        end_workers()
     if dist.is_initialized():
         dist.destroy_process_group()
     return status

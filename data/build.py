@@ -1,7 +1,8 @@
 """From the config to loaders and mixup."""
 
-import multiprocessing
+import os
 import signal
+import threading
 
 import torch
 from timm.data import Mixup
@@ -87,16 +88,6 @@ def build_mixup(config) -> Mixup | None:
     )
 
 
-def end_workers() -> None:
-    """Kills the data workers that are left when a run ends in an error.
-
-    The interpreter would end them with a SIGTERM, which they ignore, and then wait for them for ever.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler makes an error of a worker that is killed
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
 def _check_channels(config) -> None:
     channels = config.MODEL.STRIP_MLP.IN_CHANS
     if channels != 3:
@@ -108,12 +99,23 @@ def _loading(config) -> dict:
         "num_workers": config.DATA.NUM_WORKERS,
         "persistent_workers": config.DATA.NUM_WORKERS > 0,
         "pin_memory": config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        "worker_init_fn": _ignore_signals,
+        "worker_init_fn": _heed_only_the_parent,
         "generator": torch.Generator(),  # else each new iterator would draw from the global one
     }
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leaves it to the training process to stop on a signal, which often reaches its workers as well."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _heed_only_the_parent(worker: int) -> None:
+    """Leaves it to the training process to stop on a signal, which often reaches its workers as well.
+
+    SIGTERM ends a worker only when it comes from that process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait_for_the_parent():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_the_parent, daemon=True).start()

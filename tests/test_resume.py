@@ -145,7 +145,8 @@ def test_resume_with_another_world_size_and_batch_size(tmp_path):
 @pytest.mark.parametrize("options, reason", [
     (("MODEL.STRIP_MLP.EMBED_DIM", 16), "the weights do not fit the model"),
     (("TRAIN.OPTIMIZER.NAME", "sgd"), "written with another optimiser"),
-    (("DATA.DATASET", "imagefolder", "DATA.DATA_PATH", "DIGITS_FOLDER", "DATA.BATCH_SIZE", 60), "trained on another data set"),
+    (("DATA.DATASET", "imagefolder", "DATA.DATA_PATH", "DIGITS_FOLDER", "DATA.BATCH_SIZE", 60),
+     "trained on another data set"),
 ])
 def test_resume_that_makes_no_sense_is_refused(tmp_path, capsys, options, reason):
     plain = ("TRAIN.EPOCHS", 1, "TRAIN.EMA.ENABLED", False)
