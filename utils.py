@@ -79,8 +79,8 @@ def _check_launcher_variables() -> None:
 def _init_process_group(device: str, local_rank: int) -> None:
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # torchrun 2.11 keeps one store over its restarts, in which a process may find a dead one's address. Launchers of
-        # several machines need not count restarts alike; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.
+        # torchrun 2.11 keeps one store over its restarts, in which a process may find a dead one's address. On several
+        # machines restarts may be counted differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     group = {"store": store, "rank": rank, "world_size": world_size}
     if device == "cpu":

@@ -84,6 +84,23 @@ def signal_at_step(step, name, rank="0"):
 
 
 @fault
+def hang_at_step(step, seconds):
+    """An update that takes very long, and says so on the terminal when it begins."""
+    _before_update(lambda: (print("hangs", flush=True), time.sleep(int(seconds))), int(step))
+
+
+@fault
+def interrupt_evaluation(name):
+    """A signal in the middle of an evaluation."""
+
+    def evaluate(*args):
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(1000)
+
+    main.evaluate = evaluate
+
+
+@fault
 def raise_at_step(step, rank="0"):
     """An unexpected exception in one process."""
 

@@ -5,6 +5,7 @@ The table is ``ROWS``. Every row runs in this process; a few, and with ``-m slow
 
 import os
 import shutil
+import socket
 import struct
 import zipfile
 import zlib
@@ -376,6 +377,24 @@ def _(path):
     return Case(arguments(path), ["none of the 1 checkpoints", str(folder(path))])
 
 
+for name, before, after, *message in [
+    ("another optimiser", (), ("TRAIN.OPTIMIZER.NAME", "sgd"), "TRAIN.OPTIMIZER.NAME"),
+    ("another network", (), ("MODEL.STRIP_MLP.EMBED_DIM", 16), "do not fit the model", "MODEL.STRIP_MLP"),
+    ("another image size", (), ("DATA.IMG_SIZE", 32), "do not fit the model", "DATA.IMG_SIZE"),
+    ("no average of the weights", ("TRAIN.EMA.ENABLED", False), (), "TRAIN.EMA.ENABLED"),
+    ("another data set", (), ("DATA.DATA_PATH", "more"), "trained on another data set (training_images 6 -> 8)"),
+]:
+    @row(f"output folder of a run with {name}")
+    def _(path, before=before, after=after, message=message):
+        good_folder(path / "data")
+        shutil.copytree(path / "data", path / "more")
+        for label in ("cat", "dog"):
+            picture(path / "more" / "train" / label / "new.jpg")
+        assert main.main([str(argument) for argument in on_folder(path, *before)]) == 0
+        after = [path / "more" if value == "more" else value for value in after]
+        return Case(on_folder(path, *after), ["ckpt_step_00000003.pth: ", *message])
+
+
 # ---- the launcher's environment --------------------------------------------------------------------
 
 for name, variables, *message in [
@@ -473,6 +492,33 @@ def test_bad_input_in_a_shell_all(case):
     if "--device cuda" in case.message and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     check_in_a_shell(case)
+
+
+def test_port_of_another_run():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        result = run(["main.py", "--cfg", DIGITS], **LAUNCHER | {"MASTER_PORT": port})
+    check(Case([], [f"cannot join the others at 127.0.0.1:{port}", "--master_port"]), result.returncode,
+          result.stdout + result.stderr)
+
+
+# ---- what looks bad and is not ---------------------------------------------------------------------
+
+def test_odd_images_are_trained_and_evaluated(tmp_path, capsys):
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for name, mode in [("cmyk.jpg", "CMYK"), ("palette.png", "P"), ("gray.jpg", "L"), ("alpha.png", "RGBA"),
+                           ("gray_alpha.png", "LA"), ("two_colours.png", "1"), ("CAPITALS.JPEG", "RGB"),
+                           ("bitmap.bmp", "RGB"), ("photo.webp", "RGB"), ("scan.tiff", "CMYK")]:
+            picture(root / split / "cat" / name, mode=mode)
+        picture(root / split / "dog" / "pixel.png", size=(1, 1))
+        picture(root / split / "dog" / "line.png", size=(300, 1))
+        Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 160).save(root / split / "dog" / "16_bit.png")
+        Image.new("RGB", (6000, 4000), (200, 100, 50)).save(root / split / "dog" / "huge.jpg")
+    recipe = ("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.SCALE", [0.1, 1], "AUG.REPROB", 0.25, "TEST.CROP", True)
+    assert main.main([str(argument) for argument in on_folder(tmp_path, *recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "training_images: 14" in out and "(14 images)" in out and "ERROR" not in out and "WARNING" not in out
 
 
 def test_the_table_is_long():

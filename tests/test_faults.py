@@ -33,16 +33,28 @@ def image_folder(root, train, val, seed=0):
             "TRAIN.EPOCHS", 1]
 
 
+def background(command):
+    """A command that runs in a process group of its own."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
 def start(output, *options):
-    """A training in a process group of its own, once it trains."""
-    process = subprocess.Popen([sys.executable, "main.py", *arguments(output, *LONG, *options)], cwd=ROOT,
-                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True)
+    """A training, once it trains."""
+    process = background(["main.py", *arguments(output, *LONG, *options)])
     metrics = folder(output) / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
+    return process
+
+
+def start_and_hang(output, launcher, seconds, *options):
+    """A training whose fourth update takes that long, once it has got there."""
+    process = background([*launcher, "tests/faults.py", "hang_at_step", 3, seconds, "--", *arguments(output, *options)])
+    while process.stdout.readline() != "hangs\n":
+        assert process.poll() is None
     return process
 
 
@@ -59,17 +71,66 @@ def members(group):
     return found
 
 
+def wait_until_gone(group, seconds):
+    deadline = time.monotonic() + seconds
+    while members(group) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert members(group) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_a_whole_process_group(tmp_path, number):
-    """Ctrl-C in a terminal, or a scheduler: the data workers get the signal too and must not die of it."""
-    process = start(tmp_path, "DATA.NUM_WORKERS", 2)
+    """Ctrl-C in a terminal, or a scheduler: the data workers get the signal too and must finish the update."""
+    options = ("DATA.NUM_WORKERS", 2, "TRAIN.ACCUMULATION_STEPS", 7)
+    process = start(tmp_path, *options)
     os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
     assert f"stopped by {number.name}" in output and "Traceback" not in output
     step = checkpoint.load_file(checkpoint.newest_checkpoint(folder(tmp_path)))["step"]
-    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1 + step // 7)) == 0
+    assert main.main(arguments(tmp_path, *options, "TRAIN.EPOCHS", 1 + step)) == 0
     assert f"{step} updates done" in (folder(tmp_path) / "log_rank0.txt").read_text()
+
+
+def test_ctrl_c_under_the_launcher(tmp_path):
+    """The terminal sends it to the launcher and to the processes, and the launcher passes it on to them again."""
+    process = start_and_hang(tmp_path, torchrun(2), 3, "DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and "stopped by SIGINT" in output and "[rank" not in output
+    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000004.pth"
+    wait_until_gone(process.pid, seconds=15)
+
+
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow)])
+def test_second_signal_ends_a_run_that_hangs(tmp_path, number, status):
+    process = start_and_hang(tmp_path, [], 1000, "DATA.NUM_WORKERS", 1)
+    os.killpg(process.pid, number)
+    time.sleep(6)  # for 5 s it would pass for the same signal again
+    assert process.poll() is None
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=20)[0]
+    assert process.returncode == status and "Traceback" not in output
+    assert ("ERROR: interrupted" in output) == (status == 130)
+    wait_until_gone(process.pid, seconds=15)
+
+
+def test_signal_that_is_passed_on_is_no_second_one(tmp_path):
+    process = start_and_hang(tmp_path, [], 3)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000004.pth"
+
+
+def test_ctrl_c_while_evaluating(tmp_path):
+    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1)) == 0
+    result = run(["tests/faults.py", "interrupt_evaluation", "SIGINT", "--", *arguments(tmp_path, flags=["--eval"])])
+    assert result.returncode == 130
+    assert result.stdout.splitlines()[-1].endswith("ERROR: interrupted") and result.stderr == ""
 
 
 @pytest.mark.parametrize("fault", [("kill_data_worker_at_step", 5), ("kill_data_worker_while_saving", 3)])
@@ -91,13 +152,11 @@ def test_all_processes_end_when_one_fails(tmp_path, fault):
          *arguments(tmp_path, *LONG, "DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1)],
         cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     assert process.wait(timeout=120) != 0
-    deadline = time.monotonic() + 15
-    while members(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert members(process.pid) == []
+    wait_until_gone(process.pid, seconds=15)
     log = (folder(tmp_path) / "log_rank0.txt").read_text()
-    last = time.mktime(time.strptime(log.rsplit("[2", 1)[1][:18], "0%y-%m-%d %H:%M:%S"))
-    assert time.time() - last < 60
+    last = [line for line in log.splitlines() if "Train:" in line][-1]  # of the third update
+    assert time.time() - time.mktime(time.strptime(last[1:20], "%Y-%m-%d %H:%M:%S")) < 30
+    assert "Another process of this run has ended" in log
 
 
 def test_full_disk_for_the_log(tmp_path):
@@ -142,6 +201,20 @@ def test_many_bad_training_images_do_not_block(tmp_path):
     result = run(["main.py", *arguments(tmp_path, *options)], timeout=240)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert result.stdout.count("took its place") > 1000
+
+
+def test_bad_image_of_one_of_two_processes(tmp_path):
+    """The process that meets it names it; the other one ends too, without a traceback."""
+    options = [*image_folder(tmp_path / "data", 16, 4), "DATA.NUM_WORKERS", 1]
+    bad = tmp_path / "data" / "train" / "b" / "5.png"
+    bad.write_bytes(b"")
+    begin = time.monotonic()
+    result = run([*torchrun(2), "main.py", *arguments(tmp_path, *options)], timeout=120)
+    assert time.monotonic() - begin < 60
+    assert result.returncode != 0 and "[rank" not in result.stderr  # as an uncaught exception would be marked
+    errors = [line for line in result.stdout.splitlines() if "ERROR" in line]
+    assert sum(f"ERROR: {bad} is empty" in line for line in errors) == 1
+    assert all("Another process of this run has ended" in line for line in errors if str(bad) not in line)
 
 
 def test_bad_validation_image_always_stops(tmp_path, capsys):
