@@ -1,6 +1,6 @@
 """What a user can get wrong, one row each: the run ends before it trains, with one message that names the culprit.
 
-The table is ``ROWS``. Every row runs in this process; a few, and with ``-m slow`` all, also in a process of their own.
+The table is ``ROWS``. Every row runs in this process; a few also in a process of their own.
 """
 
 import os
@@ -483,14 +483,6 @@ def check_in_a_shell(case):
 @pytest.mark.parametrize("case", ["config that is a list", "RANK not a number", "--resume of a checkpoint that is text",
                                   "class of other files"], indirect=True)
 def test_bad_input_in_a_shell(case):
-    check_in_a_shell(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ROWS, indirect=True)
-def test_bad_input_in_a_shell_all(case):
-    if "--device cuda" in case.message and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     check_in_a_shell(case)
 
 

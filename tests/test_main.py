@@ -105,6 +105,22 @@ def test_save_freq(tmp_path):
     assert steps[0] == "ckpt_step_00000021.pth" and "ckpt_step_00000014.pth" in steps  # the last, and every second
 
 
+def test_save_minutes(tmp_path):
+    """Every update is later than a ten-thousandth of a second after the last checkpoint."""
+    options = ("TRAIN.EPOCHS", 1, "SAVE_MINUTES", 1e-6, "KEEP_CHECKPOINTS", 99)
+    assert main.main(arguments(tmp_path, *options)) == 0
+    assert [checkpoint.load_file(path)["step"] for path in checkpoint.list_checkpoints(folder(tmp_path))] == [
+        7, 6, 5, 4, 3, 2, 1]
+
+
+def test_a_timm_model_trains_by_the_same_recipe(tmp_path):
+    options = ("MODEL.TYPE", "timm", "MODEL.NAME", "test_resnet", "DATA.IMG_SIZE", 32)
+    assert main.main(arguments(tmp_path, *options)) == 0
+    lines = (tmp_path / "test_resnet" / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [record["loss"] for record in map(json.loads, lines) if record["kind"] == "eval"]
+    assert losses[1] < losses[0]
+
+
 def test_a_finished_run_can_be_made_longer(tmp_path):
     assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1)) == 0
     assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 2)) == 0
