@@ -13,6 +13,8 @@ from .datasets import build_dataset, data_path
 from .samplers import TrainBatchSampler, eval_order
 from .transforms import EvalSet, TrainSet, build_transform
 
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # by which a run is told to stop
+
 
 def prepare_data(config) -> None:
     """Downloads CIFAR-10 or CIFAR-100 where it is not there yet; call it in one process per node, before the loaders.
@@ -44,7 +46,7 @@ def build_train_loader(config, rank: int = 0, world_size: int = 1) -> DataLoader
         sharded=config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part",
     )
     dataset = TrainSet(images, build_transform(config, train=True), config.SEED, config.DATA.SKIP_BAD_IMAGES)
-    return DataLoader(dataset, batch_sampler=sampler, **_loading(config))
+    return _Loader(dataset, batch_sampler=sampler, **_loading(config))
 
 
 def build_val_loader(config, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -59,7 +61,7 @@ def build_val_loader(config, rank: int = 0, world_size: int = 1) -> DataLoader:
     images = build_dataset(config, "val", rank, world_size)
     dataset = EvalSet(images, build_transform(config, train=False))
     order = eval_order(len(images), rank, world_size)
-    return DataLoader(dataset, config.DATA.BATCH_SIZE, sampler=order, **_loading(config))
+    return _Loader(dataset, config.DATA.BATCH_SIZE, sampler=order, **_loading(config))
 
 
 def build_mixup(config) -> Mixup | None:
@@ -99,19 +101,27 @@ def _loading(config) -> dict:
         "num_workers": config.DATA.NUM_WORKERS,
         "persistent_workers": config.DATA.NUM_WORKERS > 0,
         "pin_memory": config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        "worker_init_fn": _heed_only_the_parent,
+        "worker_init_fn": _end_with_the_parent,
         "generator": torch.Generator(),  # else each new iterator would draw from the global one
     }
 
 
-def _heed_only_the_parent(worker: int) -> None:
-    """Leaves it to the training process to stop on a signal, which often reaches its workers as well.
+class _Loader(DataLoader):
+    """Its workers are deaf to signals from their first moment.
 
-    SIGTERM ends a worker only when it comes from that process.
+    A signal to stop often reaches them as well; the training process still needs them then to finish its update.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def __iter__(self):
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _end_with_the_parent(worker: int) -> None:
+    """Lets SIGTERM end a worker when it comes from the training process, as it does when that one ends."""
 
     def wait_for_the_parent():
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():

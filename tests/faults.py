@@ -17,6 +17,7 @@ from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 import engine
 import main
 import utils
+from data import build
 
 FAULTS = {}
 
@@ -87,6 +88,19 @@ def signal_at_step(step, name, rank="0"):
 def hang_at_step(step, seconds):
     """An update that takes very long, and says so on the terminal when it begins."""
     _before_update(lambda: (print("hangs", flush=True), time.sleep(int(seconds))), int(step))
+
+
+@fault
+def slow_start_of_workers(seconds):
+    """Data workers that take long to get ready, and say so on the terminal."""
+    get_ready = build._end_with_the_parent
+
+    def patched(worker):
+        print("hangs", flush=True)
+        time.sleep(int(seconds))
+        get_ready(worker)
+
+    build._end_with_the_parent = patched
 
 
 @fault

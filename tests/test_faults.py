@@ -50,10 +50,10 @@ def start(output, *options):
     return process
 
 
-def start_and_hang(output, launcher, seconds, *options):
-    """A training whose fourth update takes that long, once it has got there."""
-    process = background([*launcher, "tests/faults.py", "hang_at_step", 3, seconds, "--", *arguments(output, *options)])
-    while process.stdout.readline() != "hangs\n":
+def start_and_hang(output, launcher, fault, *options):
+    """A training with a fault that makes it wait, once it does."""
+    process = background([*launcher, "tests/faults.py", *fault, "--", *arguments(output, *options)])
+    while "hangs" not in process.stdout.readline():  # two processes may say so in one line
         assert process.poll() is None
     return process
 
@@ -92,9 +92,19 @@ def test_signal_to_a_whole_process_group(tmp_path, number):
     assert f"{step} updates done" in (folder(tmp_path) / "log_rank0.txt").read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_data_workers_start(tmp_path, number):
+    process = start_and_hang(tmp_path, [], ["slow_start_of_workers", 2], "DATA.NUM_WORKERS", 2)
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "Traceback" not in output, output
+    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000001.pth"
+
+
 def test_ctrl_c_under_the_launcher(tmp_path):
     """The terminal sends it to the launcher and to the processes, and the launcher passes it on to them again."""
-    process = start_and_hang(tmp_path, torchrun(2), 3, "DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1)
+    options = ("DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1)
+    process = start_and_hang(tmp_path, torchrun(2), ["hang_at_step", 3, 3], *options)
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and "stopped by SIGINT" in output and "[rank" not in output
@@ -105,7 +115,7 @@ def test_ctrl_c_under_the_launcher(tmp_path):
 @pytest.mark.parametrize("number, status", [
     (signal.SIGINT, 130), pytest.param(signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow)])
 def test_second_signal_ends_a_run_that_hangs(tmp_path, number, status):
-    process = start_and_hang(tmp_path, [], 1000, "DATA.NUM_WORKERS", 1)
+    process = start_and_hang(tmp_path, [], ["hang_at_step", 3, 1000], "DATA.NUM_WORKERS", 1)
     os.killpg(process.pid, number)
     time.sleep(6)  # for 5 s it would pass for the same signal again
     assert process.poll() is None
@@ -117,7 +127,7 @@ def test_second_signal_ends_a_run_that_hangs(tmp_path, number, status):
 
 
 def test_signal_that_is_passed_on_is_no_second_one(tmp_path):
-    process = start_and_hang(tmp_path, [], 3)
+    process = start_and_hang(tmp_path, [], ["hang_at_step", 3, 3])
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(1)
