@@ -31,6 +31,7 @@ _C.DATA.PIN_MEMORY = True  # page-locked batches, for copies to a GPU that do no
 _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "strip_mlp"  # strip_mlp | timm (MODEL.NAME is then a timm model, trained by the same recipe)
 _C.MODEL.NAME = ""  # names the output folder; empty: the config file's name
+_C.MODEL.TIMM_KWARGS = ""  # timm: what timm.create_model is given besides, in YAML: "{stem_type: deep, stem_width: 32}"
 _C.MODEL.NUM_CLASSES = 1000  # checked against the data set
 _C.MODEL.PRETRAINED = ""  # checkpoint to start from: weights only; a head of another class count is drawn anew
 _C.MODEL.RESUME = ""  # checkpoint to go on from (or to evaluate): everything

@@ -3,6 +3,7 @@
 import difflib
 
 import timm
+import yaml
 from torch import nn
 
 from .strip_mlp import StripMLPNet
@@ -12,7 +13,8 @@ def build_model(config) -> nn.Module:
     """The network that a config describes: a Strip-MLP, or any timm model to be trained by the same recipe.
 
     Raises:
-        ValueError: sizes that do not fit together, an unknown timm model, or one without drop path.
+        ValueError: sizes that do not fit together, an unknown timm model, or one that lacks an argument: drop path, or
+            one of MODEL.TIMM_KWARGS.
     """
     if config.MODEL.TYPE == "timm":
         model = _build_timm_model(config)
@@ -45,6 +47,18 @@ def _build_timm_model(config) -> nn.Module:
     if timm.get_pretrained_cfg(name).fixed_input_size:
         kwargs["img_size"] = config.DATA.IMG_SIZE
     try:
-        return timm.create_model(name, **kwargs)
+        return timm.create_model(name, **kwargs | _timm_kwargs(config.MODEL.TIMM_KWARGS))
     except TypeError as error:
         raise ValueError(f"MODEL.NAME {name}: {error}; where it has no drop path set MODEL.DROP_PATH_RATE 0") from None
+
+
+def _timm_kwargs(text: str) -> dict:
+    """MODEL.TIMM_KWARGS as a dictionary."""
+    try:
+        kwargs = yaml.safe_load(text) or {}
+    except yaml.YAMLError:
+        kwargs = None
+    if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
+        raise ValueError(f"MODEL.TIMM_KWARGS is {text!r}; it must name arguments and values in YAML, e.g. "
+                         "'{stem_type: deep, stem_width: 32}'")
+    return kwargs
