@@ -48,6 +48,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("table", help="a table of tools/tables.yaml")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows; default: all")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row, with seeds 0 to N-1")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of each run, one a GPU")
     parser.add_argument("--slurm", metavar="OPTIONS", help="submit each run as a job with these options of sbatch")
@@ -61,12 +62,17 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
 def launch(args: argparse.Namespace, flags: list[str]) -> int:
     """Runs what is not finished yet, all rows with the first seed first."""
     rows = read_table(args.table, args.tables)
+    for key in args.rows or []:
+        if key not in rows:
+            raise ValueError(f"table {args.table} has no row {key}{nearest(key, rows)}; its rows are {', '.join(rows)}")
     taken = {flag for flag in flags if flag.split("=")[0] in ("--cfg", "--tag")}
     if taken:
         raise ValueError(f"{taken.pop()} is set for each run of the table; leave it out")
     failed = 0
     for seed in range(args.seeds):
         for key, row in rows.items():
+            if args.rows and key not in args.rows:
+                continue
             name = f"{key} seed{seed}"
             arguments = [
                 "--cfg", os.path.relpath(row["config"]), "--output", str(Path(args.output, key)),
