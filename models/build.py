@@ -6,6 +6,7 @@ import timm
 import yaml
 from torch import nn
 
+from .ablations import build_ablated
 from .strip_mlp import StripMLPNet
 
 
@@ -20,19 +21,21 @@ def build_model(config) -> nn.Module:
         model = _build_timm_model(config)
     else:
         strip_mlp = config.MODEL.STRIP_MLP
-        model = StripMLPNet(
-            img_size=config.DATA.IMG_SIZE,
-            patch_size=strip_mlp.PATCH_SIZE,
-            in_chans=strip_mlp.IN_CHANS,
-            num_classes=config.MODEL.NUM_CLASSES,
-            embed_dim=strip_mlp.EMBED_DIM,
-            depths=strip_mlp.DEPTHS,
-            num_patches=strip_mlp.NUM_PATCHES,
-            strip_width=strip_mlp.STRIP_WIDTH,
-            mlp_ratio=strip_mlp.MLP_RATIO,
-            drop_path_rate=config.MODEL.DROP_PATH_RATE,
-            drop_path_schedule=config.MODEL.DROP_PATH_SCHEDULE,
-        )
+        kwargs = {
+            "img_size": config.DATA.IMG_SIZE,
+            "patch_size": strip_mlp.PATCH_SIZE,
+            "in_chans": strip_mlp.IN_CHANS,
+            "num_classes": config.MODEL.NUM_CLASSES,
+            "embed_dim": strip_mlp.EMBED_DIM,
+            "depths": strip_mlp.DEPTHS,
+            "num_patches": strip_mlp.NUM_PATCHES,
+            "strip_width": strip_mlp.STRIP_WIDTH,
+            "mlp_ratio": strip_mlp.MLP_RATIO,
+            "drop_path_rate": config.MODEL.DROP_PATH_RATE,
+            "drop_path_schedule": config.MODEL.DROP_PATH_SCHEDULE,
+        }
+        choices = strip_mlp.TOKEN_MIXERS, strip_mlp.CASCADE, strip_mlp.SHORTCUTS
+        model = StripMLPNet(**kwargs) if choices == ("both", True, True) else build_ablated(*choices, **kwargs)
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing(True)
     return model
