@@ -164,6 +164,7 @@ def train(config, device: torch.device, folder: Path) -> None:
         # 1. Data and model; every process draws the same weights.
         mixup = build_mixup(config)
         train_loader, val_loader = _build_loaders(config)
+        checkpointer.about["classes"] = list(train_loader.dataset.classes)
         utils.seed_everything(config.SEED)
         model = _build_model(config, device)
         resume_path = _find_resume(config, folder)

@@ -49,7 +49,7 @@ def test_what_a_run_leaves_behind(trained):
         "metrics.jsonl", "tensorboard", "curves.png"}
     newest = checkpoint.load_file(run_folder / "ckpt_step_00000014.pth")
     assert {"model", "optimizer", "lr_scheduler", "epoch", "max_accuracy", "config", "model_ema"} <= newest.keys()
-    assert newest["epoch"] == 2 and newest["step"] == 14
+    assert newest["epoch"] == 2 and newest["step"] == 14 and newest["classes"] == list("0123456789")
     assert torch.load(run_folder / "best.pth", weights_only=True)["epoch"] in (1, 2)
     described = yaml.safe_load((run_folder / "run.yaml").read_text())
     assert described["torch"] == torch.__version__ and described["python"] == sys.version.split()[0]
@@ -231,6 +231,17 @@ def test_resume_from_a_named_checkpoint(trained, tmp_path):
     for content in (a, b):
         content.pop("config")
     assert differences(a, b) == []
+
+
+def test_resume_from_a_checkpoint_without_class_names(trained, tmp_path):
+    """As runs wrote them before class names were saved."""
+    path = folder(trained) / "ckpt_step_00000007.pth"
+    old = checkpoint.load_file(path)
+    del old["classes"]
+    checkpoint.save_file(old, tmp_path / "old.pth")
+    assert main.main(arguments(tmp_path, tag="again", flags=["--resume", str(tmp_path / "old.pth")])) == 0
+    a, b = (checkpoint.load_file(p / "ckpt_step_00000014.pth") for p in (folder(trained), folder(tmp_path, "again")))
+    assert differences(a["model"], b["model"]) == [] and b["classes"] == a["classes"]
 
 
 def test_released_checkpoint_cannot_be_resumed(trained, tmp_path, capsys):
