@@ -420,11 +420,12 @@ def _write_predictions(path: Path, dataset, predictions: list) -> None:
     classes, paths = dataset.classes, getattr(dataset.images, "samples", None)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["index", "image", "target", "prediction", "probability"])
+        writer.writerow(["index", "image", "target", "prediction", "probability", "target_label", "prediction_label"])
         for index in range(len(dataset)):
             target, prediction, probability = shares[index % len(shares)][index // len(shares)]
             image = paths[index][0] if paths else ""
-            writer.writerow([index, image, classes[target], classes[prediction], f"{probability:.6f}"])
+            names = classes[target], classes[prediction]
+            writer.writerow([index, image, *names, f"{probability:.6f}", target, prediction])
     logger.info(f"predictions written to {path}")
 
 

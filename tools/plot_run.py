@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from plots import best_accuracy, draw_curves, read_metrics, run_names, save_figure  # noqa: E402
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; the exit status is 0, or 2 for what the user can put right."""
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line; exits with status 2 for what the user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN",
                         help="a run's output folder, or its metrics.jsonl; several are drawn over one another")
@@ -27,14 +27,12 @@ def main(argv: list[str] | None = None) -> int:
         runs = dict(zip(run_names(args.runs), map(read_metrics, args.runs), strict=True))
         save_figure(draw_curves(runs), args.output)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        parser.exit(2, f"plot_run.py: {error}\n")
     for name, records in runs.items():
         best, epoch = best_accuracy(records)
         print(f"{name}: {records[-1]['step']} updates, best top-1 {best:.3f} after epoch {epoch}")
     print(f"drawn to {args.output}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

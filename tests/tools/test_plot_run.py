@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 from PIL import Image
 
 from tests.helpers import ROOT, run
@@ -17,6 +18,15 @@ def write(folder, *lines):
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder
+
+
+def failure(capsys, argv) -> str:
+    """The one line with which the tool refuses a command line."""
+    with pytest.raises(SystemExit) as stop:
+        plot_run.main([str(word) for word in argv])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.startswith("plot_run.py: ") and line.count("\n") == 1
+    return line
 
 
 def test_two_seeds(tmp_path):
@@ -40,9 +50,6 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
         ([good, "--output", tmp_path], "cannot write"),
         ([good, "--output", tmp_path / "gone" / "x.png"], "cannot write"),
     ]:
-        assert plot_run.main([str(word) for word in argv]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.startswith("error: ") and error.count("\n") == 1
+        assert message in failure(capsys, argv)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert plot_run.main([str(good)]) == 2
-    assert "pip install matplotlib" in capsys.readouterr().err
+    assert "pip install matplotlib" in failure(capsys, [good])
