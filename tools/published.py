@@ -45,11 +45,11 @@ class _GroupedConvolution(StripMLP):
 
 
 class _GatheredPosition(RelativePosition):
-    def forward(self, x):
-        """(N, C, L, L) -> (N, C, L, L)"""
-        tokens = torch.arange(self.length)
-        offsets = (tokens[None, :] - tokens[:, None]).clamp(-self.length, self.length) + self.length
-        return x + self.table[offsets.to(x.device)].permute(2, 0, 1)
+    def map(self):
+        """() -> (C, H, W)"""
+        height = len(self.table) - 1 - self.width
+        offsets = torch.arange(self.width)[None, :] - torch.arange(height)[:, None] + height
+        return self.table[offsets.to(self.table.device)].permute(2, 0, 1)
 
 
 class _ThreePassNormalisation(GRN):
