@@ -38,7 +38,7 @@ from data import build_mixup, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, evaluate, measure_throughput, train_one_epoch
 from logger import MetricsWriter, add_log_file, setup_console
 from lr_scheduler import LRScheduler
-from models import build_model, load_pretrained, load_strict, model_state_dict
+from models import adapt_size, build_model, load_pretrained, load_strict, model_state_dict
 from optimizer import build_optimizer
 from state import Layout, TrainState
 
@@ -240,10 +240,10 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     loader = build_val_loader(config, utils.rank(), utils.world_size())
     model, ema = _build_model(config, device), None
     with _naming(path):
-        load_strict(model, model_state_dict(content))
+        load_strict(model, adapt_size(model_state_dict(content), model))
         if content.get("model_ema"):
             ema = ModelEmaV3(model)
-            load_strict(ema.module, content["model_ema"])
+            load_strict(ema.module, adapt_size(content["model_ema"], model))
     if config.COMPILE:
         model.compile()
     precision = Precision(config.AMP_DTYPE, device)

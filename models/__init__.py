@@ -3,6 +3,7 @@
 from .build import build_model
 from .strip_mlp import StripMLPNet
 from .weights import (
+    adapt_size,
     convert_released_state_dict,
     load_pretrained,
     load_strict,
@@ -12,6 +13,7 @@ from .weights import (
 
 __all__ = [
     "StripMLPNet",
+    "adapt_size",
     "build_model",
     "convert_released_state_dict",
     "load_pretrained",
