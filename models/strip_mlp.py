@@ -250,6 +250,7 @@ class StripMLPNet(nn.Module):
         self.img_size = _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width)
         if drop_path_schedule not in ("constant", "linear"):
             raise ValueError(f"drop_path_schedule {drop_path_schedule!r} is neither 'constant' nor 'linear'")
+        self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         dims = [embed_dim * 2**stage for stage in range(4)]
