@@ -7,6 +7,7 @@ D = C / P the channels of a patch, L the length of a strip: W for a row, H for a
 import contextlib
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -164,7 +165,7 @@ class GRN(nn.Module):
         """(N, H, W, C) -> (N, H, W, C)"""
         response = x.norm(dim=(1, 2), keepdim=True)
         response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-        return self.gamma * (x * response) + self.beta + x
+        return torch.addcmul(self.beta, x, 1 + self.gamma * response)  # gamma * (x * response) + beta + x in one pass
 
 
 class ChannelMixingBlock(nn.Module):
@@ -191,10 +192,10 @@ class Block(nn.Module):
 
     def __init__(
         self, dim: int, size: int | tuple[int, int], num_patches: int, strip_width: int, mlp_ratio: float,
-        drop_path: float,
+        drop_path: float, token_mixing=StripMixingBlock,
     ):
         super().__init__()
-        self.token_mixing = StripMixingBlock(dim, size, num_patches, strip_width)
+        self.token_mixing = token_mixing(dim, size, num_patches, strip_width)
         self.channel_mixing = ChannelMixingBlock(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -225,6 +226,7 @@ class StripMLPNet(nn.Module):
         drop_path_rate: probability that a residual branch is dropped for an image, while training.
         drop_path_schedule: ``"constant"``, the rate in every block, as the released network has it; ``"linear"``, from
             0 in the first block to the rate in the last.
+        token_mixing: makes a block's token mixing; ``ablations.py`` has others.
 
     Raises:
         ValueError: sizes that do not fit together; the message names the nearest that do.
@@ -245,6 +247,7 @@ class StripMLPNet(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         drop_path_schedule: str = "constant",
+        token_mixing: Callable[..., nn.Module] = StripMixingBlock,
     ):
         super().__init__()
         self.img_size = _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width)
@@ -267,7 +270,10 @@ class StripMLPNet(nn.Module):
         self.stem = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=False)
         self.stages = nn.ModuleList(
             nn.Sequential(
-                *(Block(dim, size, num_patches, strip_width, mlp_ratio, next(rates)) for _ in range(depth))
+                *(
+                    Block(dim, size, num_patches, strip_width, mlp_ratio, next(rates), token_mixing)
+                    for _ in range(depth)
+                )
             )
             for dim, size, depth in zip(dims, sizes, depths, strict=True)
         )
