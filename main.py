@@ -170,6 +170,8 @@ def train(config, device: torch.device, folder: Path) -> None:
         resume_path = _find_resume(config, folder)
         if config.MODEL.PRETRAINED and not resume_path:
             _load_pretrained(config, model)
+        if config.TRAIN.FREEZE_STAGES and not (config.MODEL.PRETRAINED or resume_path):
+            logger.warning("TRAIN.FREEZE_STAGES freezes newly drawn weights; load trained ones with --pretrained")
         if config.TRAIN.SYNC_BN:
             if device.type != "cuda":
                 raise ValueError("TRAIN.SYNC_BN is True, but SyncBatchNorm needs CUDA; set it False on the CPU")
