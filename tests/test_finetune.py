@@ -1,9 +1,11 @@
 """Fine-tuning through the command line: frozen stages, layer decay, another input size."""
 
 import json
+import re
 import shutil
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -11,10 +13,10 @@ from torchvision import transforms
 
 import checkpoint
 import main
-from config import load_config
+from config import flat_keys, load_config
 from data.datasets import read_digits
-from models import StripMLPNet, adapt_size, build_model
-from tests.helpers import DIGITS, TINY, arguments, differences, folder, run, torchrun
+from models import StripMLPNet, adapt_size, build_model, to_released_state_dict
+from tests.helpers import DIGITS, ROOT, TINY, arguments, differences, folder, run, torchrun
 
 FROZEN = ("stem", "stages.0", "stages.1", "merging.0")
 OPTIONS = ("TRAIN.FREEZE_STAGES", 2, "TRAIN.LAYER_DECAY", 0.5, "DATA.BATCH_SIZE", 400)
@@ -86,6 +88,23 @@ def test_frozen_on_three_processes(pretrained, tmp_path):
 def test_freezing_new_weights_is_warned_of(tmp_path, capsys):
     assert main.main(arguments(tmp_path, *OPTIONS, "TRAIN.EPOCHS", 1)) == 0
     assert "WARNING: TRAIN.FREEZE_STAGES freezes newly drawn weights" in capsys.readouterr().out
+
+
+def test_the_guide(tmp_path):
+    """The Python of docs/finetune.md runs as it stands, at smaller sizes; the keys that it names exist."""
+    guide = (ROOT / "docs" / "finetune.md").read_text()
+    path = tmp_path / "strip_mlp_tiny.pth"
+    torch.save({"model": to_released_state_dict(timm.create_model("strip_mlp_tiny", img_size=32).state_dict())}, path)
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", guide, re.S | re.M))
+    for there, here in (("strip_mlp_tiny.pth", path), ("(512, 768)", "(64, 96)"), ("img_size=384", "img_size=64")):
+        assert there in code
+        code = code.replace(there, str(here))
+    names = {"images": torch.zeros(1, 3, 64, 96)}
+    exec(code, names)
+    assert [names[stage].shape[1] for stage in ("c2", "c3", "c4", "c5")] == [80, 160, 320, 640]
+    assert names["net"].num_classes == 12 and len(names["optimizer"].param_groups) > 30
+    keys = set(re.findall(r"\b(?:DATA|MODEL|TRAIN)\.[A-Z_.]+[A-Z]", guide))
+    assert len(keys) > 8 and keys <= flat_keys(load_config()).keys()
 
 
 @pytest.mark.slow
