@@ -39,7 +39,7 @@ from data import build_mixup, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, evaluate, measure_throughput, train_one_epoch
 from logger import MetricsWriter, add_log_file, setup_console
 from lr_scheduler import LRScheduler
-from models import build_model, load_pretrained, load_strict, model_state_dict
+from models import adapt_size, build_model, load_pretrained, load_strict, model_state_dict
 from optimizer import build_optimizer
 from state import Layout, TrainState
 
@@ -170,6 +170,8 @@ def train(config, device: torch.device, folder: Path) -> None:
         resume_path = _find_resume(config, folder)
         if config.MODEL.PRETRAINED and not resume_path:
             _load_pretrained(config, model)
+        if config.TRAIN.FREEZE_STAGES and not (config.MODEL.PRETRAINED or resume_path):
+            logger.warning("TRAIN.FREEZE_STAGES freezes newly drawn weights; load trained ones with --pretrained")
         if config.TRAIN.SYNC_BN:
             if device.type != "cuda":
                 raise ValueError("TRAIN.SYNC_BN is True, but SyncBatchNorm needs CUDA; set it False on the CPU")
@@ -240,10 +242,10 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     loader = build_val_loader(config, utils.rank(), utils.world_size())
     model, ema = _build_model(config, device), None
     with _naming(path):
-        load_strict(model, model_state_dict(content))
+        load_strict(model, adapt_size(model_state_dict(content), model))
         if content.get("model_ema"):
             ema = ModelEmaV3(model)
-            load_strict(ema.module, content["model_ema"])
+            load_strict(ema.module, adapt_size(content["model_ema"], model))
     if config.COMPILE:
         model.compile()
     precision = Precision(config.AMP_DTYPE, device)

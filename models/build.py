@@ -7,6 +7,7 @@ import yaml
 from torch import nn
 
 from .ablations import build_ablated
+from .freeze import freeze_stages
 from .strip_mlp import StripMLPNet
 
 
@@ -38,6 +39,7 @@ def build_model(config) -> nn.Module:
         model = StripMLPNet(**kwargs) if choices == ("both", True, True) else build_ablated(*choices, **kwargs)
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing(True)
+    freeze_stages(model, config.TRAIN.FREEZE_STAGES)
     return model
 
 

@@ -6,6 +6,7 @@ D = C / P the channels of a patch, L the length of a strip: W for a row, H for a
 
 import contextlib
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import FeatureGetterNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .fused import FusedChannelMixingBlock, FusedStripMixingBlock
 from .strip_ops import strip_mix
+from .weights import fit_state_dict
 
 
 class StripMLP(nn.Module):
@@ -266,6 +269,7 @@ class StripMLPNet(nn.Module):
         self.img_size = _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width)
         if drop_path_schedule not in ("constant", "linear"):
             raise ValueError(f"drop_path_schedule {drop_path_schedule!r} is neither 'constant' nor 'linear'")
+        self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         dims = [embed_dim * 2**stage for stage in range(4)]
@@ -414,6 +418,10 @@ class StripMLPNet(nn.Module):
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head = head.to(weight.device, weight.dtype)
 
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As PyTorch's; released keys are converted, and weights for another input size adapted."""
+        return super().load_state_dict(fit_state_dict(state_dict, self), strict, assign)
+
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -540,9 +548,26 @@ default_cfgs = generate_default_cfgs({
 })
 
 
+class _StripMLPFeatures(FeatureGetterNet):
+    """What ``features_only`` makes: timm's feature extractor, which loads a whole network's weights as well."""
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        if any(key.startswith("model.") for key in state_dict):
+            return super().load_state_dict(state_dict, strict, assign)
+
+        def part(key):
+            return re.match(r"(stages|merging)\.\d+|[^.]*", key)[0]
+
+        parts = {part(key) for key in self.model.state_dict()}  # the others were pruned
+        weights = {key: value for key, value in fit_state_dict(state_dict, self.model).items() if part(key) in parts}
+        return self.model.load_state_dict(weights, strict, assign)
+
+
 def _create(variant: str, pretrained: bool, **kwargs) -> StripMLPNet:
-    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(StripMLPNet, variant, pretrained, feature_cfg=features, **(VARIANTS[variant] | kwargs))
+    return build_model_with_cfg(
+        StripMLPNet, variant, pretrained, pretrained_filter_fn=fit_state_dict,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": _StripMLPFeatures}, **(VARIANTS[variant] | kwargs),
+    )
 
 
 @register_model

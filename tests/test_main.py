@@ -182,6 +182,16 @@ def test_eval_of_a_released_checkpoint(trained, tmp_path):
     assert report["eval"]["acc1"] == logged["acc1"] and "eval_ema" not in report
 
 
+def test_eval_at_another_size_adapts_and_resuming_does_not(trained, tmp_path, capsys):
+    best = str(folder(trained) / "best.pth")
+    options = ("DATA.IMG_SIZE", 32)
+    assert main.main(arguments(tmp_path, *options, flags=["--eval", "--resume", best])) == 0
+    assert "WARNING: the weights are for another input size" in capsys.readouterr().out
+    assert json.loads((folder(tmp_path) / "eval.json").read_text())["eval_ema"]["images"] == 360
+    assert main.main(arguments(tmp_path, *options, tag="resumed", flags=["--resume", best])) == 2
+    assert "row_strip.weight is (2, 8, 8, 3) in the file, (2, 16, 16, 3) in the model" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("processes, batch_size", [(1, 7), (2, 5), (2, 16), (3, 4)])
 def test_eval_is_the_same_for_any_number_of_processes_and_batch_size(trained, tmp_path, processes, batch_size):
     """61 images, which neither the processes nor the batch sizes divide, against one process and one batch."""
