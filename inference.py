@@ -60,3 +60,8 @@ def _own_config(content: dict) -> CfgNode:
         return from_dict(content["config"], "its config")
     except ValueError as error:
         raise ValueError(f"{error}; name the config that it was trained with by --cfg") from error
+
+
+def image_shape(config) -> tuple[int, int, int]:
+    """Channels, height and width of the images that the network takes."""
+    return config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE
