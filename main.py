@@ -37,6 +37,7 @@ from checkpointer import PREEMPTED, Checkpointer, Preempted
 from config import load_config, nearest, to_dict
 from data import build_mixup, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, evaluate, measure_throughput, train_one_epoch
+from inference import image_shape
 from logger import MetricsWriter, add_log_file, setup_console
 from lr_scheduler import LRScheduler
 from models import adapt_size, build_model, load_pretrained, load_strict, model_state_dict
@@ -270,7 +271,7 @@ def throughput(config, device: torch.device) -> None:
     model = _build_model(config, device)
     if config.COMPILE:
         model.compile()
-    images = torch.randn(config.DATA.BATCH_SIZE, *_image_shape(config), device=device)
+    images = torch.randn(config.DATA.BATCH_SIZE, *image_shape(config), device=device)
     precision = Precision(config.AMP_DTYPE, device)
     speed = measure_throughput(model, images, precision)
     logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s, batch size {len(images)}, {precision.name}, "
@@ -317,17 +318,13 @@ def _build_model(config, device: torch.device) -> nn.Module:
     return build_model(config).to(device)
 
 
-def _image_shape(config) -> tuple[int, int, int]:
-    return config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE
-
-
 def _describe_run(config, state: TrainState, device, folder: Path, train_loader) -> None:
     """Logs what is trained and where, and saves it as YAML: ``config.yaml`` can be run again with ``--cfg``."""
     if utils.rank() != 0:
         return
     layout = state.layout
     try:
-        macs = utils.count_macs(state.model, _image_shape(config))
+        macs = utils.count_macs(state.model, image_shape(config))
     except AssertionError as error:  # a timm model's, about its input
         name, size = config.MODEL.NAME, config.DATA.IMG_SIZE
         raise ValueError(f"MODEL.NAME {name} does not take a DATA.IMG_SIZE of {size}: {error}") from error

@@ -4,8 +4,8 @@ What is folded, all of it linear: the BatchNorms after ``proj_in`` and after the
 convolutions before them; the position maps and biases of the strip layers, into one map added to their result, since
 ``strip(x + position) + bias = strip(x) + (strip(position) + bias)``; and the last convolution of CGSMM into
 ``proj_out``, which follows it with nothing between; GRN's beta, into the bias of the linear layer after it. What can be
-done in place is. Two BatchNorms stay: the one that begins the token mixing, which a GELU follows and a sum precedes, and
-the network's last, whose output is what ``forward_features`` returns.
+done in place is. Two BatchNorms stay: the one that begins the token mixing, between a sum and a GELU, and the network's
+last, whose output is what ``forward_features`` returns.
 """
 
 import torch

@@ -131,7 +131,7 @@ class LSMM(nn.Module):
         row, column = self.row_conv(x), self.column_conv(x)
         pooled = (row + column + x).mean((2, 3), keepdim=True)
         scores = self.reweight_fc2(F.gelu(self.reweight_fc1(pooled)))
-        weights = scores.view(len(x), -1, 3).softmax(dim=2)[:, :, :, None, None]  # (N, C, 3, 1, 1)
+        weights = scores.view(x.shape[0], -1, 3).softmax(dim=2)[:, :, :, None, None]  # (N, C, 3, 1, 1)
         return column * weights[:, :, 0] + row * weights[:, :, 1] + x * weights[:, :, 2]
 
 

@@ -1,4 +1,4 @@
-"""The network as the paper's authors publish it: the same module tree, the same weights, another arrangement of the sums.
+"""The published formulation: the same module tree and weights, the sums in another arrangement.
 
 A strip layer is a grouped convolution over a permuted copy of its input, with the weight in its stored shape
 (D*L, L, 1, K); a position map is gathered from its table by indices that the host makes anew in every forward pass;
