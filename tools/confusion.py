@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from plots import COLOURS, new_figure, save_figure  # noqa: E402
+from plots import COLOURS, new_figure, save_figure
 
 _COLUMNS = ("target", "prediction", "target_label", "prediction_label")
 _NUMBERED = 20  # classes up to which every cell's number fits

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from plots import best_accuracy, draw_curves, read_metrics, run_names, save_figure  # noqa: E402
+from plots import best_accuracy, draw_curves, read_metrics, run_names, save_figure
 
 
 def main(argv: list[str] | None = None) -> None:
