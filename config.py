@@ -31,6 +31,7 @@ _C.DATA.PIN_MEMORY = True  # page-locked batches, for copies to a GPU that do no
 _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "strip_mlp"  # strip_mlp | timm (MODEL.NAME is then a timm model, trained by the same recipe)
 _C.MODEL.NAME = ""  # names the output folder; empty: the config file's name
+_C.MODEL.TIMM_KWARGS = ""  # timm: what timm.create_model is given besides, in YAML: "{stem_type: deep, stem_width: 32}"
 _C.MODEL.NUM_CLASSES = 1000  # checked against the data set
 _C.MODEL.PRETRAINED = ""  # checkpoint to start from: weights only; a head of another class count is drawn anew
 _C.MODEL.RESUME = ""  # checkpoint to go on from (or to evaluate): everything
@@ -45,6 +46,9 @@ _C.MODEL.STRIP_MLP.DEPTHS = [2, 2, 6, 2]  # blocks of the four stages
 _C.MODEL.STRIP_MLP.MLP_RATIO = 3.0  # alpha: width of the channel mixing over its input's
 _C.MODEL.STRIP_MLP.NUM_PATCHES = 2  # P: channel patches that share the strip weights
 _C.MODEL.STRIP_MLP.STRIP_WIDTH = 3  # rows (columns) that a strip spans, odd
+_C.MODEL.STRIP_MLP.TOKEN_MIXERS = "both"  # ablation: both, on half of the channels each | cgsmm | lsmm, on all of them
+_C.MODEL.STRIP_MLP.CASCADE = True  # ablation: CGSMM's column strips read what the row strips made; False: the input
+_C.MODEL.STRIP_MLP.SHORTCUTS = True  # ablation: the cross-stage shortcuts
 
 # ---- training ------------------------------------------------------------------------------------
 _C.TRAIN = CfgNode()
@@ -113,6 +117,7 @@ _CHOICES = {
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "MODEL.TYPE": ("strip_mlp", "timm"),
     "MODEL.DROP_PATH_SCHEDULE": ("constant", "linear"),
+    "MODEL.STRIP_MLP.TOKEN_MIXERS": ("both", "cgsmm", "lsmm"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
     "AUG.REMODE": ("pixel", "rand", "const"),

@@ -3,8 +3,10 @@
 import difflib
 
 import timm
+import yaml
 from torch import nn
 
+from .ablations import build_ablated
 from .strip_mlp import StripMLPNet
 
 
@@ -12,25 +14,28 @@ def build_model(config) -> nn.Module:
     """The network that a config describes: a Strip-MLP, or any timm model to be trained by the same recipe.
 
     Raises:
-        ValueError: sizes that do not fit together, an unknown timm model, or one without drop path.
+        ValueError: sizes that do not fit together, an unknown timm model, or one that lacks an argument: drop path, or
+            one of MODEL.TIMM_KWARGS.
     """
     if config.MODEL.TYPE == "timm":
         model = _build_timm_model(config)
     else:
         strip_mlp = config.MODEL.STRIP_MLP
-        model = StripMLPNet(
-            img_size=config.DATA.IMG_SIZE,
-            patch_size=strip_mlp.PATCH_SIZE,
-            in_chans=strip_mlp.IN_CHANS,
-            num_classes=config.MODEL.NUM_CLASSES,
-            embed_dim=strip_mlp.EMBED_DIM,
-            depths=strip_mlp.DEPTHS,
-            num_patches=strip_mlp.NUM_PATCHES,
-            strip_width=strip_mlp.STRIP_WIDTH,
-            mlp_ratio=strip_mlp.MLP_RATIO,
-            drop_path_rate=config.MODEL.DROP_PATH_RATE,
-            drop_path_schedule=config.MODEL.DROP_PATH_SCHEDULE,
-        )
+        kwargs = {
+            "img_size": config.DATA.IMG_SIZE,
+            "patch_size": strip_mlp.PATCH_SIZE,
+            "in_chans": strip_mlp.IN_CHANS,
+            "num_classes": config.MODEL.NUM_CLASSES,
+            "embed_dim": strip_mlp.EMBED_DIM,
+            "depths": strip_mlp.DEPTHS,
+            "num_patches": strip_mlp.NUM_PATCHES,
+            "strip_width": strip_mlp.STRIP_WIDTH,
+            "mlp_ratio": strip_mlp.MLP_RATIO,
+            "drop_path_rate": config.MODEL.DROP_PATH_RATE,
+            "drop_path_schedule": config.MODEL.DROP_PATH_SCHEDULE,
+        }
+        choices = strip_mlp.TOKEN_MIXERS, strip_mlp.CASCADE, strip_mlp.SHORTCUTS
+        model = StripMLPNet(**kwargs) if choices == ("both", True, True) else build_ablated(*choices, **kwargs)
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing(True)
     return model
@@ -45,6 +50,18 @@ def _build_timm_model(config) -> nn.Module:
     if timm.get_pretrained_cfg(name).fixed_input_size:
         kwargs["img_size"] = config.DATA.IMG_SIZE
     try:
-        return timm.create_model(name, **kwargs)
+        return timm.create_model(name, **kwargs | _timm_kwargs(config.MODEL.TIMM_KWARGS))
     except TypeError as error:
         raise ValueError(f"MODEL.NAME {name}: {error}; where it has no drop path set MODEL.DROP_PATH_RATE 0") from None
+
+
+def _timm_kwargs(text: str) -> dict:
+    """MODEL.TIMM_KWARGS as a dictionary."""
+    try:
+        kwargs = yaml.safe_load(text) or {}
+    except yaml.YAMLError:
+        kwargs = None
+    if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
+        raise ValueError(f"MODEL.TIMM_KWARGS is {text!r}; it must name arguments and values in YAML, e.g. "
+                         "'{stem_type: deep, stem_width: 32}'")
+    return kwargs

@@ -1,17 +1,18 @@
 """Strip-MLP (Cao et al., ICCV 2023, arXiv 2307.11458): read top to bottom beside the paper.
 
 Notation: batch N, channels C, height H, width W; every feature map is (N, C, H, W). P is the number of channel patches,
-D = C / P the channels of a patch, L the side of a stage's square feature map.
+D = C / P the channels of a patch, L the length of a strip: W for a row, H for a column.
 """
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath
+from timm.layers import DropPath, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -43,7 +44,7 @@ class StripMLP(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x):
-        """(N, C, L, L) -> (N, C, L, L)"""
+        """(N, C, H, W) -> (N, C, H, W)"""
         return strip_mix(x, self.weight, self.bias, self.axis)
 
     def extra_repr(self) -> str:
@@ -52,18 +53,24 @@ class StripMLP(nn.Module):
 
 
 class RelativePosition(nn.Module):
-    """Relative position map: ``x[n, c, i, j] + table[j - i + L, c]``."""
+    """Relative position map: ``x[n, c, i, j] + table[j - i + H, c]``.
 
-    def __init__(self, dim: int, length: int):
+    Args:
+        dim: C, the channels of the input.
+        size: (H, W) of the feature map, or its side where it is square. The table has ``H + W + 1`` entries, as the
+            released network's has ``2 * L + 1`` for a square map; the first and the last are never read.
+    """
+
+    def __init__(self, dim: int, size: int | tuple[int, int]):
         super().__init__()
-        self.length = length
-        self.table = nn.Parameter(torch.empty(2 * length + 1, dim))
+        height, self.width = to_2tuple(size)
+        self.table = nn.Parameter(torch.empty(height + self.width + 1, dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, x):
-        """(N, C, L, L) -> (N, C, L, L)"""
-        # Row i of the map reads the L entries from L - i on, so the rows are the table's windows in reverse order.
-        rows = self.table[1:-1].unfold(0, self.length, 1).flip(0)  # (L, C, L)
+        """(N, C, H, W) -> (N, C, H, W)"""
+        # Row i of the map reads the W entries from H - i on, so the rows are the table's windows in reverse order.
+        rows = self.table[1:-1].unfold(0, self.width, 1).flip(0)  # (H, C, W)
         return x + rows.transpose(0, 1)
 
 
@@ -72,23 +79,24 @@ class CGSMM(nn.Module):
 
     Args:
         dim: C, the channels of the input.
-        length: L, the side of the feature map.
+        size: (H, W) of the feature map, or its side where it is square.
         num_patches: P.
         strip_width: K.
     """
 
-    def __init__(self, dim: int, length: int, num_patches: int, strip_width: int = 3):
+    def __init__(self, dim: int, size: int | tuple[int, int], num_patches: int, strip_width: int = 3):
         super().__init__()
-        self.row_position = RelativePosition(dim, length)
-        self.row_strip = StripMLP(dim, length, num_patches, "row", strip_width)
+        height, width = to_2tuple(size)
+        self.row_position = RelativePosition(dim, size)
+        self.row_strip = StripMLP(dim, width, num_patches, "row", strip_width)
         self.row_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
         self.norm = nn.BatchNorm2d(dim)
-        self.column_position = RelativePosition(dim, length)
-        self.column_strip = StripMLP(dim, length, num_patches, "column", strip_width)
+        self.column_position = RelativePosition(dim, size)
+        self.column_strip = StripMLP(dim, height, num_patches, "column", strip_width)
         self.column_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
 
     def forward(self, x):
-        """(N, C, L, L) -> (N, C, L, L)"""
+        """(N, C, H, W) -> (N, C, H, W)"""
         row = self.row_strip(self.row_position(x))
         y = F.gelu(self.norm(self.row_fuse(torch.cat([row, x], dim=1))))
         column = self.column_strip(self.column_position(y))
@@ -121,18 +129,18 @@ class LSMM(nn.Module):
 class StripMixingBlock(nn.Module):
     """Token mixing (figure 2b): CGSMM on the first half of the channels, LSMM on the second."""
 
-    def __init__(self, dim: int, length: int, num_patches: int, strip_width: int = 3):
+    def __init__(self, dim: int, size: int | tuple[int, int], num_patches: int, strip_width: int = 3):
         super().__init__()
         self.conv_norm = nn.BatchNorm2d(dim)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.proj_in = nn.Conv2d(dim, dim, 1)
         self.proj_norm = nn.BatchNorm2d(dim)
-        self.cgsmm = CGSMM(dim // 2, length, num_patches, strip_width)
+        self.cgsmm = CGSMM(dim // 2, size, num_patches, strip_width)
         self.lsmm = LSMM(dim // 2)
         self.proj_out = nn.Conv2d(dim, dim, 1, bias=False)
 
     def forward(self, x):
-        """(N, C, L, L) -> (N, C, L, L)"""
+        """(N, C, H, W) -> (N, C, H, W)"""
         x = self.conv(F.gelu(self.conv_norm(x)))
         x = F.gelu(self.proj_norm(self.proj_in(x)))
         first, second = x.chunk(2, dim=1)
@@ -154,7 +162,7 @@ class GRN(nn.Module):
         """(N, H, W, C) -> (N, H, W, C)"""
         response = x.norm(dim=(1, 2), keepdim=True)
         response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-        return self.gamma * (x * response) + self.beta + x
+        return torch.addcmul(self.beta, x, 1 + self.gamma * response)  # gamma * (x * response) + beta + x in one pass
 
 
 class ChannelMixingBlock(nn.Module):
@@ -179,14 +187,17 @@ class ChannelMixingBlock(nn.Module):
 class Block(nn.Module):
     """Token mixing, then channel mixing, each a residual branch with drop path."""
 
-    def __init__(self, dim: int, length: int, num_patches: int, strip_width: int, mlp_ratio: float, drop_path: float):
+    def __init__(
+        self, dim: int, size: int | tuple[int, int], num_patches: int, strip_width: int, mlp_ratio: float,
+        drop_path: float, token_mixing=StripMixingBlock,
+    ):
         super().__init__()
-        self.token_mixing = StripMixingBlock(dim, length, num_patches, strip_width)
+        self.token_mixing = token_mixing(dim, size, num_patches, strip_width)
         self.channel_mixing = ChannelMixingBlock(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x):
-        """(N, C, L, L) -> (N, C, L, L)"""
+        """(N, C, H, W) -> (N, C, H, W)"""
         x = x + self.drop_path(self.token_mixing(x))
         return x + self.drop_path(self.channel_mixing(x))
 
@@ -194,21 +205,25 @@ class Block(nn.Module):
 class StripMLPNet(nn.Module):
     """Strip-MLP (figure 2a): four stages at 1/4, 1/8, 1/16 and 1/32 of the input size for ``patch_size`` 4.
 
-    The strip weights depend on the size of the feature maps, so a network serves one square input size.
+    The strip weights depend on the size of the feature maps, so a network serves one input size;
+    ``weights.adapt_size`` carries weights over to another.
 
     Args:
-        img_size: side of the input in pixels, a multiple of ``8 * patch_size``.
+        img_size: side of the square input in pixels, or its (height, width), multiples of ``8 * patch_size``.
         patch_size: kernel and stride of the stem.
         in_chans: channels of the input.
         num_classes: outputs of the head; 0 leaves the head out.
+        global_pool: ``"avg"``, the mean over all tokens, or ``""``, none, for a network without a head.
         embed_dim: C, the channels of the first stage; they double at every stage.
         depths: blocks of the four stages.
         num_patches: P, the channel patches that share strip weights; divides ``embed_dim / 2``.
         strip_width: K, the rows (columns) of a strip, odd.
         mlp_ratio: alpha, the width of the channel mixing over its input's.
+        drop_rate: dropout before the head, while training.
         drop_path_rate: probability that a residual branch is dropped for an image, while training.
         drop_path_schedule: ``"constant"``, the rate in every block, as the released network has it; ``"linear"``, from
             0 in the first block to the rate in the last.
+        token_mixing: makes a block's token mixing; ``ablations.py`` has others.
 
     Raises:
         ValueError: sizes that do not fit together; the message names the nearest that do.
@@ -216,27 +231,29 @@ class StripMLPNet(nn.Module):
 
     def __init__(
         self,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
         patch_size: int = 4,
         in_chans: int = 3,
         num_classes: int = 1000,
+        global_pool: str = "avg",
         embed_dim: int = 80,
         depths: tuple[int, int, int, int] = (2, 2, 6, 2),
         num_patches: int = 2,
         strip_width: int = 3,
         mlp_ratio: float = 3.0,
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         drop_path_schedule: str = "constant",
+        token_mixing: Callable[..., nn.Module] = StripMixingBlock,
     ):
         super().__init__()
-        img_size = _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width)
+        self.img_size = _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width)
         if drop_path_schedule not in ("constant", "linear"):
             raise ValueError(f"drop_path_schedule {drop_path_schedule!r} is neither 'constant' nor 'linear'")
-        self.img_size = img_size
-        self.num_classes = num_classes
+        self.drop_rate = drop_rate
         self.grad_checkpointing = False
         dims = [embed_dim * 2**stage for stage in range(4)]
-        lengths = [img_size // patch_size // 2**stage for stage in range(4)]
+        sizes = [tuple(side // patch_size // 2**stage for side in self.img_size) for stage in range(4)]  # (H, W)
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size * 2**stage, "module": f"stages.{stage}"}
@@ -249,9 +266,12 @@ class StripMLPNet(nn.Module):
         self.stem = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=False)
         self.stages = nn.ModuleList(
             nn.Sequential(
-                *(Block(dim, length, num_patches, strip_width, mlp_ratio, next(rates)) for _ in range(depth))
+                *(
+                    Block(dim, size, num_patches, strip_width, mlp_ratio, next(rates), token_mixing)
+                    for _ in range(depth)
+                )
             )
-            for dim, length, depth in zip(dims, lengths, depths, strict=True)
+            for dim, size, depth in zip(dims, sizes, depths, strict=True)
         )
         self.merging = nn.ModuleList(nn.Conv2d(dim, 2 * dim, 2, 2, bias=False) for dim in dims[:3])
         # Cross-stage shortcuts, which the paper's figure leaves out. m1, m2, m3 are the outputs of the mergings.
@@ -259,39 +279,91 @@ class StripMLPNet(nn.Module):
         self.shortcut_s = nn.Conv2d(dims[2], dims[3], 2, 2, groups=dims[2], bias=False)
         self.shortcut_m2 = nn.Conv2d(dims[2], dims[3], 2, 2, groups=dims[2], bias=False)
         self.norm = nn.BatchNorm2d(dims[3])
-        self.head = nn.Linear(dims[3], num_classes) if num_classes > 0 else nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
 
     def forward_features(self, x):
-        """(N, in_chans, S, S) -> (N, 8 * embed_dim, S/32, S/32) for ``patch_size`` 4, normalised."""
-        if x.ndim != 4 or x.shape[2:] != (self.img_size, self.img_size):
-            raise ValueError(
-                f"this network was built for images of {self.img_size}x{self.img_size}, got a batch of shape "
-                f"{tuple(x.shape)}; resize the images, or build the network with another img_size (legal near "
-                f"{x.shape[-1]}: {_legal_sizes(x.shape[-1], self.feature_info[-1]['reduction'])})"
-            )
-        m1 = self.merging[0](self._run_stage(0, self.stem(x)))
-        m2 = self.merging[1](self._run_stage(1, m1))
-        s = self.shortcut_m1(m1)
-        m3 = self.merging[2](self._run_stage(2, m2 + s))
-        return self.norm(self._run_stage(3, m3 + self.shortcut_s(s) + self.shortcut_m2(m2)))
+        """(N, in_chans, H, W) -> (N, 8 * embed_dim, H/32, W/32) for ``patch_size`` 4, normalised."""
+        return self.norm(self._run_stages(x, len(self.stages))[-1])
 
     def forward_head(self, x, pre_logits: bool = False):
         """(N, C, H, W) -> (N, num_classes), or the pooled (N, C) with ``pre_logits``."""
-        x = x.mean((2, 3))
+        if self.global_pool:
+            x = x.mean((2, 3))
+        if self.drop_rate:
+            x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
     def forward(self, x):
-        """(N, in_chans, S, S) -> (N, num_classes)"""
+        """(N, in_chans, H, W) -> (N, num_classes)"""
         return self.forward_head(self.forward_features(x))
 
+    def forward_intermediates(
+        self,
+        x,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """The outputs of the stages: (N, C, H/4, W/4) to (N, 8C, H/32, W/32) for ``patch_size`` 4.
+
+        Args:
+            x: (N, in_chans, H, W).
+            indices: stages from 0, negative from the end; a number n: the last n; None: all.
+            norm: normalise the last stage's output; the others have no norm.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: ``"NCHW"``.
+            intermediates_only: return the list alone.
+
+        Returns:
+            ``(features, intermediates)``, features as ``forward_features`` returns them; where it stopped early, the
+            last output instead. Or the list of intermediates.
+
+        Raises:
+            ValueError: another ``output_fmt``, or a stage that there is not.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r} is not 'NCHW', the one layout of Strip-MLP's feature maps")
+        count = len(self.stages)
+        indices = _stage_indices(count, indices)
+        last = max(indices)
+        outputs = self._run_stages(x, last + 1 if stop_early or intermediates_only else count)
+        features = outputs[-1]
+        if len(outputs) == count and (norm or not intermediates_only):
+            features = self.norm(features)
+        intermediates = [features if norm and index == count - 1 else outputs[index] for index in indices]
+        return intermediates if intermediates_only else (features, intermediates)
+
+    def _run_stages(self, x, count: int) -> list[torch.Tensor]:
+        """The outputs of the first ``count`` stages."""
+        if x.ndim != 4 or x.shape[2:] != self.img_size:
+            multiple = self.feature_info[-1]["reduction"]
+            sides = dict.fromkeys(x.shape[-2:])
+            legal = "; ".join(f"legal near {side}: {_legal_sizes(side, multiple)}" for side in sides)
+            raise ValueError(
+                f"this network was built for images of {'x'.join(map(str, self.img_size))}, got a batch of shape "
+                f"{tuple(x.shape)}; resize the images, or build the network with another img_size ({legal})"
+            )
+        outputs = [self._run_stage(0, self.stem(x))]
+        if count > 1:
+            m1 = self.merging[0](outputs[0])
+            outputs.append(self._run_stage(1, m1))
+        if count > 2:
+            m2, s = self.merging[1](outputs[1]), self.shortcut_m1(m1)
+            outputs.append(self._run_stage(2, m2 + s))
+        if count > 3:
+            m3 = self.merging[2](outputs[2])
+            outputs.append(self._run_stage(3, m3 + self.shortcut_s(s) + self.shortcut_m2(m2)))
+        return outputs
+
     def _run_stage(self, stage: int, x):
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return self.stages[stage](x)
         for block in self.stages[stage]:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                # A compiled recomputation leaves the statistics alone by itself, and takes no contexts.
-                contexts = {"context_fn": partial(_recomputation_contexts, block)}
-                x = checkpoint(block, x, use_reentrant=False, **({} if torch.compiler.is_compiling() else contexts))
-            else:
-                x = block(x)
+            # A compiled recomputation leaves the statistics alone by itself, and takes no contexts.
+            contexts = {"context_fn": partial(_recomputation_contexts, block)}
+            x = checkpoint(block, x, use_reentrant=False, **({} if torch.compiler.is_compiling() else contexts))
         return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -302,26 +374,81 @@ class StripMLPNet(nn.Module):
         """The last linear layer."""
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the head by a newly drawn one of ``num_classes`` outputs; 0 leaves it out."""
-        self.num_classes = num_classes
-        weight = self.norm.weight
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the head by a newly drawn one of ``num_classes`` outputs; 0 leaves it out.
+
+        Raises:
+            ValueError: a ``global_pool`` other than None (as it is), ``"avg"`` and, without a head, ``""``.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool != "avg" and (pool or num_classes > 0):
+            raise ValueError(f"global_pool {pool!r} must be 'avg', or '' (no pooling) with num_classes 0")
+        self.num_classes, self.global_pool = num_classes, pool
+        weight = self.stem.weight
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head = head.to(weight.device, weight.dtype)
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what comes after the last of the stages asked for, as timm's feature extraction does.
 
-def _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width) -> int:
-    """The side of the input; raises ValueError when the sizes do not fit together."""
-    if isinstance(img_size, (tuple, list)):
-        if len(img_size) != 2 or img_size[0] != img_size[1]:
-            raise ValueError(f"img_size {tuple(img_size)} is not square; Strip-MLP is built for one square size")
-        img_size = img_size[0]
+        Args:
+            indices: as ``forward_intermediates`` takes them.
+            prune_norm: remove the last norm too.
+            prune_head: remove the head too; it goes in any case where a stage goes.
+
+        Returns:
+            The stages asked for, counted from 0.
+        """
+        indices = _stage_indices(len(self.stages), indices)
+        last = max(indices)
+        is_cut = last < len(self.stages) - 1
+        self.stages, self.merging = self.stages[:last + 1], self.merging[:last]
+        for stage, names in ((2, ["shortcut_m1"]), (3, ["shortcut_s", "shortcut_m2"])):
+            for name in names if stage > last else []:
+                setattr(self, name, nn.Identity())
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or is_cut:
+            self.reset_classifier(0, "")
+        if prune_norm or is_cut:
+            self.norm = nn.Identity()
+        return indices
+
+    def no_weight_decay(self) -> set[str]:
+        """The biases that timm would decay, not knowing them by their dimensions: those of the strip layers."""
+        return {name for name, _ in self.named_parameters() if name.endswith("_strip.bias")}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's patterns of layer groups: the stem, then the stages (``coarse``) or the blocks, last the head.
+
+        What leads into a stage belongs to its first block.
+        """
+        first = () if coarse else (0,)
+        return {
+            "stem": r"^stem",
+            "blocks": [
+                (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None),
+                (r"^merging\.0", (1, *first)),
+                (r"^(?:merging\.1|shortcut_m1)", (2, *first)),
+                (r"^(?:merging\.2|shortcut_s|shortcut_m2)", (3, *first)),
+                (r"^norm", (99999,)),  # timm's mark for the group before
+            ],
+        }
+
+
+def _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width) -> tuple[int, int]:
+    """(height, width) of the input; raises ValueError when the sizes do not fit together."""
+    sides = tuple(to_2tuple(img_size))
+    if len(sides) != 2:
+        raise ValueError(f"img_size {sides} is neither a side nor (height, width)")
     multiple = 8 * patch_size
-    if img_size < multiple or img_size % multiple:
-        raise ValueError(
-            f"img_size {img_size} is not a multiple of {multiple} (patch size {patch_size} x 8); "
-            f"the nearest legal sizes are {_legal_sizes(img_size, multiple)}"
-        )
+    for side in sides:
+        if side < multiple or side % multiple:
+            raise ValueError(
+                f"img_size {side} is not a multiple of {multiple} (patch size {patch_size} x 8); "
+                f"the nearest legal sizes are {_legal_sizes(side, multiple)}"
+            )
     if len(depths) != 4 or min(depths) < 1:
         raise ValueError(f"depths {tuple(depths)} must be four numbers, each at least 1")
     if embed_dim % (2 * num_patches):
@@ -331,12 +458,22 @@ def _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_wid
         )
     if strip_width % 2 == 0:
         raise ValueError(f"strip_width {strip_width} is even; a strip is centred on its row, so it must be odd")
-    return img_size
+    return sides
 
 
 def _legal_sizes(size: int, multiple: int) -> str:
     below, above = size // multiple * multiple, -(-size // multiple) * multiple
     return " and ".join(str(legal) for legal in sorted({below, above})) if below else f"{multiple} and up"
+
+
+def _stage_indices(count: int, indices: int | list[int] | None) -> list[int]:
+    """What timm means by ``indices``, as numbers of stages from 0; raises ValueError for stages that there are not."""
+    if indices is None:
+        return list(range(count))
+    wanted = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+    if not wanted or min(wanted) < -count or max(wanted) >= count:
+        raise ValueError(f"stage indices {indices} are out of range; the network has stages 0 to {count - 1}")
+    return [index % count for index in wanted]
 
 
 def _recomputation_contexts(block: nn.Module):
@@ -378,7 +515,8 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> StripMLPNet:
-    return build_model_with_cfg(StripMLPNet, variant, pretrained, **(VARIANTS[variant] | kwargs))
+    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    return build_model_with_cfg(StripMLPNet, variant, pretrained, feature_cfg=features, **(VARIANTS[variant] | kwargs))
 
 
 @register_model

@@ -113,3 +113,14 @@ def test_timm_model_without_drop_path():
     with pytest.raises(ValueError, match=re.escape("MODEL.NAME vgg11: ") + ".*drop_path.*MODEL.DROP_PATH_RATE 0"):
         build(*opts)
     assert build(*opts, "MODEL.DROP_PATH_RATE", 0).get_classifier().out_features == 5
+
+
+def test_timm_kwargs():
+    opts = ["MODEL.TYPE", "timm", "MODEL.NAME", "resnet18", "MODEL.TIMM_KWARGS"]
+    parameters = shapes(build(*opts, "{channels: [8, 16, 32, 64], stem_type: deep, stem_width: 4}"))
+    assert parameters["conv1.0.weight"] == (4, 3, 3, 3) and parameters["fc.weight"] == (5, 64)
+    with pytest.raises(ValueError, match="MODEL.NAME resnet18: .*'chanels'"):
+        build(*opts, "{chanels: [8, 16, 32, 64]}")
+    for text in ("channels", "[1, 2]", "{channels", "{1: 2}"):
+        with pytest.raises(ValueError, match=re.escape(f"MODEL.TIMM_KWARGS is '{text}'; it must name arguments")):
+            build(*opts, text)

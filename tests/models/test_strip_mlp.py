@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, to_2tuple
 from torch import nn
 
 from config import load_config
@@ -49,17 +49,18 @@ def check(value, expected):
 
 # ---- modules -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dim, length", [(3, 1), (4, 2), (5, 7)])
-def test_relative_position(dim, length):
-    """pos[c, i, j] = table[clamp(j - i, -L, L) + L, c]"""
-    position = randomise(RelativePosition(dim, length))
-    assert position.table.shape == (2 * length + 1, dim)
-    x, grad = draw(2, dim, length, length), draw(2, dim, length, length, seed=2)
+@pytest.mark.parametrize("dim, size", [(3, 1), (4, 2), (5, (7, 7)), (3, (2, 5)), (3, (4, 1))])
+def test_relative_position(dim, size):
+    """pos[c, i, j] = table[clamp(j - i, -H, W) + H, c], which for a square map is the released formula."""
+    position = randomise(RelativePosition(dim, size))
+    height, width = size if isinstance(size, tuple) else (size, size)
+    assert position.table.shape == (height + width + 1, dim)
+    x, grad = draw(2, dim, height, width), draw(2, dim, height, width, seed=2)
     expected, table_grad = x.clone(), torch.zeros_like(position.table)
     for c in range(dim):
-        for i in range(length):
-            for j in range(length):
-                row = max(-length, min(length, j - i)) + length
+        for i in range(height):
+            for j in range(width):
+                row = max(-height, min(width, j - i)) + height
                 expected[:, c, i, j] += position.table[row, c].item()
                 table_grad[row, c] += grad[:, c, i, j].sum()
     y = position(x)
@@ -126,9 +127,9 @@ def test_lsmm():
     check(lsmm(x), expected)
 
 
-def position_map(table, length):
-    index = (torch.arange(length)[None, :] - torch.arange(length)[:, None]).clamp(-length, length) + length
-    return table[index].permute(2, 0, 1)  # (L, L, C) -> (C, L, L)
+def position_map(table, height, width):
+    index = (torch.arange(width)[None, :] - torch.arange(height)[:, None]).clamp(-height, width) + height
+    return table[index].permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
 
 
 def conv1x1(x, weight):
@@ -136,19 +137,22 @@ def conv1x1(x, weight):
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("height, width", [(5, 5), (3, 6)])
 @pytest.mark.parametrize("num_patches, strip_width", [(2, 3), (1, 5), (4, 1)])
-def test_cgsmm(num_patches, strip_width, training):
-    cgsmm = randomise(CGSMM(8, 5, num_patches, strip_width)).train(training)
-    x = draw(3, 8, 5, 5)
+def test_cgsmm(num_patches, strip_width, height, width, training):
+    cgsmm = randomise(CGSMM(8, (height, width), num_patches, strip_width)).train(training)
+    assert (cgsmm.row_strip.weight.shape[1], cgsmm.column_strip.weight.shape[1]) == (width, height)
+    x = draw(3, 8, height, width)
     p = dict(cgsmm.named_parameters()) | {key: value.clone() for key, value in cgsmm.named_buffers()}
-    r = strip_mix_plain(x + position_map(p["row_position.table"], 5), p["row_strip.weight"], p["row_strip.bias"], "row")
+    row_position = position_map(p["row_position.table"], height, width)
+    r = strip_mix_plain(x + row_position, p["row_strip.weight"], p["row_strip.bias"], "row")
     f = conv1x1(torch.cat([r, x], 1), p["row_fuse.weight"])
     mean, variance = p["norm.running_mean"], p["norm.running_var"]
     if training:
         mean, variance = f.mean((0, 2, 3)), f.var((0, 2, 3), unbiased=False)
     f = (f - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
     f = F.gelu(f * p["norm.weight"][:, None, None] + p["norm.bias"][:, None, None])
-    f = f + position_map(p["column_position.table"], 5)
+    f = f + position_map(p["column_position.table"], height, width)
     q = strip_mix_plain(f, p["column_strip.weight"], p["column_strip.bias"], "column")
     check(cgsmm(x), conv1x1(torch.cat([x, q], 1), p["column_fuse.weight"]))
 
@@ -224,21 +228,25 @@ def test_network_topology():
 
 
 @pytest.mark.parametrize("img_size, patch_size, sides", [
-    (64, 4, [16, 8, 4, 2]), (32, 2, [16, 8, 4, 2]), (96, 4, [24, 12, 6, 3]),
+    (64, 4, [16, 8, 4, 2]), (32, 2, [16, 8, 4, 2]), ((96, 96), 4, [24, 12, 6, 3]),
+    ((32, 96), 4, [(8, 24), (4, 12), (2, 6), (1, 3)]), ((48, 16), 2, [(24, 8), (12, 4), (6, 2), (3, 1)]),
 ])
 def test_shapes_of_the_stages(img_size, patch_size, sides):
+    height, width = to_2tuple(img_size)
+    sides = [to_2tuple(side) for side in sides]
     net = tiny_net(img_size=img_size, patch_size=patch_size).eval()
     found = []
     for blocks in net.stages:
         blocks[-1].register_forward_hook(lambda module, args, output: found.append(tuple(output.shape)))
     with torch.no_grad():
-        images = torch.zeros(2, 3, img_size, img_size)
+        images = torch.zeros(2, 3, height, width)
         assert net(images).shape == (2, 5)
-        assert net.forward_features(images).shape == (2, 64, sides[3], sides[3])
+        assert net.forward_features(images).shape == (2, 64, *sides[3])
         assert net.forward_head(torch.zeros(2, 64, 3, 3), pre_logits=True).shape == (2, 64)
-    assert found[:4] == [(2, 8 * 2**i, side, side) for i, side in enumerate(sides)]
+    assert found[:4] == [(2, 8 * 2**i, *side) for i, side in enumerate(sides)]
     assert [info["num_chs"] for info in net.feature_info] == [8, 16, 32, 64]
-    assert [img_size // info["reduction"] for info in net.feature_info] == sides
+    strides = [info["reduction"] for info in net.feature_info]
+    assert [(height // stride, width // stride) for stride in strides] == sides
 
 
 def test_images_of_a_batch_do_not_meet_in_eval_mode():
@@ -313,9 +321,10 @@ def test_gradient_checkpointing_changes_nothing(training):
     ({"img_size": 16}, "img_size 16 is not a multiple of 32 .* the nearest legal sizes are 32 and up"),
     ({"img_size": 0}, "the nearest legal sizes are 32 and up"),
     ({"img_size": 24, "patch_size": 2}, r"multiple of 16 \(patch size 2 x 8\); the nearest legal sizes are 16 and 32"),
-    ({"img_size": (64, 32)}, r"img_size \(64, 32\) is not square"),
-    ({"img_size": (64, 64, 64)}, "is not square"),
-    ({"img_size": (40, 40)}, "the nearest legal sizes are 32 and 64"),
+    ({"img_size": (64, 64, 64)}, r"img_size \(64, 64, 64\) is neither a side nor \(height, width\)"),
+    ({"img_size": (64, 40)}, "img_size 40 is not a multiple of 32 .* the nearest legal sizes are 32 and 64"),
+    ({"global_pool": "max"}, "global_pool 'max' must be 'avg', or '' .no pooling. with num_classes 0"),
+    ({"global_pool": ""}, "with num_classes 0"),
     ({"embed_dim": 12, "num_patches": 4}, r"embed_dim 12 is not a multiple of 2 x num_patches \(8\)"),
     ({"embed_dim": 7, "num_patches": 1}, r"embed_dim 7 is not a multiple of 2 x num_patches \(2\)"),
     ({"strip_width": 2}, "strip_width 2 is even"),
@@ -336,13 +345,16 @@ def test_images_of_another_size(shape):
     with pytest.raises(ValueError, match="this network was built for images of 32x32, got a batch of shape") as error:
         tiny_net()(torch.zeros(shape))
     assert str(shape) in str(error.value)
-    legal = {64: "(legal near 64: 64)", 32: "(legal near 32: 32)"}
-    assert legal[shape[-1]] in str(error.value)
+    for side in shape[-2:]:
+        assert f"legal near {side}: " in str(error.value)
 
 
-def test_image_of_an_illegal_size_names_the_neighbours():
-    with pytest.raises(ValueError, match="legal near 70: 64 and 96"):
-        tiny_net()(torch.zeros(1, 3, 70, 70))
+@pytest.mark.parametrize("method", ["forward", "forward_features", "forward_intermediates"])
+def test_image_of_an_illegal_size_names_the_neighbours(method):
+    with pytest.raises(ValueError, match="images of 32x64, .*legal near 70: 64 and 96; legal near 20: 32 and up"):
+        getattr(tiny_net(img_size=(32, 64)), method)(torch.zeros(1, 3, 70, 20))
+    with pytest.raises(ValueError, match="images of 32x64, got a batch of shape .1, 3, 64, 32."):
+        getattr(tiny_net(img_size=(32, 64)), method)(torch.zeros(1, 3, 64, 32))
 
 
 # ---- options that change the parameters ----------------------------------------------------------
@@ -365,43 +377,6 @@ def test_what_an_option_changes(kwargs, ends, change):
     net = tiny_net(**kwargs).eval()
     assert shapes(net) == expected != shapes(tiny_net())
     assert net(torch.zeros(1, kwargs.get("in_chans", 3), 32, 32)).shape == (1, 5)
-
-
-# ---- timm's conventions --------------------------------------------------------------------------
-
-def test_reset_classifier():
-    net = tiny_net().double().eval()
-    before, old_head = copy.deepcopy(net.state_dict()), net.get_classifier()
-    torch.manual_seed(1)
-    net.reset_classifier(7)
-    head = net.get_classifier()
-    assert head is net.head
-    assert head is not old_head
-    assert (net.num_classes, head.weight.shape, head.weight.dtype) == (7, (7, 64), torch.float64)
-    images = draw(2, 3, 32, 32)
-    assert net(images).shape == (2, 7)
-    net.reset_classifier(0)
-    check(net(images), net.forward_features(images).mean((2, 3)))
-    assert net.num_features == net.head_hidden_size == 64
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert tiny_net(num_classes=0)(images.float()).shape == (2, 64)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_timm_create_model(name):
-    with torch.device("meta"):
-        net = timm.create_model(name, num_classes=7, img_size=64, num_patches=1, drop_path_rate=0.25)
-        default = timm.create_model(name)
-    assert isinstance(net, StripMLPNet)
-    assert rates(net) == [0.25] * sum(VARIANTS[name]["depths"])
-    dim = VARIANTS[name]["embed_dim"]
-    strip = "stages.0.0.token_mixing.cgsmm.row_strip.weight"
-    assert (shapes(net)[strip], shapes(net)["head.weight"]) == ((dim // 2, 16, 16, 3), (7, 8 * dim))
-    d = dim // 2 // VARIANTS[name]["num_patches"]
-    assert (shapes(default)[strip], shapes(default)["head.weight"]) == ((d, 56, 56, 3), (1000, 8 * dim))
-    assert net(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, 7)
-    assert default.pretrained_cfg["input_size"] == (3, 224, 224)
-    assert name in timm.list_models("strip_mlp*")
 
 
 # ---- whole steps ---------------------------------------------------------------------------------

@@ -1,0 +1,73 @@
+"""Strip-MLP with a part left out or wired otherwise, to see what the part is worth (MODEL.STRIP_MLP's last three keys).
+
+Strip width and P are arguments of the network itself.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .strip_mlp import CGSMM, LSMM, StripMixingBlock, StripMLPNet
+
+
+class ParallelCGSMM(CGSMM):
+    """Both strip layers read the input. In the cascade the column layer reads what the row layer has made.
+
+    The layers and their parameters are those of the cascade; only its two inputs of the column's half change places.
+    """
+
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
+        row = self.row_strip(self.row_position(x))
+        y = F.gelu(self.norm(self.row_fuse(torch.cat([row, x], dim=1))))
+        column = self.column_strip(self.column_position(x))
+        return self.column_fuse(torch.cat([y, column], dim=1))
+
+
+class AblatedMixingBlock(StripMixingBlock):
+    """Token mixing by CGSMM and LSMM on half of the channels each, or by one of them on all.
+
+    Args:
+        dim, size, num_patches, strip_width: as ``StripMixingBlock`` takes them.
+        mixers: ``"both"``, ``"cgsmm"`` or ``"lsmm"``.
+        cascade: the strip layers of CGSMM one after the other; False: side by side.
+    """
+
+    def __init__(self, dim, size, num_patches, strip_width, mixers: str, cascade: bool):
+        super().__init__(dim, size, num_patches, strip_width)
+        del self.cgsmm, self.lsmm
+        width = dim // 2 if mixers == "both" else dim
+        if mixers != "lsmm":
+            self.cgsmm = (CGSMM if cascade else ParallelCGSMM)(width, size, num_patches, strip_width)
+        if mixers != "cgsmm":
+            self.lsmm = LSMM(width)
+
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
+        x = self.conv(F.gelu(self.conv_norm(x)))
+        x = F.gelu(self.proj_norm(self.proj_in(x)))
+        mixers = [module for name, module in self.named_children() if name in ("cgsmm", "lsmm")]
+        mixed = [mixer(part) for mixer, part in zip(mixers, x.chunk(len(mixers), dim=1), strict=True)]
+        return self.proj_out(torch.cat(mixed, dim=1))
+
+
+class Nothing(nn.Module):
+    """Takes the place of a branch that is left out of a sum."""
+
+    def forward(self, x):
+        """Anything -> 0"""
+        return 0
+
+
+def build_ablated(mixers: str, cascade: bool, shortcuts: bool, **kwargs) -> StripMLPNet:
+    """A ``StripMLPNet`` of ``kwargs`` with a choice of token mixers, and without the cross-stage shortcuts on request.
+
+    With ``"both", True, True`` it is the whole network: the same keys, the same outputs for the same weights.
+    """
+    token_mixing = partial(AblatedMixingBlock, mixers=mixers, cascade=cascade)
+    model = StripMLPNet(token_mixing=token_mixing, **kwargs)
+    if not shortcuts:
+        model.shortcut_m1 = model.shortcut_s = model.shortcut_m2 = Nothing()
+    return model

@@ -1,0 +1,171 @@
+"""Launches every run of a table, one after another, and skips those that are finished:
+
+    python tools/reproduce.py cifar10 --data-path DIR                     # on a GPU if there is one, else the CPU
+    python tools/reproduce.py cifar10 --seeds 3 --nproc 8 --data-path DIR # each run on 8 GPUs, three seeds of each
+    python tools/reproduce.py cifar10 --slurm "--nodes 1 --gpus-per-node 8" --data-path DIR     # a SLURM job for each
+    python tools/reproduce.py cifar10 --dry-run                           # only shows the commands
+
+The same command again goes on where it stopped, and a second one beside it takes the runs that the first has not begun.
+All flags but the ones below are main.py's and go to every run. Results are in OUTPUT/ROW/MODEL.NAME/seedN/, for
+tools/paper_tables.py; tools/tables.yaml lists the tables.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import checkpoint  # noqa: E402
+from config import load_config, nearest  # noqa: E402
+from main import config_overrides  # noqa: E402
+from main import parse_arguments as parse_main_arguments  # noqa: E402
+
+TABLES = ROOT / "tools" / "tables.yaml"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; the exit status is 0, 1 after failed runs, 2 for bad input, 75 after a signal."""
+    args, flags = parse_arguments(argv)
+    try:
+        return launch(args, flags)
+    except (ValueError, OSError) as error:
+        print(f"reproduce.py: {error}", file=sys.stderr)
+        return 2
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's own arguments, and the flags for main.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("table", help="a table of tools/tables.yaml")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows; default: all")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row, with seeds 0 to N-1")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of each run, one a GPU")
+    parser.add_argument("--slurm", metavar="OPTIONS", help="submit each run as a job with these options of sbatch")
+    parser.add_argument("--dry-run", action="store_true", help="show the commands and run nothing")
+    parser.add_argument("--tables", default=TABLES, metavar="FILE", help="default: tools/tables.yaml")
+    parser.add_argument("--output", default="output", metavar="DIR", help="where the results go; default: output")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to set in every run")
+    return parser.parse_known_args(argv)
+
+
+def launch(args: argparse.Namespace, flags: list[str]) -> int:
+    """Runs what is not finished yet, all rows with the first seed first."""
+    rows = read_table(args.table, args.tables)
+    for key in args.rows or []:
+        if key not in rows:
+            raise ValueError(f"table {args.table} has no row {key}{nearest(key, rows)}; its rows are {', '.join(rows)}")
+    taken = {flag for flag in flags if flag.split("=")[0] in ("--cfg", "--tag")}
+    if taken:
+        raise ValueError(f"{taken.pop()} is set for each run of the table; leave it out")
+    failed = 0
+    for seed in range(args.seeds):
+        for key, row in rows.items():
+            if args.rows and key not in args.rows:
+                continue
+            name = f"{key} seed{seed}"
+            arguments = [
+                "--cfg", os.path.relpath(row["config"]), "--output", str(Path(args.output, key)),
+                "--tag", f"seed{seed}", *flags, "--opts", *row["opts"], *args.opts, "SEED", str(seed),
+            ]
+            config = load_config(row["config"], config_overrides(parse_main_arguments(arguments)))
+            folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
+            command = build_command(args, name.replace(" ", "_"), arguments)
+            if is_finished(folder, config.TRAIN.EPOCHS):
+                print(f"{name}: finished, see {folder}", flush=True)
+            elif args.dry_run:
+                print(shlex.join(command), flush=True)
+            elif is_running(folder) or args.slurm is not None and is_queued(name.replace(" ", "_")):
+                print(f"{name}: in progress elsewhere", flush=True)
+            else:
+                print(f"{name}: {shlex.join(command)}", flush=True)
+                status, stopped = run(command)
+                if stopped:
+                    return 75
+                if status == 2 and not is_running(folder):
+                    raise ValueError(f"{name} cannot run, the last line above says why")
+                failed += status not in (0, 2)
+                if status:
+                    print(f"{name}: exit status {status}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def read_table(name: str, path: str | Path = TABLES) -> dict:
+    """``{key: {"name", "config", "opts", "paper"}}``: the rows of a table that this repository can run.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    path = Path(path)
+    tables = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if name not in tables:
+        raise ValueError(f"{path} has no table {name}{nearest(name, tables)}; its tables are {', '.join(tables)}")
+    rows = {}
+    for key, row in tables[name]["rows"].items():
+        config = path.parents[1] / "configs" / f"{row.get('config', key)}.yaml"
+        rows[key] = {"name": row["name"], "config": config, "opts": [str(item) for item in row.get("opts", [])]}
+    return rows
+
+
+def build_command(args: argparse.Namespace, job: str, arguments: list[str]) -> list[str]:
+    """The command of a run: main.py in this Python, under torchrun, or as a SLURM job."""
+    if args.slurm is not None:
+        return ["sbatch", "--job-name", job, *shlex.split(args.slurm), "tools/slurm_train.sh", *arguments]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] * (args.nproc > 1)
+    return [sys.executable, *launcher, os.path.relpath(ROOT / "main.py"), *arguments]
+
+
+def is_finished(folder: Path, epochs: int) -> bool:
+    """Whether a run's ``metrics.jsonl`` has the evaluation of its last epoch."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return False
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave part of a line
+    return any(record["kind"] == "eval" and record["epoch"] == epochs - 1 for record in records)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether another process trains into a folder."""
+    if not folder.is_dir():
+        return False
+    try:
+        checkpoint.lock_folder(folder).close()
+    except ValueError:
+        return True
+    return False
+
+
+def is_queued(job: str) -> bool:
+    """Whether SLURM has a job of that name of this user's, running or waiting."""
+    listing = subprocess.run(["squeue", "--me", "--noheader", "--format=%j"], stdout=subprocess.PIPE, text=True)
+    return job in listing.stdout.split()
+
+
+def run(command: list[str]) -> tuple[int, bool]:
+    """The exit status of a command, and whether a signal came meanwhile, which the command is passed."""
+    process, signals = subprocess.Popen(command), []
+
+    def pass_on(number, frame):
+        signals.append(number)
+        process.send_signal(number)
+
+    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    status = process.wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return status, bool(signals)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
