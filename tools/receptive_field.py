@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         measured = effective_fields(partial(model.forward_intermediates, intermediates_only=True), images)
         fields = [field for field, _ in measured]
         held = [areas(field, centre_of(field, size)) for field, size in measured]
-        titles = [f"stage {stage}: {h} x {w}\nhalf of it in {held[stage - 1][1]:.1%} of the image"
+        titles = [f"stage {stage}: {h} x {w}\n50 % of it in {held[stage - 1][1]:.1%} of the image"
                   for stage, (_, (h, w)) in enumerate(measured, start=1)]
         save_figure(draw_fields(fields, titles), args.output)
         numbers = Path(args.output).with_suffix(".npz")
