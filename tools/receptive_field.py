@@ -63,7 +63,12 @@ def areas(field: torch.Tensor, centre: tuple[float, float], shares=SHARES) -> li
     """The shares of the image's pixels in the smallest squares around ``centre`` that hold these shares of the field.
 
     What of a square lies outside the image does not count.
+
+    Raises:
+        ValueError: the field is zero everywhere, or not finite.
     """
+    if not 0 < field.sum() < float("inf"):
+        raise ValueError(f"the gradient of a stage's output adds up to {field.sum()}; are its weights finite?")
     rows, columns = (torch.arange(whole) - middle for whole, middle in zip(field.shape, centre, strict=True))
     rings = torch.maximum(rows.abs()[:, None], columns.abs()[None]).double().flatten()  # half the side, less a half
     radii, ring_of = rings.unique(return_inverse=True)
@@ -119,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         measured = effective_fields(partial(model.forward_intermediates, intermediates_only=True), images)
         fields = [field for field, _ in measured]
         held = [areas(field, centre_of(field, size)) for field, size in measured]
-        titles = [f"stage {stage}: {h} x {w}\n50 % of it in {held[stage - 1][1]:.1%} of the image"
+        titles = [f"stage {stage}: {h} x {w}\n50 % of it in {100 * held[stage - 1][1]:.1f} % of the image"
                   for stage, (_, (h, w)) in enumerate(measured, start=1)]
         save_figure(draw_fields(fields, titles), args.output)
         numbers = Path(args.output).with_suffix(".npz")

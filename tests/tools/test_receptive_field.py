@@ -107,6 +107,8 @@ def test_centre_and_areas():
     field[0, 31] = 0.2
     centre = centre_of(field, (8, 8))
     assert centre == (17.5, 17.5) and centre_of(torch.zeros(7, 14), (7, 7)) == (3, 6.5)
+    with pytest.raises(ValueError, match="adds up to nan"):
+        areas(field * float("nan"), centre)
     assert areas(field, centre, (0.5, 0.51, 0.79, 1.0)) == [16 / 1024, 36 / 1024, 64 / 1024, 1.0]
 
 
