@@ -108,6 +108,7 @@ _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG/
 _C.TAG = "default"  # names the run
 _C.SEED = 0  # of weights, data order, augmentation and drop path
 _C.PRINT_FREQ = 10  # updates between two log lines
+_C.WANDB_PROJECT = ""  # Weights & Biases project that gets the metrics too (pip install wandb); empty: none
 _C.SAVE_FREQ = 1  # epochs between two checkpoints
 _C.SAVE_STEPS = 0  # updates between two checkpoints within an epoch; 0: none
 _C.SAVE_MINUTES = 0.0  # minutes between two checkpoints within an epoch; 0: none

@@ -38,7 +38,7 @@ from config import load_config, nearest, to_dict
 from data import build_mixup, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, evaluate, measure_throughput, train_one_epoch
 from inference import image_shape
-from logger import MetricsWriter, add_log_file, setup_console
+from logger import MetricsWriter, add_log_file, setup_console, start_wandb
 from lr_scheduler import LRScheduler
 from models import adapt_size, build_model, load_pretrained, load_strict, model_state_dict
 from optimizer import build_optimizer
@@ -212,7 +212,7 @@ def train(config, device: torch.device, folder: Path) -> None:
             wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
         # 4. The epochs.
-        metrics = MetricsWriter(folder, state.epoch, state.step) if utils.rank() == 0 else None
+        metrics = _open_metrics(config, state, folder) if utils.rank() == 0 else None
         while state.epoch < config.TRAIN.EPOCHS:
             train_one_epoch(config, state, wrapped, train_loader, mixup, precision, metrics, checkpointer)
             results = _evaluate_all(state.model, state.ema, val_loader, precision)
@@ -348,6 +348,14 @@ def _describe_run(config, state: TrainState, device, folder: Path, train_loader)
     logger.info(f"{run['parameters'] / 1e6:.2f} M parameters, {run['macs'] / 1e9:.3f} G multiply-accumulates an image")
 
 
+def _open_metrics(config, state: TrainState, folder: Path) -> MetricsWriter:
+    wandb_run = None
+    if config.WANDB_PROJECT:
+        name = f"{config.MODEL.NAME}/{config.TAG}"
+        wandb_run = start_wandb(config.WANDB_PROJECT, name, to_dict(config), folder)
+    return MetricsWriter(folder, state.epoch, state.step, wandb_run)
+
+
 def _draw_curves(folder: Path) -> None:
     """Draws the run's curves into its folder; a training does not fail for whatever a picture fails for."""
     try:
@@ -366,6 +374,7 @@ def _whereabouts(folder: Path) -> str:
         ("metrics", folder / "metrics.jsonl"),
         ("curves", folder / "curves.png"),
         ("TensorBoard events", folder / "tensorboard"),
+        ("Weights & Biases", folder / "wandb"),
     ]
     return "\n".join(f"  {what:<18}  {path}" for what, path in places if path.exists())
 

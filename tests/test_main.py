@@ -79,7 +79,7 @@ def test_log_and_metrics(trained):
 def test_a_run_ends_with_its_curves_and_where_everything_is(trained):
     """The picture's lines are tested in test_plots.py; here that it is drawn, from this run's records."""
     with Image.open(folder(trained) / "curves.png") as image:
-        assert image.size == (1575, 480) and len(image.convert("RGB").getcolors(2**20)) > 100
+        assert image.size == (1575, 510) and len(image.convert("RGB").getcolors(2**20)) > 100
     summary = (folder(trained) / "log_rank0.txt").read_text().partition("Best top-1")[2].splitlines()[1:]
     named = {line[:20].strip(): line[20:].strip() for line in summary}
     assert named == {what: str(folder(trained) / name) for what, name in {

@@ -36,6 +36,14 @@ def test_every_file_that_it_names_exists():
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
+def test_documents_show_what_exists_and_stays_small():
+    for page in (ROOT / "docs").glob("*.md"):
+        for name in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / name).exists(), f"{page.name} links to {name}"
+    for image in (ROOT / "docs").rglob("*.png"):
+        assert image.stat().st_size < 80_000, image
+
+
 def test_python_example_runs(tmp_path):
     """On a checkpoint in the released format."""
     example, = (block for block in blocks("python") if "timm.create_model" in block)
