@@ -38,7 +38,7 @@ from data import build_mixup, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, evaluate, measure_throughput, train_one_epoch
 from logger import MetricsWriter, add_log_file, setup_console
 from lr_scheduler import LRScheduler
-from models import build_model, load_pretrained, load_strict, model_state_dict
+from models import build_model, count_batches_once, load_pretrained, load_strict, model_state_dict
 from optimizer import build_optimizer
 from state import Layout, TrainState
 
@@ -172,6 +172,8 @@ def train(config, device: torch.device, folder: Path) -> None:
             if device.type != "cuda":
                 raise ValueError("TRAIN.SYNC_BN is True, but SyncBatchNorm needs CUDA; set it False on the CPU")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if config.TRAIN.USE_CHECKPOINT and config.MODEL.TYPE == "timm":
+            count_batches_once(model)
 
         # 2. The state of the training; from here on every process draws its own random numbers.
         utils.seed_everything(config.SEED + utils.rank())
