@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import yaml
@@ -25,9 +26,14 @@ class Row:
     opts: tuple[str, ...]  # config keys and values set on top
     paper: dict[str, float]  # the paper's figures in percent, by acc1 and acc5
 
-    def config(self, opts=()):
+    def config(self):
         """The config of its runs."""
-        return load_config(self.path, [*self.opts, *opts])
+        return load_config(self.path, self.opts)
+
+    @cached_property
+    def recipe(self) -> dict:
+        """The same by dotted names."""
+        return flat_keys(self.config())
 
 
 def read_tables(path: str | Path = TABLES) -> dict[str, tuple[str, list[Row]]]:
