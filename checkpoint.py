@@ -6,6 +6,7 @@ sums first and then admits nothing but tensors and plain containers, so that no 
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import pickle
@@ -16,10 +17,12 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open  # which timm requires
 
 logger = logging.getLogger("strip_mlp")
 
 BEST = "best.pth"
+SAFETENSORS_ABOUT = ("config", "classes")  # entries of a checkpoint that a safetensors file holds as JSON
 _NAME = re.compile(r"ckpt_step_(\d+)\.pth")
 
 
@@ -31,7 +34,8 @@ def load_file(path: str | Path) -> dict:
     """Reads a checkpoint, this project's or a released one, onto the CPU without running anything in it.
 
     PyTorch's restricted unpickler does the reading. A released checkpoint also holds a pickled ``yacs.config.CfgNode``,
-    for which a plain mapping stands in.
+    for which a plain mapping stands in. A ``.safetensors`` file gives ``model`` and, where ``tools/export.py`` made it,
+    ``config`` and ``classes``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -40,6 +44,8 @@ def load_file(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -180,6 +186,15 @@ def _replace(temporary: Path, path: Path) -> None:
         os.fsync(folder)  # makes the renaming itself last
     finally:
         os.close(folder)
+
+
+def _load_safetensors(path: Path) -> dict:
+    try:
+        with safe_open(path, "pt") as file:
+            about = {key: json.loads(text) for key, text in (file.metadata() or {}).items() if key in SAFETENSORS_ABOUT}
+            return {"model": {key: file.get_tensor(key) for key in file.keys()}} | about
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from error
 
 
 def _plain(value):

@@ -32,10 +32,13 @@ class Checkpointer:
     Args:
         config: the run's config, saved along.
         folder: where the checkpoints go.
+
+    ``about`` holds what a checkpoint says of the network for those who read it, beside what resume restores.
     """
 
     def __init__(self, config, folder: Path):
         self.config, self.folder = config, folder
+        self.about = {"config": to_dict(config)}
         self.signal: signal.Signals | None = None
         self.saved_at = time.monotonic()
 
@@ -68,7 +71,7 @@ class Checkpointer:
             Preempted: a signal has reached any of the processes.
         """
         is_saved = True
-        content = state.state_dict() | {"config": to_dict(self.config)}
+        content = state.state_dict() | self.about
         if utils.rank() == 0:
             try:
                 path = checkpoint.save_checkpoint(content, self.folder, is_best, self.config.KEEP_CHECKPOINTS)

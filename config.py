@@ -168,6 +168,23 @@ def load_config(path: str | Path = "", opts=()) -> CfgNode:
     return config
 
 
+def from_dict(values: dict, source: str) -> CfgNode:
+    """The frozen config whose ``to_dict`` is ``values``; keys that are not in it have their defaults.
+
+    Args:
+        values: nested dictionaries of config keys, as a checkpoint holds them.
+        source: what to call them in errors.
+
+    Raises:
+        ValueError: as ``load_config``.
+    """
+    config = _C.clone()
+    _merge(config, values, source)
+    _check(config)
+    config.freeze()
+    return config
+
+
 def flat_keys(config: CfgNode, prefix: str = "") -> dict:
     """``{"DATA.BATCH_SIZE": 128, ...}``: every leaf of the config by its dotted name."""
     flat = {}

@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import plots
 import utils
 from checkpointer import PREEMPTED, Checkpointer, Preempted
 from config import load_config, nearest, to_dict
@@ -163,6 +164,7 @@ def train(config, device: torch.device, folder: Path) -> None:
         # 1. Data and model; every process draws the same weights.
         mixup = build_mixup(config)
         train_loader, val_loader = _build_loaders(config)
+        checkpointer.about["classes"] = list(train_loader.dataset.classes)
         utils.seed_everything(config.SEED)
         model = _build_model(config, device)
         resume_path = _find_resume(config, folder)
@@ -225,11 +227,9 @@ def train(config, device: torch.device, folder: Path) -> None:
                     state.max_accuracy = best_before  # best.pth is still the one before
         if metrics:
             metrics.close()
+            _draw_curves(folder)
     logger.info(f"Best top-1 {state.max_accuracy:.3f} % in {state.epoch} epochs ({state.step} updates).\n"
-                f"  best checkpoint  {folder / checkpoint.BEST}\n"
-                f"  log              {folder / 'log_rank0.txt'}\n"
-                f"  curves' data     {folder / 'metrics.jsonl'}\n"
-                f"  TensorBoard      tensorboard --logdir {folder / 'tensorboard'}")
+                f"{_whereabouts(folder)}")
 
 
 def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
@@ -351,6 +351,28 @@ def _describe_run(config, state: TrainState, device, folder: Path, train_loader)
     logger.info(f"{run['parameters'] / 1e6:.2f} M parameters, {run['macs'] / 1e9:.3f} G multiply-accumulates an image")
 
 
+def _draw_curves(folder: Path) -> None:
+    """Draws the run's curves into its folder; a training does not fail for whatever a picture fails for."""
+    try:
+        plots.save_figure(plots.draw_curves({folder.name: plots.read_metrics(folder)}), folder / "curves.png")
+    except Exception as error:
+        logger.warning(f"the curves were not drawn: {error}")
+        logger.debug("where it happened:", exc_info=True)
+
+
+def _whereabouts(folder: Path) -> str:
+    """A line for each thing that a run has left in its folder."""
+    places = [
+        ("best checkpoint", folder / checkpoint.BEST),
+        *(("newest checkpoint", path) for path in checkpoint.list_checkpoints(folder)[:1]),
+        ("log", folder / "log_rank0.txt"),
+        ("metrics", folder / "metrics.jsonl"),
+        ("curves", folder / "curves.png"),
+        ("TensorBoard events", folder / "tensorboard"),
+    ]
+    return "\n".join(f"  {what:<18}  {path}" for what, path in places if path.exists())
+
+
 def _load_pretrained(config, model: nn.Module) -> None:
     content = checkpoint.load_file(config.MODEL.PRETRAINED)
     with _naming(config.MODEL.PRETRAINED):
@@ -400,11 +422,12 @@ def _write_predictions(path: Path, dataset, predictions: list) -> None:
     classes, paths = dataset.classes, getattr(dataset.images, "samples", None)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["index", "image", "target", "prediction", "probability"])
+        writer.writerow(["index", "image", "target", "prediction", "probability", "target_label", "prediction_label"])
         for index in range(len(dataset)):
             target, prediction, probability = shares[index % len(shares)][index // len(shares)]
             image = paths[index][0] if paths else ""
-            writer.writerow([index, image, classes[target], classes[prediction], f"{probability:.6f}"])
+            names = classes[target], classes[prediction]
+            writer.writerow([index, image, *names, f"{probability:.6f}", target, prediction])
     logger.info(f"predictions written to {path}")
 
 

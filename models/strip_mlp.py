@@ -162,7 +162,7 @@ class GRN(nn.Module):
         """(N, H, W, C) -> (N, H, W, C)"""
         response = x.norm(dim=(1, 2), keepdim=True)
         response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-        return self.gamma * (x * response) + self.beta + x
+        return torch.addcmul(self.beta, x, 1 + self.gamma * response)  # gamma * (x * response) + beta + x in one pass
 
 
 class ChannelMixingBlock(nn.Module):

@@ -1,5 +1,6 @@
 """What goes wrong around a run: workers, signals, disks, images, processes without work."""
 
+import contextlib
 import csv
 import json
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,24 +60,29 @@ def start_and_hang(output, launcher, fault, *options):
     return process
 
 
-def members(group):
-    """The living processes of a process group."""
+def processes_of(output):
+    """The processes of a run into a folder, data workers included, by their command lines."""
     found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            state, _, pgrp = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(pgrp) == group and state != "Z":
-            found.append(int(pid))
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(output).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
     return found
 
 
-def wait_until_gone(group, seconds):
+def wait_until_gone(output, seconds):
     deadline = time.monotonic() + seconds
-    while members(group) and time.monotonic() < deadline:
+    while processes_of(output) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert members(group) == []
+    assert processes_of(output) == []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running(tmp_path):
+    yield
+    for pid in processes_of(tmp_path):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -102,14 +109,14 @@ def test_signal_while_data_workers_start(tmp_path, number):
 
 
 def test_ctrl_c_under_the_launcher(tmp_path):
-    """The terminal sends it to the launcher and to the processes, and the launcher passes it on to them again."""
+    """The launcher, whose processes are in sessions of their own, passes it on to them."""
     options = ("DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1)
     process = start_and_hang(tmp_path, torchrun(2), ["hang_at_step", 3, 3], *options)
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and "stopped by SIGINT" in output and "[rank" not in output
     assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000004.pth"
-    wait_until_gone(process.pid, seconds=15)
+    wait_until_gone(tmp_path, seconds=15)
 
 
 @pytest.mark.parametrize("number, status", [
@@ -123,7 +130,7 @@ def test_second_signal_ends_a_run_that_hangs(tmp_path, number, status):
     output = process.communicate(timeout=20)[0]
     assert process.returncode == status and "Traceback" not in output
     assert ("ERROR: interrupted" in output) == (status == 130)
-    wait_until_gone(process.pid, seconds=15)
+    wait_until_gone(tmp_path, seconds=15)
 
 
 def test_signal_that_is_passed_on_is_no_second_one(tmp_path):
@@ -157,12 +164,11 @@ def test_dead_data_worker_ends_the_run(tmp_path, fault):
 
 @pytest.mark.parametrize("fault", ["raise_at_step", "kill_at_step"])
 def test_all_processes_end_when_one_fails(tmp_path, fault):
-    process = subprocess.Popen(
-        [sys.executable, *torchrun(2), "tests/faults.py", fault, "4", "1", "--",
-         *arguments(tmp_path, *LONG, "DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1)],
-        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    assert process.wait(timeout=120) != 0
-    wait_until_gone(process.pid, seconds=15)
+    options = ("DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1)
+    process = background([*torchrun(2), "tests/faults.py", fault, 4, 1, "--", *arguments(tmp_path, *LONG, *options)])
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    wait_until_gone(tmp_path, seconds=15)
     log = (folder(tmp_path) / "log_rank0.txt").read_text()
     last = [line for line in log.splitlines() if "Train:" in line][-1]  # of the third update
     assert time.time() - time.mktime(time.strptime(last[1:20], "%Y-%m-%d %H:%M:%S")) < 30

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import checkpoint
 import main
@@ -45,10 +46,10 @@ def test_what_a_run_leaves_behind(trained):
     run_folder = folder(trained)
     assert {path.name for path in run_folder.iterdir()} >= {
         "best.pth", "ckpt_step_00000007.pth", "ckpt_step_00000014.pth", "config.yaml", "run.yaml", "log_rank0.txt",
-        "metrics.jsonl", "tensorboard"}
+        "metrics.jsonl", "tensorboard", "curves.png"}
     newest = checkpoint.load_file(run_folder / "ckpt_step_00000014.pth")
     assert {"model", "optimizer", "lr_scheduler", "epoch", "max_accuracy", "config", "model_ema"} <= newest.keys()
-    assert newest["epoch"] == 2 and newest["step"] == 14
+    assert newest["epoch"] == 2 and newest["step"] == 14 and newest["classes"] == list("0123456789")
     assert torch.load(run_folder / "best.pth", weights_only=True)["epoch"] in (1, 2)
     described = yaml.safe_load((run_folder / "run.yaml").read_text())
     assert described["torch"] == torch.__version__ and described["python"] == sys.version.split()[0]
@@ -73,6 +74,25 @@ def test_log_and_metrics(trained):
     events = EventAccumulator(str(folder(trained) / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [3, 6, 7, 9, 12, 14]
     assert events.Scalars("eval_ema/acc1")[-1].value == pytest.approx(evals[-1]["acc1"])
+
+
+def test_a_run_ends_with_its_curves_and_where_everything_is(trained):
+    """The picture's lines are tested in test_plots.py; here that it is drawn, from this run's records."""
+    with Image.open(folder(trained) / "curves.png") as image:
+        assert image.size == (1575, 480) and len(image.convert("RGB").getcolors(2**20)) > 100
+    summary = (folder(trained) / "log_rank0.txt").read_text().partition("Best top-1")[2].splitlines()[1:]
+    named = {line[:20].strip(): line[20:].strip() for line in summary}
+    assert named == {what: str(folder(trained) / name) for what, name in {
+        "best checkpoint": "best.pth", "newest checkpoint": "ckpt_step_00000014.pth", "log": "log_rank0.txt",
+        "metrics": "metrics.jsonl", "curves": "curves.png", "TensorBoard events": "tensorboard"}.items()}
+
+
+def test_a_run_without_matplotlib_says_so_and_succeeds(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1)) == 0
+    log = (folder(tmp_path) / "log_rank0.txt").read_text()
+    assert "WARNING: the curves were not drawn: drawing needs matplotlib" in log and "pip install matplotlib" in log
+    assert not (folder(tmp_path) / "curves.png").exists() and "curves    " not in log and "  metrics   " in log
 
 
 def test_the_same_command_again_trains_nothing(trained):
@@ -211,6 +231,17 @@ def test_resume_from_a_named_checkpoint(trained, tmp_path):
     for content in (a, b):
         content.pop("config")
     assert differences(a, b) == []
+
+
+def test_resume_from_a_checkpoint_without_class_names(trained, tmp_path):
+    """As runs wrote them before class names were saved."""
+    path = folder(trained) / "ckpt_step_00000007.pth"
+    old = checkpoint.load_file(path)
+    del old["classes"]
+    checkpoint.save_file(old, tmp_path / "old.pth")
+    assert main.main(arguments(tmp_path, tag="again", flags=["--resume", str(tmp_path / "old.pth")])) == 0
+    a, b = (checkpoint.load_file(p / "ckpt_step_00000014.pth") for p in (folder(trained), folder(tmp_path, "again")))
+    assert differences(a["model"], b["model"]) == [] and b["classes"] == a["classes"]
 
 
 def test_released_checkpoint_cannot_be_resumed(trained, tmp_path, capsys):

@@ -1,0 +1,92 @@
+"""A checkpoint alone gives the network: config, weights and class names."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from yacs.config import CfgNode
+
+import checkpoint
+from config import load_config, to_dict
+from inference import load_network
+from models import build_model, to_released_state_dict
+from tests.helpers import DIGITS, TINY
+
+CLASSES = [f"digit {label}" for label in range(10)]
+
+
+def tiny(seed=0):
+    """A config and a network with running statistics that are not the initial ones."""
+    config = load_config(DIGITS, TINY)
+    torch.manual_seed(seed)
+    model = build_model(config)
+    model(torch.randn(4, 3, 16, 16))
+    return config, model.eval()
+
+
+def content(config, model, /, **entries):
+    return {"model": model.state_dict(), "model_ema": None, "config": to_dict(config), "classes": CLASSES} | entries
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+
+
+def test_own_checkpoint(tmp_path):
+    config, model = tiny()
+    checkpoint.save_file(content(config, model), tmp_path / "a.pth")
+    loaded, loaded_config, classes = load_network(tmp_path / "a.pth")
+    assert torch.equal(logits(loaded), logits(model)) and not loaded.training
+    assert loaded_config == config and loaded_config.is_frozen() and classes == CLASSES
+
+
+def test_the_average_is_taken_where_there_is_one(tmp_path):
+    config, model = tiny()
+    average = tiny(seed=1)[1]
+    checkpoint.save_file(content(config, model, model_ema=average.state_dict()), tmp_path / "a.pth")
+    assert torch.equal(logits(load_network(tmp_path / "a.pth")[0]), logits(average))
+
+
+def test_older_checkpoints_name_classes_by_number_and_take_defaults_of_newer_keys(tmp_path):
+    config, model = tiny()
+    old = content(config, model)
+    del old["classes"], old["config"]["SAVE_MINUTES"]
+    checkpoint.save_file(old, tmp_path / "a.pth")
+    loaded, loaded_config, classes = load_network(tmp_path / "a.pth")
+    assert loaded_config == config and classes == [str(label) for label in range(10)]
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_released_checkpoint_needs_a_config(tmp_path):
+    config, model = tiny()
+    released = {"model": to_released_state_dict(model.state_dict()), "config": CfgNode({"MODEL": {"SWIN": 1}})}
+    torch.save(released, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: its config: unknown config key MODEL\.SWIN.* --cfg$"):
+        load_network(tmp_path / "a.pth")
+    torch.save({"model": released["model"]}, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match=r"b\.pth: it holds no config; .* --cfg$"):
+        load_network(tmp_path / "b.pth")
+    for name in ("a.pth", "b.pth"):
+        assert_close(logits(load_network(tmp_path / name, config)[0]), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"model": {}}, r"a\.pth: no weights under 'model'"),
+        ({"model": {"head.bias": torch.zeros(10)}}, r"a\.pth: the weights do not fit the model"),
+        ({"classes": ["cat", "dog"]}, r"a\.pth: it has 2 classes but MODEL\.NUM_CLASSES is 10"),
+        ({"config": {"TRAIN": {"EPOCHS": 0}}}, r"a\.pth: TRAIN\.EPOCHS is 0; it must be at least 1; name the config"),
+    ],
+)
+def test_faults(entries, message, tmp_path):
+    config, model = tiny()
+    checkpoint.save_file(content(config, model, **entries), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=message):
+        load_network(tmp_path / "a.pth")
+
+
+def test_damaged_safetensors_are_named(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"hello, this is no header")
+    with pytest.raises(checkpoint.CheckpointError, match=r"a\.safetensors is damaged or not a safetensors file"):
+        load_network(tmp_path / "a.safetensors")

@@ -1,0 +1,132 @@
+"""Curves: what is drawn is what ``metrics.jsonl`` holds."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import plots
+from logger import MetricsWriter
+
+
+def train(step, epoch, loss=1.0, lr=0.1, **figures):
+    return {"kind": "train", "step": step, "epoch": epoch, "loss": loss, "lr": lr, **figures}
+
+
+def evaluation(step, epoch, acc1, loss=0.5, kind="eval"):
+    return {"kind": kind, "step": step, "epoch": epoch, "acc1": acc1, "acc5": 100.0, "loss": loss, "images": 9}
+
+
+RUN = [train(3, 0, 2.0, 0.1), train(6, 0, 1.5, 0.2),
+       evaluation(6, 0, 40.0, 1.4), evaluation(6, 0, 30.0, 1.6, "eval_ema"),
+       train(9, 1, None, 0.3), train(12, 1, 1.0, 0.2), evaluation(12, 1, 70.0, 0.8),
+       evaluation(12, 1, 60.0, 0.9, "eval_ema"), train(15, 2, 0.5, 0.1)]
+
+
+def write(path, records, end="\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, records)) + end)
+    return path
+
+
+def drawn(axes):
+    return [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
+
+
+def test_lines_hold_the_records_figures(tmp_path):
+    loss, accuracy, rate = plots.draw_curves({"run": plots.read_metrics(write(tmp_path / "metrics.jsonl", RUN))}).axes
+    (x, y), validation, averaged = drawn(loss)
+    assert x == [0.5, 1, 1.5, 2, 2.5]  # six updates an epoch; the third epoch has not ended
+    assert y[:2] == [2.0, 1.5] and math.isnan(y[2]) and y[3:] == [1.0, 0.5]
+    assert validation == ([1, 2], [1.4, 0.8]) and averaged == ([1, 2], [1.6, 0.9])
+    assert drawn(accuracy) == [([1, 2], [40.0, 70.0]), ([1, 2], [30.0, 60.0])]
+    assert drawn(rate) == [([0.5, 1, 1.5, 2, 2.5], [0.1, 0.2, 0.3, 0.2, 0.1])]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["run: best 60.00"]  # of the average
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == [
+        "training", "validation", "validation, averaged weights"]
+
+
+def test_runs_of_other_batch_sizes_share_the_axis():
+    twice = [record | {"step": 2 * record["step"]} for record in RUN]
+    loss, accuracy, _ = plots.draw_curves({"a": RUN, "b": twice}).axes
+    assert drawn(loss)[0][0] == drawn(loss)[3][0] and drawn(accuracy)[0] == drawn(accuracy)[2]
+    colours = [line.get_color() for line in loss.lines]
+    assert colours[0] == colours[1] == colours[2] != colours[3] == colours[5]
+
+
+def test_the_axis_is_updates_until_every_run_has_finished_an_epoch():
+    loss, accuracy, _ = plots.draw_curves({"a": RUN, "b": RUN[:2]}).axes
+    assert loss.get_xlabel() == "update"
+    assert drawn(loss)[0][0] == [3, 6, 9, 12, 15] and drawn(loss)[3] == ([3, 6], [2.0, 1.5])
+    assert drawn(accuracy)[0] == ([6, 12], [40.0, 70.0])
+    assert plots.draw_curves({"b": RUN[:2]}).axes[1].get_legend() is None
+
+
+def test_epochs_follow_a_batch_size_that_changed_on_the_way():
+    records = [evaluation(10, 0, 1.0), evaluation(20, 1, 2.0), evaluation(25, 2, 3.0)]
+    assert plots.epochs_at(records, np.array([5, 10, 15, 22.5, 25, 30])).tolist() == [0.5, 1, 1.5, 2.5, 3, 4]
+
+
+def test_a_run_resumed_in_the_middle_has_each_step_once(tmp_path):
+    """Broken off after update 9 of epoch 1, resumed from the checkpoint of update 6, which drops what came after."""
+    writer = MetricsWriter(tmp_path, epoch=0, step=0)
+    before = [*RUN[:4], train(9, 1, 3.0)]
+    for record in before:
+        writer.write(**record)
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "tra')  # killed while writing
+    assert plots.read_metrics(tmp_path) == before
+    writer = MetricsWriter(tmp_path, epoch=1, step=6)
+    for record in RUN[4:]:
+        writer.write(**(record | {"loss": 7.0}))
+    writer.close()
+    steps, losses = plots.select(plots.read_metrics(tmp_path), "train", "loss")
+    assert steps.tolist() == [3, 6, 9, 12, 15] and losses.tolist() == [2.0, 1.5, 7.0, 7.0, 7.0]
+
+
+def test_best_accuracy():
+    assert plots.best_accuracy(RUN) == (60.0, 1)
+    assert plots.best_accuracy([record for record in RUN if record["kind"] != "eval_ema"]) == (70.0, 1)
+    assert math.isnan(plots.best_accuracy(RUN[:2])[0])
+
+
+def test_runs_are_named_by_what_tells_them_apart():
+    assert plots.run_names(["out/nano/seed0", "out/nano/seed1/metrics.jsonl"]) == ["seed0", "seed1"]
+    assert plots.run_names(["out/nano/run", "out/tiny/run"]) == ["nano/run", "tiny/run"]
+    assert plots.run_names(["a/nano/run", "b/nano/run", "b/nano/run"]) == ["a/nano/run", "b/nano/run", "b/nano/run"]
+
+
+@pytest.mark.parametrize("line", [
+    "not json", "[]", "3", "{}", '{"kind": "train"}', '{"kind": "test", "step": 1, "epoch": 0}',
+    '{"kind": "train", "step": null, "epoch": 0, "loss": 1, "lr": 1}',
+    '{"kind": "eval", "step": 1, "epoch": 0, "loss": 1}',
+    '{"kind": "eval", "step": 1, "epoch": 0, "loss": 1, "acc1": "high"}', "\x00\x00"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([json.dumps(RUN[0]), line, json.dumps(RUN[1])]) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 2 is not a record"):
+        plots.read_metrics(path)
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl does not exist; name a run's folder"):
+        plots.read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no records yet"):
+        plots.read_metrics(tmp_path)
+
+
+def test_saving(tmp_path):
+    figure = plots.draw_curves({"run": RUN})
+    plots.save_figure(figure, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (1575, 480)
+    plots.save_figure(figure, tmp_path / "a.svg")
+    assert b"<svg" in (tmp_path / "a.svg").read_bytes()[:500]
+    with pytest.raises(ValueError, match=r"a\.xyz: .*xyz"):
+        plots.save_figure(figure, tmp_path / "a.xyz")
+    with pytest.raises(OSError, match="cannot write .*gone"):
+        plots.save_figure(figure, tmp_path / "gone" / "a.png")

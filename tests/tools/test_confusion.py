@@ -1,0 +1,143 @@
+"""The confusion matrix against scikit-learn's and an evaluation's accuracy; the tables; the picture's contents."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+import main
+from tests.helpers import arguments, folder
+from tools import confusion
+
+HEADER = "index,image,target,prediction,probability,target_label,prediction_label\n"
+
+
+def write(path, targets, predictions, names):
+    rows = [f"7,,{names[t]},{names[p]},0.5,{t},{p}\n" for t, p in zip(targets, predictions, strict=True)]
+    path.write_text(HEADER + "".join(rows))
+    return path
+
+
+def random_predictions(path, classes, images, seed=0):
+    """Half of the predictions right; the last class is never seen."""
+    generator = np.random.default_rng(seed)
+    targets = generator.integers(0, classes - 1, images)
+    predictions = np.where(generator.random(images) < 0.5, targets, generator.integers(0, classes, images))
+    return write(path, targets, predictions, [f"class {i}" for i in range(classes)]), targets, predictions
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_matrix_equals_scikit_learns(tmp_path):
+    path, targets, predictions = random_predictions(tmp_path / "predictions.csv", 12, 500)
+    matrix, names = confusion.read_predictions(tmp_path)
+    assert (matrix == confusion_matrix(targets, predictions, labels=range(12))).all()
+    assert names == [f"class {i}" for i in range(12)]
+    accuracies = confusion.class_accuracies(matrix)
+    for label in range(11):
+        assert accuracies[label] == pytest.approx(100 * (predictions[targets == label] == label).mean(), rel=1e-12)
+    assert math.isnan(accuracies[11])
+
+
+def test_tables_and_printed_pairs(tmp_path, capsys):
+    path = write(tmp_path / "predictions.csv", [0, 0, 0, 0, 1, 1, 3], [0, 2, 2, 1, 1, 0, 3], "abcd")
+    confusion.main([str(path), "--output", str(tmp_path / "out"), "--pairs", "2"])
+    assert read_csv(tmp_path / "out" / "confusion.csv") == [
+        ["true class", *"abcd"], ["a", *"1120"], ["b", *"1100"], ["c", *"0000"], ["d", *"0001"]]
+    assert read_csv(tmp_path / "out" / "classes.csv") == [
+        ["class", "images", "correct", "accuracy", "predicted", "precision", "most_taken_for"],
+        ["a", "4", "1", "25.000", "2", "50.000", "c"],
+        ["b", "2", "1", "50.000", "2", "50.000", "a"],
+        ["c", "0", "0", "nan", "2", "0.000", ""],
+        ["d", "1", "1", "100.000", "1", "100.000", ""]]
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "3 of 7 images recognised: top-1 42.857", "  a taken for c: 2 of 4", "  a taken for b: 1 of 4"]
+
+
+def test_most_confused_leaves_out_what_was_never_confused():
+    matrix = np.array([[5, 0, 2], [3, 5, 0], [0, 0, 9]])
+    assert confusion.most_confused(matrix, 9) == [(1, 0, 3), (0, 2, 2)]
+
+
+def test_an_evaluation_s_predictions_give_its_accuracy(tmp_path):
+    """From the training to the table; digits' classes are in the order of their labels."""
+    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1)) == 0
+    assert main.main(arguments(tmp_path, "TEST.PREDICTIONS", True, flags=["--eval"])) == 0
+    matrix, names = confusion.read_predictions(folder(tmp_path))
+    report = json.loads((folder(tmp_path) / "eval.json").read_text())["eval_ema"]
+    assert matrix.sum() == report["images"] == 360
+    assert 100 * matrix.trace() / 360 == pytest.approx(report["acc1"], rel=1e-12)
+    assert names == [str(digit) for digit in range(len(names))]
+
+
+def test_picture_of_ten_classes_has_every_number_and_name(tmp_path):
+    path, _, _ = random_predictions(tmp_path / "predictions.csv", 10, 500)
+    matrix, names = confusion.read_predictions(path)
+    left, right, _ = confusion.draw_confusion(matrix, names).axes
+    numbers = {text.get_position()[::-1]: int(text.get_text()) for text in left.texts}
+    assert numbers == {(t, p): matrix[t, p] for t, p in np.argwhere(matrix)}
+    assert [label.get_text() for label in left.get_yticklabels()] == names
+    shares = 100 * matrix[:9] / matrix[:9].sum(axis=1, keepdims=True)
+    assert np.allclose(left.images[0].get_array()[:9], shares)
+    assert [bar.get_width() for bar in right.patches][:9] == pytest.approx(list(shares.diagonal()))
+    assert right.texts[9].get_text() == "no images"
+
+
+def test_picture_of_a_thousand_classes_loses_no_confusion(tmp_path):
+    """A cell shows the largest share of its 4 x 4 classes."""
+    path, _, _ = random_predictions(tmp_path / "predictions.csv", 1000, 5000)
+    matrix, names = confusion.read_predictions(path)
+    left, right, _ = confusion.draw_confusion(matrix, names).axes
+    cells = np.array(left.images[0].get_array())
+    assert cells.shape == (250, 250) and not left.texts
+    images = np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    for row, column in [(0, 0), (17, 17), (100, 200), *np.argwhere(cells > 50)[:20]]:
+        block = np.s_[4 * row:4 * row + 4, 4 * column:4 * column + 4]
+        assert cells[row, column] == pytest.approx((100 * matrix / images)[block].max())
+    assert sum(bar.get_height() for bar in right.patches) == (matrix.sum(axis=1) > 0).sum()
+
+
+def test_blocks_at_the_border_hold_what_is_left():
+    shares = np.arange(25.0).reshape(5, 5)
+    assert confusion._largest_of_blocks(shares, 2).tolist() == [[6, 8, 9], [16, 18, 19], [21, 23, 24]]
+
+
+def test_picture_is_drawn(tmp_path):
+    confusion.main([str(random_predictions(tmp_path / "predictions.csv", 30, 300)[0]), "--pairs", "0"])
+    with Image.open(tmp_path / "confusion.png") as image:
+        assert image.size == (1500, 810)
+
+
+@pytest.mark.parametrize(
+    "line", ["1,,b,a,0.5,1", "1,,b,a,0.5,x,0", "1,,b,a,0.5,-1,0", "1,,wrong,a,0.5,1,0", "\x00", "half"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = write(tmp_path / "predictions.csv", [0, 1], [0, 1], "ab")
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=r"predictions\.csv is damaged: line 4 is not a prediction"):
+        confusion.read_predictions(path)
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    good = write(tmp_path / "predictions.csv", [0, 1], [0, 1], "ab")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "header").write_text(HEADER)
+    (tmp_path / "old").write_text("index,image,target,prediction,probability\n0,,a,a,0.5\n")
+    for argv, message in [
+        ([tmp_path / "gone"], "gone does not exist; main.py --eval writes it with --opts TEST.PREDICTIONS True"),
+        ([tmp_path / "empty"], "has no column target or prediction"),
+        ([tmp_path / "old"], "has no column target_label or prediction_label; write it anew"),
+        ([tmp_path / "header"], "holds no predictions"),
+        ([good, "--output", good], "predictions.csv"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            confusion.main([str(word) for word in argv])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error
+        assert error.startswith("confusion.py: ") and error.count("\n") == 1

@@ -1,0 +1,55 @@
+"""The command line of ``tools/plot_run.py``; what it draws is tested in ``tests/test_plots.py``."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from tests.helpers import ROOT, run
+from tools import plot_run
+
+
+def record(step, epoch, acc1):
+    return json.dumps({"kind": "eval", "step": step, "epoch": epoch, "acc1": acc1, "acc5": 100.0, "loss": 1.0}) + "\n"
+
+
+def write(folder, *lines):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def failure(capsys, argv) -> str:
+    """The one line with which the tool refuses a command line."""
+    with pytest.raises(SystemExit) as stop:
+        plot_run.main([str(word) for word in argv])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.startswith("plot_run.py: ") and line.count("\n") == 1
+    return line
+
+
+def test_two_seeds(tmp_path):
+    folders = [write(tmp_path / f"seed{i}", record(5, 0, 60 + i), record(10, 1, 50)) for i in range(2)]
+    result = run([ROOT / "tools" / "plot_run.py", *folders, "--output", tmp_path / "both.png"])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "seed0: 10 updates, best top-1 60.000 after epoch 0", "seed1: 10 updates, best top-1 61.000 after epoch 0",
+        f"drawn to {tmp_path / 'both.png'}"]
+    with Image.open(tmp_path / "both.png") as image:
+        assert len(image.convert("RGB").getcolors(2**20)) > 100
+
+
+def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
+    good, empty = write(tmp_path / "good", record(5, 0, 60)), write(tmp_path / "empty")
+    for argv, message in [
+        ([tmp_path], "does not exist; name a run's folder"),
+        ([tmp_path / "gone"], "gone does not exist"),
+        ([empty], "holds no records yet"),
+        ([good, empty], "holds no records yet"),
+        ([good, "--output", tmp_path], "cannot write"),
+        ([good, "--output", tmp_path / "gone" / "x.png"], "cannot write"),
+    ]:
+        assert message in failure(capsys, argv)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in failure(capsys, [good])

@@ -1,0 +1,38 @@
+"""Draws loss, accuracy and learning rate of one or several runs as one picture.
+
+    python tools/plot_run.py output/smlp_nano_alpha3_patch2_32_digits/default
+    python tools/plot_run.py output/smlp_nano_alpha3_patch2_32_cifar10/seed* --output seeds.png
+
+Every run also draws its own as ``curves.png`` when it ends.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from plots import best_accuracy, draw_curves, read_metrics, run_names, save_figure  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line; exits with status 2 for what the user can put right."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="a run's output folder, or its metrics.jsonl; several are drawn over one another")
+    parser.add_argument("--output", default="curves.png", metavar="FILE",
+                        help="the picture, .png, .pdf or .svg; default: curves.png")
+    args = parser.parse_args(argv)
+    try:
+        runs = dict(zip(run_names(args.runs), map(read_metrics, args.runs), strict=True))
+        save_figure(draw_curves(runs), args.output)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"plot_run.py: {error}\n")
+    for name, records in runs.items():
+        best, epoch = best_accuracy(records)
+        print(f"{name}: {records[-1]['step']} updates, best top-1 {best:.3f} after epoch {epoch}")
+    print(f"drawn to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The network as the paper's authors publish it: the same module tree, the same weights, another arrangement of the sums.
+
+A strip layer is a grouped convolution over a permuted copy of its input, with the weight in its stored shape
+(D*L, L, 1, K); a position map is gathered from its table by indices that the host makes anew in every forward pass;
+global response normalisation is written out term by term. ``tools/benchmark.py`` measures against it and the tests
+check that it computes the same network.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.strip_mlp import GRN, RelativePosition, StripMLP
+
+
+def published_formulation(model: nn.Module) -> nn.Module:
+    """A copy of a Strip-MLP network that computes the same function in the published way."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if type(module) in _PUBLISHED:
+            module.__class__ = _PUBLISHED[type(module)]
+    return model
+
+
+class _GroupedConvolution(StripMLP):
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
+        d, length, _, width = self.weight.shape
+        n, c, h, w = x.shape
+        x = x.view(n, c // d, d, h, w)
+        # The tokens of a strip become channels: (N, P, D, H, W) -> (N, D, W, P, H), or (N, D, H, P, W) for columns.
+        x = x.permute(0, 2, 4, 1, 3) if self.axis == "row" else x.permute(0, 2, 3, 1, 4)
+        across = x.shape[-1]
+        y = F.conv2d(
+            x.reshape(n, d * length, c // d, across),
+            self.weight.view(d * length, length, 1, width),
+            self.bias.flatten(),
+            padding=(0, width // 2),
+            groups=d,
+        ).view(n, d, length, c // d, across)
+        y = y.permute(0, 3, 1, 4, 2) if self.axis == "row" else y.permute(0, 3, 1, 2, 4)
+        return y.reshape(n, c, h, w)
+
+
+class _GatheredPosition(RelativePosition):
+    def forward(self, x):
+        """(N, C, L, L) -> (N, C, L, L)"""
+        tokens = torch.arange(self.length)
+        offsets = (tokens[None, :] - tokens[:, None]).clamp(-self.length, self.length) + self.length
+        return x + self.table[offsets.to(x.device)].permute(2, 0, 1)
+
+
+class _ThreePassNormalisation(GRN):
+    def forward(self, x):
+        """(N, H, W, C) -> (N, H, W, C)"""
+        response = x.norm(dim=(1, 2), keepdim=True)
+        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
+        return self.gamma * (x * response) + self.beta + x
+
+
+_PUBLISHED = {StripMLP: _GroupedConvolution, RelativePosition: _GatheredPosition, GRN: _ThreePassNormalisation}
