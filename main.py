@@ -115,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.cfg, config_overrides(args))
         if args.amp_opt_level:
             logger.warning("--amp-opt-level belongs to apex and is ignored; use --amp-dtype {bf16,fp16,fp32}")
+        if config.DETERMINISTIC:
+            utils.make_deterministic()
         device = utils.init_distributed(args.device)
         if args.throughput:
             throughput(config, device)
@@ -147,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
 _ADVICE = {
     "DataLoader worker": "Memory is often the reason: lower DATA.NUM_WORKERS, or cache less (--cache-mode).",
     "gloo/transport": "Another process of this run has ended; its own message says why.",
+    "deterministic": "Set DETERMINISTIC False, or choose a network without this operation.",
     "out of memory": "Lower --batch-size, with --accumulation-steps to make up for it, or add --use-checkpoint.",
 }
 
@@ -313,7 +316,7 @@ def _build_loaders(config):
 
 
 def _build_model(config, device: torch.device) -> nn.Module:
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    torch.backends.cudnn.benchmark = not config.DETERMINISTIC  # the fastest algorithms: every batch has the same shape
     return build_model(config).to(device)
 
 
