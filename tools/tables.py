@@ -1,6 +1,5 @@
 """The tables of ``tables.yaml``, and the finished runs in folders: what reproduce.py and paper_tables.py share."""
 
-import json
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import flat_keys, load_config, nearest  # noqa: E402
+from plots import read_metrics  # noqa: E402
 
 TABLES = ROOT / "tools" / "tables.yaml"
 
@@ -76,18 +76,14 @@ def choose(names: list[str], known, what: str) -> list[str]:
     return list(names or known)
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run's ``metrics.jsonl``; none where there is no such file."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave part of a line
-
-
 def final_results(folder: Path, epochs: int) -> list[dict]:
-    """A finished run's evaluations, one an epoch, of the average of the weights where there is one; else none."""
-    records = read_metrics(folder)
+    """A finished run's evaluations, one an epoch, of the average of the weights where there is one; else none.
+
+    Raises:
+        ValueError: its ``metrics.jsonl`` is damaged.
+    """
+    path = folder / "metrics.jsonl"
+    records = read_metrics(path) if path.is_file() and path.stat().st_size else []
     results = [record for record in records if record["kind"] == "eval_ema"]
     results = results or [record for record in records if record["kind"] == "eval"]
     return results if results and results[-1]["epoch"] == epochs - 1 else []

@@ -52,10 +52,11 @@ def add_run(root, row, name, accuracies, *opts, commit=COMMIT, batch=200, kind="
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     about = {"git_commit": commit, "effective_batch": batch, "command": "main.py --data-path /private/data"}
     (folder / "run.yaml").write_text(yaml.safe_dump(about))
-    records = [{"kind": "train", "step": 1, "epoch": 0, "loss": 2.0}]
+    records = [{"kind": "train", "step": 1, "epoch": 0, "loss": 2.0, "lr": 0.1}]
     for epoch, accuracy in enumerate(accuracies):
-        records.append({"kind": "eval", "step": 7, "epoch": epoch, "acc1": 1.0, "acc5": 2.0})
-        records.append({"kind": kind, "step": 7, "epoch": epoch, "acc1": accuracy, "acc5": accuracy + 5})
+        where = {"step": 7, "epoch": epoch, "loss": 1.0}
+        records.append({"kind": "eval", **where, "acc1": 1.0, "acc5": 2.0})
+        records.append({"kind": kind, **where, "acc1": accuracy, "acc5": accuracy + 5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 

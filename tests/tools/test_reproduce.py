@@ -47,7 +47,7 @@ def options(command):
 
 def finish(folder, epochs=2, last=""):
     folder.mkdir(parents=True)
-    records = [{"kind": "eval", "step": 7 * (i + 1), "epoch": i, "acc1": 50.0} for i in range(epochs)]
+    records = [{"kind": "eval", "step": 7 * (i + 1), "epoch": i, "acc1": 50.0, "loss": 1.0} for i in range(epochs)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + last)
 
 
@@ -93,6 +93,12 @@ def test_finished_runs_are_skipped(table, tmp_path, capsys):
     assert "second" in options(command)["--output"]
     assert "first_seed0: finished" in capsys.readouterr().out
     assert len(table("--opts", "TRAIN.EPOCHS", "3")[1]) == 2  # not finished by this schedule
+
+
+def test_a_damaged_run_is_named(table, tmp_path, capsys):
+    finish(tmp_path / "first" / DIGITS.stem / "seed0", last="not a record\n")
+    assert table() == (2, [])
+    assert "metrics.jsonl is damaged: line 3 is not a record" in capsys.readouterr().err
 
 
 def test_runs_in_progress_are_left_to_whoever_runs_them(table, tmp_path, capsys):
