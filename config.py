@@ -103,6 +103,7 @@ _C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, a line per im
 
 # ---- the run -------------------------------------------------------------------------------------
 _C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto (bf16 on CUDA, fp32 on the CPU)
+_C.DETERMINISTIC = False  # CUDA: the same bits from every run on the same GPU and versions, at a cost in speed
 _C.COMPILE = False  # compile the network with torch.compile
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG/
 _C.TAG = "default"  # names the run

@@ -40,7 +40,14 @@ from engine import Precision, evaluate, measure_throughput, train_one_epoch
 from inference import image_shape
 from logger import MetricsWriter, add_log_file, setup_console, start_wandb
 from lr_scheduler import LRScheduler
-from models import adapt_size, build_model, load_pretrained, load_strict, model_state_dict
+from models import (
+    adapt_size,
+    build_model,
+    count_batches_once,
+    load_pretrained,
+    load_strict,
+    model_state_dict,
+)
 from optimizer import build_optimizer
 from state import Layout, TrainState
 
@@ -116,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.cfg, config_overrides(args))
         if args.amp_opt_level:
             logger.warning("--amp-opt-level belongs to apex and is ignored; use --amp-dtype {bf16,fp16,fp32}")
+        if config.DETERMINISTIC:
+            utils.make_deterministic()
         device = utils.init_distributed(args.device)
         if args.throughput:
             throughput(config, device)
@@ -148,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
 _ADVICE = {
     "DataLoader worker": "Memory is often the reason: lower DATA.NUM_WORKERS, or cache less (--cache-mode).",
     "gloo/transport": "Another process of this run has ended; its own message says why.",
+    "deterministic": "Set DETERMINISTIC False, or choose a network without this operation.",
     "out of memory": "Lower --batch-size, with --accumulation-steps to make up for it, or add --use-checkpoint.",
 }
 
@@ -177,6 +187,8 @@ def train(config, device: torch.device, folder: Path) -> None:
             if device.type != "cuda":
                 raise ValueError("TRAIN.SYNC_BN is True, but SyncBatchNorm needs CUDA; set it False on the CPU")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if config.TRAIN.USE_CHECKPOINT and config.MODEL.TYPE == "timm":
+            count_batches_once(model)
 
         # 2. The state of the training; from here on every process draws its own random numbers.
         utils.seed_everything(config.SEED + utils.rank())
@@ -314,7 +326,7 @@ def _build_loaders(config):
 
 
 def _build_model(config, device: torch.device) -> nn.Module:
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    torch.backends.cudnn.benchmark = not config.DETERMINISTIC  # the fastest algorithms: every batch has the same shape
     return build_model(config).to(device)
 
 
