@@ -127,7 +127,7 @@ def build_step(case: Case, img_size: int, device: torch.device):
 
 
 def own_bytes(network: torch.nn.Module, mode: str) -> int:
-    """What a network keeps between steps: weights and statistics, and in training AdamW's two moments of each weight."""
+    """What a network keeps between steps: weights, statistics, and in training AdamW's two moments of each weight."""
     weights, buffers = (sum(t.numel() * t.element_size() for t in tensors)
                         for tensors in (network.parameters(), network.buffers()))
     return buffers + weights * (3 if mode == "training" else 1)
