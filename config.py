@@ -103,11 +103,13 @@ _C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, a line per im
 
 # ---- the run -------------------------------------------------------------------------------------
 _C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto (bf16 on CUDA, fp32 on the CPU)
+_C.DETERMINISTIC = False  # CUDA: the same bits from every run on the same GPU and versions, at a cost in speed
 _C.COMPILE = False  # compile the network with torch.compile
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG/
 _C.TAG = "default"  # names the run
 _C.SEED = 0  # of weights, data order, augmentation and drop path
 _C.PRINT_FREQ = 10  # updates between two log lines
+_C.WANDB_PROJECT = ""  # Weights & Biases project that gets the metrics too (pip install wandb); empty: none
 _C.SAVE_FREQ = 1  # epochs between two checkpoints
 _C.SAVE_STEPS = 0  # updates between two checkpoints within an epoch; 0: none
 _C.SAVE_MINUTES = 0.0  # minutes between two checkpoints within an epoch; 0: none

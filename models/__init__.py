@@ -1,6 +1,6 @@
 """Strip-MLP networks. Importing this package registers ``strip_mlp_{tiny_light,tiny,small,base}`` with timm."""
 
-from .build import build_model
+from .build import build_model, count_batches_once
 from .freeze import freeze_stages, set_train_mode
 from .strip_mlp import StripMLPNet
 from .weights import (
@@ -17,6 +17,7 @@ __all__ = [
     "adapt_size",
     "build_model",
     "convert_released_state_dict",
+    "count_batches_once",
     "freeze_stages",
     "load_pretrained",
     "load_strict",

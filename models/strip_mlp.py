@@ -19,6 +19,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .fused import FusedChannelMixingBlock, FusedStripMixingBlock
 from .strip_ops import strip_mix
 from .weights import fit_state_dict
 
@@ -40,6 +41,7 @@ class StripMLP(nn.Module):
     def __init__(self, dim: int, length: int, num_patches: int, axis: str, strip_width: int = 3):
         super().__init__()
         self.axis = axis
+        self.form = "auto"  # how to compute it, see strip_ops; build_model sets it from the config
         self.weight = nn.Parameter(torch.empty(dim // num_patches, length, length, strip_width))  # (D, out, in, K)
         self.bias = nn.Parameter(torch.empty(dim // num_patches, length))
         bound = 1 / math.sqrt(length * strip_width)  # PyTorch's default for a convolution of this fan-in
@@ -48,7 +50,7 @@ class StripMLP(nn.Module):
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        return strip_mix(x, self.weight, self.bias, self.axis)
+        return strip_mix(x, self.weight, self.bias, self.axis, self.form)
 
     def extra_repr(self) -> str:
         channels, length, _, width = self.weight.shape
@@ -70,11 +72,15 @@ class RelativePosition(nn.Module):
         self.table = nn.Parameter(torch.empty(height + self.width + 1, dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def forward(self, x):
-        """(N, C, H, W) -> (N, C, H, W)"""
+    def map(self):
+        """() -> (C, H, W)"""
         # Row i of the map reads the W entries from H - i on, so the rows are the table's windows in reverse order.
         rows = self.table[1:-1].unfold(0, self.width, 1).flip(0)  # (H, C, W)
-        return x + rows.transpose(0, 1)
+        return rows.transpose(0, 1)
+
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
+        return x + self.map()
 
 
 class CGSMM(nn.Module):
@@ -125,7 +131,7 @@ class LSMM(nn.Module):
         row, column = self.row_conv(x), self.column_conv(x)
         pooled = (row + column + x).mean((2, 3), keepdim=True)
         scores = self.reweight_fc2(F.gelu(self.reweight_fc1(pooled)))
-        weights = scores.view(len(x), -1, 3).softmax(dim=2)[:, :, :, None, None]  # (N, C, 3, 1, 1)
+        weights = scores.view(x.shape[0], -1, 3).softmax(dim=2)[:, :, :, None, None]  # (N, C, 3, 1, 1)
         return column * weights[:, :, 0] + row * weights[:, :, 1] + x * weights[:, :, 2]
 
 
@@ -161,11 +167,14 @@ class GRN(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
+    def scale(self, x):
+        """(N, H, W, C) -> (N, 1, 1, C)"""
+        response = x.norm(dim=(1, 2), keepdim=True)
+        return (1 + self.gamma * response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+
     def forward(self, x):
         """(N, H, W, C) -> (N, H, W, C)"""
-        response = x.norm(dim=(1, 2), keepdim=True)
-        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-        return torch.addcmul(self.beta, x, 1 + self.gamma * response)  # gamma * (x * response) + beta + x in one pass
+        return torch.addcmul(self.beta.to(x.dtype), x, self.scale(x))  # gamma * (x * response) + beta + x in one pass
 
 
 class ChannelMixingBlock(nn.Module):
@@ -203,6 +212,13 @@ class Block(nn.Module):
         """(N, C, H, W) -> (N, C, H, W)"""
         x = x + self.drop_path(self.token_mixing(x))
         return x + self.drop_path(self.channel_mixing(x))
+
+    def fuse(self) -> None:
+        """Puts inference forms in the place of its parts; an ablated token mixing has none and stays as it is."""
+        if type(self.token_mixing) is StripMixingBlock:
+            self.token_mixing = FusedStripMixingBlock(self.token_mixing.eval())
+        if type(self.channel_mixing) is ChannelMixingBlock:
+            self.channel_mixing = FusedChannelMixingBlock(self.channel_mixing)
 
 
 class StripMLPNet(nn.Module):
@@ -373,6 +389,16 @@ class StripMLPNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keeps only the blocks' inputs for the backward pass and computes the rest again there."""
         self.grad_checkpointing = enable
+
+    def fuse(self) -> "StripMLPNet":
+        """Turns the network, in place, into its inference form: faster, equal within rounding, not to be trained.
+
+        See ``fused.py`` for what is folded. Its state dict has other keys, so load weights before.
+        """
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.fuse()
+        return self.eval()
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""

@@ -1,6 +1,7 @@
 """The command line, end to end, on tiny trainings."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -79,7 +80,7 @@ def test_log_and_metrics(trained):
 def test_a_run_ends_with_its_curves_and_where_everything_is(trained):
     """The picture's lines are tested in test_plots.py; here that it is drawn, from this run's records."""
     with Image.open(folder(trained) / "curves.png") as image:
-        assert image.size == (1575, 480) and len(image.convert("RGB").getcolors(2**20)) > 100
+        assert image.size == (1575, 510) and len(image.convert("RGB").getcolors(2**20)) > 100
     summary = (folder(trained) / "log_rank0.txt").read_text().partition("Best top-1")[2].splitlines()[1:]
     named = {line[:20].strip(): line[20:].strip() for line in summary}
     assert named == {what: str(folder(trained) / name) for what, name in {
@@ -109,6 +110,43 @@ def test_the_same_seed_gives_the_same_bits(trained, tmp_path):
     assert main.main(arguments(tmp_path, "SEED", 1, "TRAIN.EPOCHS", 1, tag="seed1")) == 0
     other = checkpoint.load_file(folder(tmp_path, "seed1") / "ckpt_step_00000007.pth")["model"]
     assert differences(a, other)
+
+
+@pytest.fixture
+def own_determinism(monkeypatch):
+    """Puts PyTorch's settings back after a test that makes the process deterministic."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms(trained, tmp_path, monkeypatch, own_determinism, capsys):
+    """All of Strip-MLP's operations have a deterministic form on the CPU, the one that they have anyhow."""
+    assert main.main(arguments(tmp_path, "DETERMINISTIC", True)) == 0
+    assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    a, b = (checkpoint.load_file(folder(path) / "ckpt_step_00000014.pth")["model"] for path in (trained, tmp_path))
+    assert differences(a, b) == []
+    # An operation without such a form says what to do.
+    monkeypatch.setattr(main, "build_model", lambda config: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)))
+    assert main.main(arguments(tmp_path, "DETERMINISTIC", True, tag="other")) == 1
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "put_" in last and "Set DETERMINISTIC False, or choose a network without this operation." in last
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("flags", [["--amp-dtype", "bf16"], ["--amp-dtype", "fp32"]], ids=" ".join)
+def test_deterministic_algorithms_on_cuda(tmp_path, flags):
+    models = []
+    for tag in ("one", "two"):
+        options = arguments(tmp_path, "DETERMINISTIC", True, tag=tag, flags=flags)
+        options[options.index("--device") + 1] = "cuda"
+        result = run(["main.py", *options])
+        assert result.returncode == 0, result.stdout
+        models.append(checkpoint.load_file(folder(tmp_path, tag) / "ckpt_step_00000014.pth")["model"])
+    assert differences(*models) == []
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
