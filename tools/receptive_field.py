@@ -84,7 +84,7 @@ def draw_fields(fields: list[torch.Tensor], titles: list[str]):
         A matplotlib Figure.
     """
     from matplotlib.colors import LogNorm
-    columns = min(len(fields), 4)
+    columns = min(len(fields), 6)
     rows = -(-len(fields) // columns)
     height, width = fields[0].shape
     size = (2.5 * columns + 0.7, (2.5 * height / width + 0.5) * rows)
