@@ -37,9 +37,17 @@ from checkpointer import PREEMPTED, Checkpointer, Preempted
 from config import load_config, nearest, to_dict
 from data import build_mixup, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, evaluate, measure_throughput, train_one_epoch
+from inference import image_shape
 from logger import MetricsWriter, add_log_file, setup_console, start_wandb
 from lr_scheduler import LRScheduler
-from models import build_model, load_pretrained, load_strict, model_state_dict
+from models import (
+    adapt_size,
+    build_model,
+    count_batches_once,
+    load_pretrained,
+    load_strict,
+    model_state_dict,
+)
 from optimizer import build_optimizer
 from state import Layout, TrainState
 
@@ -115,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.cfg, config_overrides(args))
         if args.amp_opt_level:
             logger.warning("--amp-opt-level belongs to apex and is ignored; use --amp-dtype {bf16,fp16,fp32}")
+        if config.DETERMINISTIC:
+            utils.make_deterministic()
         device = utils.init_distributed(args.device)
         if args.throughput:
             throughput(config, device)
@@ -147,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
 _ADVICE = {
     "DataLoader worker": "Memory is often the reason: lower DATA.NUM_WORKERS, or cache less (--cache-mode).",
     "gloo/transport": "Another process of this run has ended; its own message says why.",
+    "deterministic": "Set DETERMINISTIC False, or choose a network without this operation.",
     "out of memory": "Lower --batch-size, with --accumulation-steps to make up for it, or add --use-checkpoint.",
 }
 
@@ -170,10 +181,14 @@ def train(config, device: torch.device, folder: Path) -> None:
         resume_path = _find_resume(config, folder)
         if config.MODEL.PRETRAINED and not resume_path:
             _load_pretrained(config, model)
+        if config.TRAIN.FREEZE_STAGES and not (config.MODEL.PRETRAINED or resume_path):
+            logger.warning("TRAIN.FREEZE_STAGES freezes newly drawn weights; load trained ones with --pretrained")
         if config.TRAIN.SYNC_BN:
             if device.type != "cuda":
                 raise ValueError("TRAIN.SYNC_BN is True, but SyncBatchNorm needs CUDA; set it False on the CPU")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if config.TRAIN.USE_CHECKPOINT and config.MODEL.TYPE == "timm":
+            count_batches_once(model)
 
         # 2. The state of the training; from here on every process draws its own random numbers.
         utils.seed_everything(config.SEED + utils.rank())
@@ -240,10 +255,10 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     loader = build_val_loader(config, utils.rank(), utils.world_size())
     model, ema = _build_model(config, device), None
     with _naming(path):
-        load_strict(model, model_state_dict(content))
+        load_strict(model, adapt_size(model_state_dict(content), model))
         if content.get("model_ema"):
             ema = ModelEmaV3(model)
-            load_strict(ema.module, content["model_ema"])
+            load_strict(ema.module, adapt_size(content["model_ema"], model))
     if config.COMPILE:
         model.compile()
     precision = Precision(config.AMP_DTYPE, device)
@@ -268,7 +283,7 @@ def throughput(config, device: torch.device) -> None:
     model = _build_model(config, device)
     if config.COMPILE:
         model.compile()
-    images = torch.randn(config.DATA.BATCH_SIZE, *_image_shape(config), device=device)
+    images = torch.randn(config.DATA.BATCH_SIZE, *image_shape(config), device=device)
     precision = Precision(config.AMP_DTYPE, device)
     speed = measure_throughput(model, images, precision)
     logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s, batch size {len(images)}, {precision.name}, "
@@ -311,12 +326,8 @@ def _build_loaders(config):
 
 
 def _build_model(config, device: torch.device) -> nn.Module:
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    torch.backends.cudnn.benchmark = not config.DETERMINISTIC  # the fastest algorithms: every batch has the same shape
     return build_model(config).to(device)
-
-
-def _image_shape(config) -> tuple[int, int, int]:
-    return config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE
 
 
 def _describe_run(config, state: TrainState, device, folder: Path, train_loader) -> None:
@@ -325,7 +336,7 @@ def _describe_run(config, state: TrainState, device, folder: Path, train_loader)
         return
     layout = state.layout
     try:
-        macs = utils.count_macs(state.model, _image_shape(config))
+        macs = utils.count_macs(state.model, image_shape(config))
     except AssertionError as error:  # a timm model's, about its input
         name, size = config.MODEL.NAME, config.DATA.IMG_SIZE
         raise ValueError(f"MODEL.NAME {name} does not take a DATA.IMG_SIZE of {size}: {error}") from error

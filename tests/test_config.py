@@ -78,6 +78,23 @@ def test_recipe():
     assert {key: defaults[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "caltech101"])
+@pytest.mark.parametrize("variant, features, parameters", [  # of the published networks, their heads of 1000 classes
+    ("resnet50", 2048, 25_557_032), ("resnet101", 2048, 44_549_160), ("resnet152", 2048, 60_192_808),
+    ("swin_tiny", 768, 28_288_354), ("swin_small", 768, 49_606_258), ("swin_base", 1024, 87_768_224),
+])
+def test_baseline_configs_change_the_network_alone(variant, features, parameters, data):
+    path = CONFIGS / f"{variant}_224_{data}.yaml"
+    assert yaml.safe_load(path.read_text()).keys() == {"BASE"}
+    config = load_config(path)
+    with torch.device("meta"):
+        model = build_model(config)
+    assert sum(p.numel() for p in model.parameters()) == parameters + (features + 1) * (CLASSES[data] - 1000)
+    ours = flat_keys(load_config(config_path("tiny_light", data)))
+    differing = {key for key, value in flat_keys(config).items() if value != ours[key]}
+    assert differing <= {"MODEL.TYPE", "MODEL.NAME", "MODEL.STRIP_MLP.EMBED_DIM", "MODEL.STRIP_MLP.DEPTHS"}
+
+
 def test_every_config_loads_builds_and_holds_no_absolute_path():
     for path in sorted(CONFIGS.rglob("*.yaml")):
         for value in flat_values(yaml.safe_load(path.read_text())):

@@ -1,6 +1,7 @@
 """The command line, end to end, on tiny trainings."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -112,6 +113,43 @@ def test_the_same_seed_gives_the_same_bits(trained, tmp_path):
     assert differences(a, other)
 
 
+@pytest.fixture
+def own_determinism(monkeypatch):
+    """Puts PyTorch's settings back after a test that makes the process deterministic."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms(trained, tmp_path, monkeypatch, own_determinism, capsys):
+    """All of Strip-MLP's operations have a deterministic form on the CPU, the one that they have anyhow."""
+    assert main.main(arguments(tmp_path, "DETERMINISTIC", True)) == 0
+    assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    a, b = (checkpoint.load_file(folder(path) / "ckpt_step_00000014.pth")["model"] for path in (trained, tmp_path))
+    assert differences(a, b) == []
+    # An operation without such a form says what to do.
+    monkeypatch.setattr(main, "build_model", lambda config: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)))
+    assert main.main(arguments(tmp_path, "DETERMINISTIC", True, tag="other")) == 1
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "put_" in last and "Set DETERMINISTIC False, or choose a network without this operation." in last
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("flags", [["--amp-dtype", "bf16"], ["--amp-dtype", "fp32"]], ids=" ".join)
+def test_deterministic_algorithms_on_cuda(tmp_path, flags):
+    models = []
+    for tag in ("one", "two"):
+        options = arguments(tmp_path, "DETERMINISTIC", True, tag=tag, flags=flags)
+        options[options.index("--device") + 1] = "cuda"
+        result = run(["main.py", *options])
+        assert result.returncode == 0, result.stdout
+        models.append(checkpoint.load_file(folder(tmp_path, tag) / "ckpt_step_00000014.pth")["model"])
+    assert differences(*models) == []
+
+
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 4, "KEEP_CHECKPOINTS", 2)) == 0
     names = sorted(path.name for path in folder(tmp_path).glob("*.pth"))
@@ -181,6 +219,16 @@ def test_eval_of_a_released_checkpoint(trained, tmp_path):
     logged = [record for record in records(trained) if record["kind"] == "eval"][-1]
     report = json.loads((folder(tmp_path) / "eval.json").read_text())
     assert report["eval"]["acc1"] == logged["acc1"] and "eval_ema" not in report
+
+
+def test_eval_at_another_size_adapts_and_resuming_does_not(trained, tmp_path, capsys):
+    best = str(folder(trained) / "best.pth")
+    options = ("DATA.IMG_SIZE", 32)
+    assert main.main(arguments(tmp_path, *options, flags=["--eval", "--resume", best])) == 0
+    assert "WARNING: the weights are for another input size" in capsys.readouterr().out
+    assert json.loads((folder(tmp_path) / "eval.json").read_text())["eval_ema"]["images"] == 360
+    assert main.main(arguments(tmp_path, *options, tag="resumed", flags=["--resume", best])) == 2
+    assert "row_strip.weight is (2, 8, 8, 3) in the file, (2, 16, 16, 3) in the model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("processes, batch_size", [(1, 7), (2, 5), (2, 16), (3, 4)])

@@ -11,7 +11,6 @@ tools/paper_tables.py; tools/tables.yaml lists the tables.
 """
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -19,17 +18,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoint  # noqa: E402
-from config import load_config, nearest  # noqa: E402
+from config import load_config  # noqa: E402
 from main import config_overrides  # noqa: E402
 from main import parse_arguments as parse_main_arguments  # noqa: E402
-
-TABLES = ROOT / "tools" / "tables.yaml"
+from tools.tables import ROOT, TABLES, choose, final_results, read_tables  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +43,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("table", help="a table of tools/tables.yaml")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows; default: all")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows; default: all")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row, with seeds 0 to N-1")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of each run, one a GPU")
     parser.add_argument("--slurm", metavar="OPTIONS", help="submit each run as a job with these options of sbatch")
@@ -61,60 +56,44 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
 
 def launch(args: argparse.Namespace, flags: list[str]) -> int:
     """Runs what is not finished yet, all rows with the first seed first."""
-    rows = read_table(args.table, args.tables)
-    for key in args.rows or []:
-        if key not in rows:
-            raise ValueError(f"table {args.table} has no row {key}{nearest(key, rows)}; its rows are {', '.join(rows)}")
-    taken = {flag for flag in flags if flag.split("=")[0] in ("--cfg", "--tag")}
+    tables = read_tables(args.tables)
+    _, rows = tables[choose([args.table], tables, "table")[0]]
+    rows = {row.key: row for row in rows if row.path}
+    taken = [flag for flag in flags if flag.split("=")[0] in ("--cfg", "--tag")]
     if taken:
-        raise ValueError(f"{taken.pop()} is set for each run of the table; leave it out")
+        raise ValueError(f"{taken[0]} is set for each run of the table; leave it out")
+    if args.seeds < 1 or args.nproc < 1:
+        raise ValueError(f"--seeds {args.seeds} and --nproc {args.nproc} must be at least 1")
+    if args.slurm is not None and Path.cwd() != ROOT:
+        raise ValueError(f"--slurm: start from the repository's folder, {ROOT}")
     failed = 0
     for seed in range(args.seeds):
-        for key, row in rows.items():
-            if args.rows and key not in args.rows:
-                continue
-            name = f"{key} seed{seed}"
+        for key in choose(args.rows, rows, "row"):
+            name = f"{key}_seed{seed}"
             arguments = [
-                "--cfg", os.path.relpath(row["config"]), "--output", str(Path(args.output, key)),
-                "--tag", f"seed{seed}", *flags, "--opts", *row["opts"], *args.opts, "SEED", str(seed),
+                "--cfg", os.path.relpath(rows[key].path), "--output", str(Path(args.output, key)),
+                "--tag", f"seed{seed}", *flags, "--opts", *rows[key].opts, *args.opts, "SEED", str(seed),
             ]
-            config = load_config(row["config"], config_overrides(parse_main_arguments(arguments)))
+            config = load_config(rows[key].path, config_overrides(parse_main_arguments(arguments)))
             folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
-            command = build_command(args, name.replace(" ", "_"), arguments)
-            if is_finished(folder, config.TRAIN.EPOCHS):
+            command = build_command(args, name, arguments)
+            if final_results(folder, config.TRAIN.EPOCHS):
                 print(f"{name}: finished, see {folder}", flush=True)
             elif args.dry_run:
-                print(shlex.join(command), flush=True)
-            elif is_running(folder) or args.slurm is not None and is_queued(name.replace(" ", "_")):
+                print(f"{name}: {shlex.join(command)}", flush=True)
+            elif is_running(folder) or args.slurm is not None and is_queued(name):
                 print(f"{name}: in progress elsewhere", flush=True)
             else:
                 print(f"{name}: {shlex.join(command)}", flush=True)
                 status, stopped = run(command)
                 if stopped:
                     return 75
-                if status == 2 and not is_running(folder):
-                    raise ValueError(f"{name} cannot run, the last line above says why")
-                failed += status not in (0, 2)
+                if status == 2 and not is_running(folder):  # the other runs would fail likewise
+                    raise ValueError(f"{name} cannot run; its last line says why")
                 if status:
-                    print(f"{name}: exit status {status}", file=sys.stderr)
+                    print(f"{name}: exit status {status}", file=sys.stderr, flush=True)
+                    failed += 1
     return 1 if failed else 0
-
-
-def read_table(name: str, path: str | Path = TABLES) -> dict:
-    """``{key: {"name", "config", "opts", "paper"}}``: the rows of a table that this repository can run.
-
-    Raises:
-        ValueError: there is no such table.
-    """
-    path = Path(path)
-    tables = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if name not in tables:
-        raise ValueError(f"{path} has no table {name}{nearest(name, tables)}; its tables are {', '.join(tables)}")
-    rows = {}
-    for key, row in tables[name]["rows"].items():
-        config = path.parents[1] / "configs" / f"{row.get('config', key)}.yaml"
-        rows[key] = {"name": row["name"], "config": config, "opts": [str(item) for item in row.get("opts", [])]}
-    return rows
 
 
 def build_command(args: argparse.Namespace, job: str, arguments: list[str]) -> list[str]:
@@ -123,16 +102,6 @@ def build_command(args: argparse.Namespace, job: str, arguments: list[str]) -> l
         return ["sbatch", "--job-name", job, *shlex.split(args.slurm), "tools/slurm_train.sh", *arguments]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] * (args.nproc > 1)
     return [sys.executable, *launcher, os.path.relpath(ROOT / "main.py"), *arguments]
-
-
-def is_finished(folder: Path, epochs: int) -> bool:
-    """Whether a run's ``metrics.jsonl`` has the evaluation of its last epoch."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return False
-    records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave part of a line
-    return any(record["kind"] == "eval" and record["epoch"] == epochs - 1 for record in records)
 
 
 def is_running(folder: Path) -> bool:

@@ -8,7 +8,7 @@ import torch
 from timm.layers import DropPath
 
 from config import load_config
-from models import StripMLPNet, build_model
+from models import StripMLPNet, build_model, count_batches_once
 
 TINY = ["DATA.IMG_SIZE", 32, "MODEL.NUM_CLASSES", 5, "MODEL.STRIP_MLP.EMBED_DIM", 8,
         "MODEL.STRIP_MLP.DEPTHS", [1, 1, 2, 1]]
@@ -124,3 +124,38 @@ def test_timm_kwargs():
     for text in ("channels", "[1, 2]", "{channels", "{1: 2}"):
         with pytest.raises(ValueError, match=re.escape(f"MODEL.TIMM_KWARGS is '{text}'; it must name arguments")):
             build(*opts, text)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_timm_checkpointing_counts_a_batch_once(backend):
+    """Without ``count_batches_once`` timm's recomputation moves the running statistics a second time."""
+
+    def train(checkpointing, once):
+        torch.manual_seed(0)
+        model = build_model(load_config("", [
+            *TINY, "MODEL.TYPE", "timm", "MODEL.NAME", "resnet18", "TRAIN.USE_CHECKPOINT", checkpointing,
+            "MODEL.TIMM_KWARGS", "{channels: [8, 16, 16, 16], layers: [1, 1, 1, 1], stem_type: deep, stem_width: 4}",
+        ]))
+        if once:
+            count_batches_once(model)
+        if backend:
+            model.compile(backend=backend)
+        for _ in range(2):
+            model(images).square().sum().backward()
+        gradients = {f"{name} gradient": p.grad for name, p in model.named_parameters()}
+        return model.state_dict() | gradients
+
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    plain, once = train(False, False), train(True, True)
+    assert plain.keys() == once.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(once[key], value, rtol=1e-5, atol=1e-5, msg=key)
+    if not backend:
+        twice = train(True, False)
+        assert int(twice["layer1.0.bn1.num_batches_tracked"]) == 4 and int(plain["bn1.num_batches_tracked"]) == 2
+
+
+def test_timm_model_without_checkpointing():
+    opts = ["MODEL.TYPE", "timm", "MODEL.NAME", "vgg11", "MODEL.DROP_PATH_RATE", 0, "TRAIN.USE_CHECKPOINT", True]
+    with pytest.raises(ValueError, match="MODEL.NAME vgg11: .*checkpointing.*; set TRAIN.USE_CHECKPOINT False"):
+        build(*opts)

@@ -1,0 +1,294 @@
+"""The paper's tables beside this repository's own results, from finished runs, as Markdown and CSV:
+
+    python tools/paper_tables.py                              # all tables, from the runs under output/
+    python tools/paper_tables.py cifar10 --runs output docs/results --throughput
+    python tools/paper_tables.py cifar10_cpu --write docs/results     # docs/results/cifar10_cpu.md and .csv
+
+A run counts for the row whose network, data and recipe it has, whatever its folder is called: its saved config is
+compared with the row's. Runs of several seeds give mean and standard deviation. Figures are those of the last epoch, in
+percent; `best` is the best epoch's, chosen on the same images. Evaluated checkpoints (eval.json) have lines of their
+own. Cells without a run say "not measured yet". tools/reproduce.py launches the runs.
+"""
+
+import argparse
+import csv
+import io
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import utils  # noqa: E402
+from engine import Precision, measure_throughput  # noqa: E402
+from models import build_model  # noqa: E402
+from tools.tables import TABLES, Row, choose, final_results, flat_config, read_tables  # noqa: E402
+
+MISSING = "not measured yet"
+METRICS = {"acc1": "top-1", "acc5": "top-5"}
+# Keys that change neither the network nor what it learns: where, how fast and in what portions a run computes.
+# The batch has a column of its own.
+FREE_KEYS = {
+    "BASE", "OUTPUT", "TAG", "SEED", "PRINT_FREQ", "SAVE_FREQ", "SAVE_STEPS", "SAVE_MINUTES", "KEEP_CHECKPOINTS",
+    "AMP_DTYPE", "COMPILE", "DETERMINISTIC", "DATA.DATA_PATH", "DATA.BATCH_SIZE", "DATA.ZIP_MODE", "DATA.CACHE_MODE",
+    "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.SKIP_BAD_IMAGES", "MODEL.RESUME", "TRAIN.ACCUMULATION_STEPS",
+    "TRAIN.AUTO_RESUME", "TRAIN.USE_CHECKPOINT", "TRAIN.MAX_SKIPPED", "TEST.PREDICTIONS",
+}
+# What an evaluation depends on.
+EVALUATION_KEYS = ("MODEL.", "DATA.DATASET", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished training, or an evaluation of a checkpoint, has to say."""
+
+    folder: Path
+    config: dict  # flat
+    checkpoint: str  # of an evaluation: the beginning of the file's SHA-256; empty for a training
+    result: dict  # acc1 and acc5 after the last epoch, in percent
+    best: float  # the best epoch's top-1
+    batch: int | None  # images an update
+    commit: str
+
+    def differences(self, row: Row) -> list[str]:
+        """Where the run's config is not the row's."""
+        wanted = row.recipe
+        keys = wanted.keys() - FREE_KEYS
+        if wanted["MODEL.TYPE"] == "strip_mlp":
+            keys.remove("MODEL.NAME")  # only names the folder
+        if self.checkpoint:
+            keys = {key for key in keys if key.startswith(EVALUATION_KEYS)} - {"MODEL.PRETRAINED"}
+        differing = sorted(key for key in keys if self.config[key] != wanted[key])
+        return [f"{key} {self.config[key]!r} instead of {wanted[key]!r}" for key in differing]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; the exit status is 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="*", help="tables of tools/tables.yaml; default: all")
+    parser.add_argument("--runs", nargs="+", metavar="DIR",
+                        help="folders to look for runs in, at any depth; default: output, if it is there")
+    parser.add_argument("--write", metavar="DIR", help="write DIR/TABLE.md and DIR/TABLE.csv; default: show Markdown")
+    parser.add_argument("--export", metavar="DIR", help="copy the records of the runs that the tables hold to "
+                        "DIR/ROW/seedN/, without paths of this machine; --runs DIR makes the same tables again")
+    parser.add_argument("--throughput", action="store_true", help="measure images per second of the forward pass here")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of --throughput; default: 64")
+    parser.add_argument("--tables", default=TABLES, metavar="FILE", help="default: tools/tables.yaml")
+    args = parser.parse_args(argv)
+    try:
+        tables = read_tables(args.tables)
+        runs = find_runs(args.runs or [name for name in ["output"] if Path(name).is_dir()])
+        placed = set()
+        for name in choose(args.table, tables, "table"):
+            title, rows = tables[name]
+            found = {row.key: [run for run in runs if row.path and not run.differences(row)] for row in rows}
+            placed |= {run.folder for row_runs in found.values() for run in row_runs}
+            speeds = measure_rows(rows, args.batch_size) if args.throughput else None
+            table = make_table(rows, found, speeds)
+            if args.write:
+                write_table(Path(args.write, name), title, table)
+            else:
+                print(f"## {title}\n\n{to_markdown(table)}")
+            if args.export:
+                export(found, Path(args.export))
+        if not args.table:
+            report_strays([run for run in runs if run.folder not in placed], tables)
+    except (ValueError, OSError) as error:
+        print(f"paper_tables.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ---- the runs ------------------------------------------------------------------------------------
+
+def find_runs(folders: list[str]) -> list[Run]:
+    """The finished trainings and the evaluations in folders at any depth, sorted by path.
+
+    Raises:
+        ValueError: a file of a run cannot be read.
+        FileNotFoundError: one of the folders does not exist.
+    """
+    runs = []
+    for top in map(Path, folders):
+        if not top.is_dir():
+            raise FileNotFoundError(f"there is no folder {top}; name the folders of your runs with --runs")
+        for folder in sorted({path.parent for name in ("config.yaml", "eval.json") for path in top.rglob(name)}):
+            try:
+                run = read_training(folder) or read_evaluation(folder)
+            except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+                raise ValueError(f"{folder} holds no readable run ({error!r}); put it elsewhere") from None
+            runs += [run] if run else []
+    return runs
+
+
+def read_training(folder: Path) -> Run | None:
+    """The training in a folder, if it is finished."""
+    if not (folder / "config.yaml").is_file():
+        return None
+    config = flat_config(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    results = final_results(folder, config["TRAIN.EPOCHS"])
+    if not results:
+        return None
+    about = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    return Run(
+        folder=folder, config=config, checkpoint="", result=results[-1], best=max(r["acc1"] for r in results),
+        batch=about["effective_batch"], commit=about["git_commit"],
+    )
+
+
+def read_evaluation(folder: Path) -> Run | None:
+    """The evaluation in a folder, if there is one."""
+    if not (folder / "eval.json").is_file():
+        return None
+    report = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    result = report.get("eval_ema") or report["eval"]
+    return Run(
+        folder=folder, config=flat_config(report["config"]), checkpoint=report["sha256"][:8], result=result,
+        best=result["acc1"], batch=None, commit=report["environment"]["git_commit"],
+    )
+
+
+def one_of_each_seed(runs: list[Run]) -> list[Run]:
+    """The runs by seed, without those that repeat another's seed."""
+    by_seed = {}
+    for run in runs:
+        seed = run.config["SEED"]
+        if seed in by_seed:
+            print(f"{run.folder} repeats seed {seed} of {by_seed[seed].folder} and is left out", file=sys.stderr)
+        by_seed.setdefault(seed, run)
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def report_strays(runs: list[Run], tables: dict) -> None:
+    """Says of runs that belong to no row what keeps them out of the nearest one."""
+    rows = [row for _, rows in tables.values() for row in rows if row.path]
+    for run in runs:
+        row = min(rows, key=lambda row: len(run.differences(row)))
+        differences = ", ".join(run.differences(row))
+        print(f"{run.folder} is in no table; it comes nearest to {row.key}, but has {differences}", file=sys.stderr)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+def make_table(rows: list[Row], found: dict[str, list[Run]], speeds: dict[str, float] | None) -> list[dict[str, str]]:
+    """The lines of a table, by column."""
+    metrics = [metric for metric in METRICS if metric == "acc1" or any(metric in row.paper for row in rows)]
+    has_paper = any(row.paper for row in rows)
+    table = []
+    for row in rows:
+        trained = one_of_each_seed([run for run in found[row.key] if not run.checkpoint])
+        evaluated = {run.checkpoint: [run] for run in found[row.key] if run.checkpoint}
+        statistics_cells = describe(row, speeds)
+        sources = {"": trained} | evaluated if trained or not evaluated else evaluated
+        for source, runs in sources.items():
+            line = {"network": f"{row.name}, checkpoint {source}" if source else row.name} | statistics_cells
+            for metric in metrics:
+                line |= compare(row, runs, metric, has_paper)
+            line["best"] = spread([run.best for run in runs]) if runs and not source else ""
+            line["seeds"] = str(len(runs)) if runs and not source else ""
+            line["batch"] = ", ".join(sorted({str(run.batch) for run in runs if run.batch}))
+            line["commit"] = ", ".join(sorted({shorten(run.commit) for run in runs}))
+            table.append(line)
+    return table
+
+
+def describe(row: Row, speeds: dict[str, float] | None) -> dict[str, str]:
+    """The cells on the network itself."""
+    if not row.path:
+        cells = {"params (M)": "", "MACs (G)": ""}
+    else:
+        config = row.config()
+        with torch.device("meta"):
+            model = build_model(config)
+        macs = utils.count_macs(model, (3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
+        parameters = sum(p.numel() for p in model.parameters())
+        cells = {"params (M)": f"{parameters / 1e6:.2f}", "MACs (G)": f"{macs / 1e9:#.3g}"}
+    return cells if speeds is None else cells | {"images/s": f"{speeds[row.key]:.0f}" if row.key in speeds else ""}
+
+
+def compare(row: Row, runs: list[Run], metric: str, has_paper: bool) -> dict[str, str]:
+    """The cells on one figure: this repository's, the paper's, and what the first has above the second."""
+    label = METRICS[metric]
+    here = [run.result[metric] for run in runs]
+    nothing = MISSING if row.path else "no such network here"
+    cells = {label: spread(here) if here else nothing}
+    if has_paper:
+        paper = row.paper.get(metric)
+        cells[f"paper's {label}"] = "" if paper is None else f"{paper:.2f}"
+        cells[f"{label} difference"] = f"{statistics.mean(here) - paper:+.2f}" if here and paper is not None else ""
+    return cells
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of several values, standard deviation (of a sample)."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def shorten(commit: str) -> str:
+    """Seven digits of a commit; what has files that differ from it stays marked."""
+    digits, dash, mark = commit.partition("-")
+    return digits[:7] + dash + mark
+
+
+def measure_rows(rows: list[Row], batch_size: int) -> dict[str, float]:
+    """Images per second of the forward pass of each network, on the GPU if there is one, else the CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    speeds = {}
+    for row in rows:
+        if row.path:
+            config = row.config()
+            images = torch.randn(batch_size, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=device)
+            model = build_model(config).to(device)
+            speeds[row.key] = measure_throughput(model, images, Precision(config.AMP_DTYPE, device), repeats=5)
+    return speeds
+
+
+# ---- what is written -----------------------------------------------------------------------------
+
+def to_markdown(table: list[dict[str, str]]) -> str:
+    """The table in GitHub's Markdown."""
+    lines = [list(table[0]), ["---"] * len(table[0]), *(line.values() for line in table)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def to_csv(table: list[dict[str, str]]) -> str:
+    """The table as comma-separated values."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, table[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
+
+
+def write_table(stem: Path, title: str, table: list[dict[str, str]]) -> None:
+    """Writes ``stem``.md and ``stem``.csv."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".md").write_text(f"{title}\n\n{to_markdown(table)}", encoding="utf-8")
+    stem.with_suffix(".csv").write_text(to_csv(table), encoding="utf-8")
+    print(f"written {stem.with_suffix('.md')} and {stem.with_suffix('.csv')}")
+
+
+def export(found: dict[str, list[Run]], folder: Path) -> None:
+    """Copies what the tables are made of, and the curves, without the paths of this machine."""
+    for key, runs in found.items():
+        for run in one_of_each_seed([run for run in runs if not run.checkpoint]):
+            target = folder / key / f"seed{run.config['SEED']}"
+            target.mkdir(parents=True, exist_ok=True)
+            config = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
+            config |= {"OUTPUT": "output", "DATA": config["DATA"] | {"DATA_PATH": ""}}
+            config["MODEL"] |= {"RESUME": ""}
+            about = yaml.safe_load((run.folder / "run.yaml").read_text(encoding="utf-8"))
+            del about["command"]
+            for name, content in (("config.yaml", config), ("run.yaml", about)):
+                (target / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            (target / "metrics.jsonl").write_bytes((run.folder / "metrics.jsonl").read_bytes())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The tables of ``tables.yaml``, and the finished runs in folders: what reproduce.py and paper_tables.py share."""
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from config import flat_keys, load_config, nearest  # noqa: E402
+from plots import read_metrics  # noqa: E402
+
+TABLES = ROOT / "tools" / "tables.yaml"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network of a table."""
+
+    key: str
+    name: str
+    path: Path | None  # of its config; None: the repository lacks the network
+    opts: tuple[str, ...]  # config keys and values set on top
+    paper: dict[str, float]  # the paper's figures in percent, by acc1 and acc5
+
+    def config(self):
+        """The config of its runs."""
+        return load_config(self.path, self.opts)
+
+    @cached_property
+    def recipe(self) -> dict:
+        """The same by dotted names."""
+        return flat_keys(self.config())
+
+
+def read_tables(path: str | Path = TABLES) -> dict[str, tuple[str, list[Row]]]:
+    """``{table: (title, rows)}`` of a file like ``tables.yaml``.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        tables = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return {
+            table: (content["title"], [_read_row(key, row) for key, row in content["rows"].items()])
+            for table, content in tables.items()
+        }
+    except (yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a file of tables like tools/tables.yaml: {error!r}") from None
+
+
+def _read_row(key: str, row: dict) -> Row:
+    config = row.get("config", key)
+    paper = row.get("paper", [])
+    return Row(
+        key=key,
+        name=row["name"],
+        path=None if config == "none" else ROOT / "configs" / f"{config}.yaml",
+        opts=tuple(map(str, row.get("opts", []))),
+        paper=dict(zip(("acc1", "acc5"), paper if isinstance(paper, list) else [paper], strict=False)),
+    )
+
+
+def choose(names: list[str], known, what: str) -> list[str]:
+    """``names``, or all of ``known`` where there are none.
+
+    Raises:
+        ValueError: one of them is not known.
+    """
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no {what} {name}{nearest(name, known)}; there are {', '.join(known)}")
+    return list(names or known)
+
+
+def final_results(folder: Path, epochs: int) -> list[dict]:
+    """A finished run's evaluations, one an epoch, of the average of the weights where there is one; else none.
+
+    Raises:
+        ValueError: its ``metrics.jsonl`` is damaged.
+    """
+    path = folder / "metrics.jsonl"
+    records = read_metrics(path) if path.is_file() and path.stat().st_size else []
+    results = [record for record in records if record["kind"] == "eval_ema"]
+    results = results or [record for record in records if record["kind"] == "eval"]
+    return results if results and results[-1]["epoch"] == epochs - 1 else []
+
+
+def flat_config(config: dict) -> dict:
+    """A saved config by dotted names; keys that it is too old to hold have their defaults."""
+    def flatten(node, prefix=""):
+        for key, value in node.items():
+            yield from flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+    return flat_keys(load_config()) | dict(flatten(config))
