@@ -52,8 +52,8 @@ def load_file(path: str | Path) -> dict:
                 damaged = archive.testzip()
             if damaged:
                 raise CheckpointError(f"{path} is damaged: the checksum of its record {damaged} does not match")
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:

@@ -58,6 +58,8 @@ _C.TRAIN.BASE_LR = 5e-4  # learning rate at the end of the warm-up; never scaled
 _C.TRAIN.WARMUP_LR = 5e-7  # learning rate of the first step
 _C.TRAIN.MIN_LR = 5e-6  # learning rate at the end
 _C.TRAIN.WEIGHT_DECAY = 0.05  # none on one-dimensional parameters and biases
+_C.TRAIN.LAYER_DECAY = 1.0  # fine-tuning: factor of the learning rate from a layer to the one before it; 1: none
+_C.TRAIN.FREEZE_STAGES = 0  # fine-tuning: the stem and so many stages stay as they were loaded; 0: nothing is frozen
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0: no clipping
 _C.TRAIN.ACCUMULATION_STEPS = 1  # micro-batches per update
 _C.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in the output folder
@@ -107,6 +109,7 @@ _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG/
 _C.TAG = "default"  # names the run
 _C.SEED = 0  # of weights, data order, augmentation and drop path
 _C.PRINT_FREQ = 10  # updates between two log lines
+_C.WANDB_PROJECT = ""  # Weights & Biases project that gets the metrics too (pip install wandb); empty: none
 _C.SAVE_FREQ = 1  # epochs between two checkpoints
 _C.SAVE_STEPS = 0  # updates between two checkpoints within an epoch; 0: none
 _C.SAVE_MINUTES = 0.0  # minutes between two checkpoints within an epoch; 0: none
@@ -132,7 +135,7 @@ _AT_LEAST_ONE = (
 ).split()
 _AT_LEAST_ZERO = (
     "DATA.NUM_WORKERS TRAIN.WARMUP_EPOCHS TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.WEIGHT_DECAY TRAIN.OPTIMIZER.EPS "
-    "TRAIN.CLIP_GRAD AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX SEED SAVE_STEPS SAVE_MINUTES"
+    "TRAIN.CLIP_GRAD TRAIN.FREEZE_STAGES AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX SEED SAVE_STEPS SAVE_MINUTES"
 ).split()
 _SHARES = (
     "MODEL.LABEL_SMOOTHING MODEL.DROP_PATH_RATE TRAIN.EMA.DECAY TRAIN.LR_SCHEDULER.DECAY_RATE AUG.HFLIP AUG.REPROB "
@@ -293,6 +296,7 @@ def _check(config: CfgNode) -> None:
     require(config.MODEL.STRIP_MLP.STRIP_WIDTH % 2 == 1, "MODEL.STRIP_MLP.STRIP_WIDTH", "odd")
     for key in ("MODEL.STRIP_MLP.MLP_RATIO", "TRAIN.BASE_LR"):
         require(values[key] > 0, key, "above 0")
+    require(0 < config.TRAIN.LAYER_DECAY <= 1, "TRAIN.LAYER_DECAY", "above 0 and at most 1")
     for key in ("AUG.SCALE", "AUG.RATIO"):
         pair = values[key]
         require(len(pair) == 2 and 0 < pair[0] <= pair[1], key, "two numbers above 0, the smaller first")

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
+from models import set_train_mode
 from state import TrainState
 
 logger = logging.getLogger("strip_mlp")
@@ -54,7 +55,7 @@ def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, 
     Raises:
         FloatingPointError: TRAIN.MAX_SKIPPED updates in a row were skipped.
     """
-    model.train()
+    set_train_mode(model)
     loader.batch_sampler.set_epoch(state.epoch, start_batch=state.batch)
     # Mixup makes soft targets and smooths them itself; without it the targets are class indices.
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.MODEL.LABEL_SMOOTHING)
@@ -170,7 +171,7 @@ class _Updater:
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.max_norm = config.TRAIN.CLIP_GRAD or float("inf")
-        norms = [m for m in state.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in state.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
         self.statistics = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
         self.good_statistics = torch.cat(self.statistics) if self.statistics else None
 

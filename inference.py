@@ -31,8 +31,11 @@ def load_network(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, holds no config while none is given, or its weights do not fit the config.
+        ValueError: it is no checkpoint, holds no config while none is given, its weights do not fit the config, or
+            there is no such device.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("PyTorch finds no GPU here; choose the device cpu")
     content = load_file(checkpoint)
     try:
         state_dict = model_state_dict({"model": content["model_ema"]} if content.get("model_ema") else content)
@@ -43,7 +46,10 @@ def load_network(
         model = build_model(config)
         load_strict(model, state_dict)
     except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}") from error
+        lines = str(error).splitlines()
+        if len(lines) > 10:
+            lines[10:] = [f"  ... and {len(lines) - 10} more"]
+        raise ValueError(f"{checkpoint}: " + "\n".join(lines)) from error
     return model.to(device).eval(), config, classes
 
 
@@ -54,3 +60,8 @@ def _own_config(content: dict) -> CfgNode:
         return from_dict(content["config"], "its config")
     except ValueError as error:
         raise ValueError(f"{error}; name the config that it was trained with by --cfg") from error
+
+
+def image_shape(config) -> tuple[int, int, int]:
+    """Channels, height and width of the images that the network takes."""
+    return config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE

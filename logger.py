@@ -1,4 +1,4 @@
-"""What a run writes for people and programs: console, log file, metrics.jsonl, TensorBoard."""
+"""What a run writes for people and programs: console, log file, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import threading
+import uuid
 from pathlib import Path
 
 from termcolor import colored
@@ -81,16 +82,42 @@ def _thread_failed(failure) -> None:
         threading.__excepthook__(failure)
 
 
+def start_wandb(project: str, name: str, config: dict, folder: Path):
+    """Starts the Weights & Biases run of an output folder, or goes on with it.
+
+    Its id is kept in ``wandb_id.txt``. Logging in, ``WANDB_MODE=offline`` and all else is as Weights & Biases documents
+    it; an offline run is sent with ``wandb sync``.
+
+    Raises:
+        ValueError: wandb is not installed, or cannot start.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"WANDB_PROJECT is {project!r} but wandb is not there ({error}); pip install wandb, or leave "
+                         "WANDB_PROJECT empty") from error
+    id_file = folder / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex + "\n")
+    try:
+        return wandb.init(project=project, name=name, config=config, dir=str(folder), id=id_file.read_text().strip(),
+                          resume="allow", settings=wandb.Settings(console="off"))
+    except wandb.errors.Error as error:
+        raise ValueError(f"Weights & Biases cannot start: {str(error).rstrip('.')}; or set WANDB_MODE=offline in the "
+                         "environment, or leave WANDB_PROJECT empty") from error
+
+
 class MetricsWriter:
-    """``metrics.jsonl``, one record a line, and the same figures as TensorBoard events.
+    """``metrics.jsonl``, one record a line, and the same figures as TensorBoard events and in Weights & Biases.
 
     Args:
         folder: the run's output folder.
         epoch, step: the epoch in progress and the updates done where the run goes on; records of what comes after,
             which a run that broke off had written, are dropped.
+        wandb_run: what ``start_wandb`` returned, or None. Weights & Biases itself drops what it already has.
     """
 
-    def __init__(self, folder: Path, epoch: int, step: int):
+    def __init__(self, folder: Path, epoch: int, step: int, wandb_run=None):
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if _is_before(line, epoch, step)]
@@ -99,6 +126,7 @@ class MetricsWriter:
         os.replace(temporary, path)
         self.file = open(path, "a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.wandb_run = wandb_run
         self.failing = set()
 
     def write(self, kind: str, step: int, epoch: int, **figures: float) -> None:
@@ -110,6 +138,9 @@ class MetricsWriter:
         with self._going_on("TensorBoard's events"):
             for name, value in figures.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self.wandb_run:
+            with self._going_on("Weights & Biases' log", Exception):
+                self.wandb_run.log({f"{kind}/{name}": value for name, value in figures.items()}, step=step)
 
     def close(self) -> None:
         """Writes out what is buffered."""
@@ -117,13 +148,16 @@ class MetricsWriter:
             self.file.close()
         with self._going_on("TensorBoard's events"):
             self.tensorboard.close()
+        if self.wandb_run:
+            with self._going_on("Weights & Biases' log", Exception):
+                self.wandb_run.finish()
 
     @contextlib.contextmanager
-    def _going_on(self, name: str):
+    def _going_on(self, name: str, failures: type[Exception] = OSError):
         """Says once that something cannot be written, on a full disk, and lets the run go on."""
         try:
             yield
-        except OSError as error:
+        except failures as error:
             if name not in self.failing:
                 self.failing.add(name)
                 logger.error("cannot write %s: %s; the run goes on", name, error)

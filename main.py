@@ -37,9 +37,17 @@ from checkpointer import PREEMPTED, Checkpointer, Preempted
 from config import load_config, nearest, to_dict
 from data import build_mixup, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, evaluate, measure_throughput, train_one_epoch
-from logger import MetricsWriter, add_log_file, setup_console
+from inference import image_shape
+from logger import MetricsWriter, add_log_file, setup_console, start_wandb
 from lr_scheduler import LRScheduler
-from models import build_model, count_batches_once, load_pretrained, load_strict, model_state_dict
+from models import (
+    adapt_size,
+    build_model,
+    count_batches_once,
+    load_pretrained,
+    load_strict,
+    model_state_dict,
+)
 from optimizer import build_optimizer
 from state import Layout, TrainState
 
@@ -173,6 +181,8 @@ def train(config, device: torch.device, folder: Path) -> None:
         resume_path = _find_resume(config, folder)
         if config.MODEL.PRETRAINED and not resume_path:
             _load_pretrained(config, model)
+        if config.TRAIN.FREEZE_STAGES and not (config.MODEL.PRETRAINED or resume_path):
+            logger.warning("TRAIN.FREEZE_STAGES freezes newly drawn weights; load trained ones with --pretrained")
         if config.TRAIN.SYNC_BN:
             if device.type != "cuda":
                 raise ValueError("TRAIN.SYNC_BN is True, but SyncBatchNorm needs CUDA; set it False on the CPU")
@@ -214,7 +224,7 @@ def train(config, device: torch.device, folder: Path) -> None:
             wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
         # 4. The epochs.
-        metrics = MetricsWriter(folder, state.epoch, state.step) if utils.rank() == 0 else None
+        metrics = _open_metrics(config, state, folder) if utils.rank() == 0 else None
         while state.epoch < config.TRAIN.EPOCHS:
             train_one_epoch(config, state, wrapped, train_loader, mixup, precision, metrics, checkpointer)
             results = _evaluate_all(state.model, state.ema, val_loader, precision)
@@ -245,10 +255,10 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     loader = build_val_loader(config, utils.rank(), utils.world_size())
     model, ema = _build_model(config, device), None
     with _naming(path):
-        load_strict(model, model_state_dict(content))
+        load_strict(model, adapt_size(model_state_dict(content), model))
         if content.get("model_ema"):
             ema = ModelEmaV3(model)
-            load_strict(ema.module, content["model_ema"])
+            load_strict(ema.module, adapt_size(content["model_ema"], model))
     if config.COMPILE:
         model.compile()
     precision = Precision(config.AMP_DTYPE, device)
@@ -273,7 +283,7 @@ def throughput(config, device: torch.device) -> None:
     model = _build_model(config, device)
     if config.COMPILE:
         model.compile()
-    images = torch.randn(config.DATA.BATCH_SIZE, *_image_shape(config), device=device)
+    images = torch.randn(config.DATA.BATCH_SIZE, *image_shape(config), device=device)
     precision = Precision(config.AMP_DTYPE, device)
     speed = measure_throughput(model, images, precision)
     logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s, batch size {len(images)}, {precision.name}, "
@@ -320,17 +330,13 @@ def _build_model(config, device: torch.device) -> nn.Module:
     return build_model(config).to(device)
 
 
-def _image_shape(config) -> tuple[int, int, int]:
-    return config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE
-
-
 def _describe_run(config, state: TrainState, device, folder: Path, train_loader) -> None:
     """Logs what is trained and where, and saves it as YAML: ``config.yaml`` can be run again with ``--cfg``."""
     if utils.rank() != 0:
         return
     layout = state.layout
     try:
-        macs = utils.count_macs(state.model, _image_shape(config))
+        macs = utils.count_macs(state.model, image_shape(config))
     except AssertionError as error:  # a timm model's, about its input
         name, size = config.MODEL.NAME, config.DATA.IMG_SIZE
         raise ValueError(f"MODEL.NAME {name} does not take a DATA.IMG_SIZE of {size}: {error}") from error
@@ -354,6 +360,14 @@ def _describe_run(config, state: TrainState, device, folder: Path, train_loader)
     logger.info(f"{run['parameters'] / 1e6:.2f} M parameters, {run['macs'] / 1e9:.3f} G multiply-accumulates an image")
 
 
+def _open_metrics(config, state: TrainState, folder: Path) -> MetricsWriter:
+    wandb_run = None
+    if config.WANDB_PROJECT:
+        name = f"{config.MODEL.NAME}/{config.TAG}"
+        wandb_run = start_wandb(config.WANDB_PROJECT, name, to_dict(config), folder)
+    return MetricsWriter(folder, state.epoch, state.step, wandb_run)
+
+
 def _draw_curves(folder: Path) -> None:
     """Draws the run's curves into its folder; a training does not fail for whatever a picture fails for."""
     try:
@@ -372,6 +386,7 @@ def _whereabouts(folder: Path) -> str:
         ("metrics", folder / "metrics.jsonl"),
         ("curves", folder / "curves.png"),
         ("TensorBoard events", folder / "tensorboard"),
+        ("Weights & Biases", folder / "wandb"),
     ]
     return "\n".join(f"  {what:<18}  {path}" for what, path in places if path.exists())
 

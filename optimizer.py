@@ -1,24 +1,48 @@
 """Parameter groups and the optimiser."""
 
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 
 def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD over two groups: with weight decay, and without it (one-dimensional parameters and biases).
 
-    Position tables and GRN's gamma and beta have more than one dimension and so decay, as in the released code. The
+    Position tables and GRN's gamma and beta have more than one dimension and so decay, as in the released code. With
+    TRAIN.LAYER_DECAY below 1 there are two groups for each layer, whose ``lr_scale`` the LRScheduler heeds. The
     optimisers are PyTorch's fused ones, which leave out a step on the device itself where ``found_inf`` is set.
+
+    Raises:
+        ValueError: layer decay for a model that does not say what its layers are.
     """
-    decay, no_decay = [], []
+    scales, groups = layer_scales(model, config.TRAIN.LAYER_DECAY), {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (no_decay if parameter.ndim <= 1 or name.endswith("bias") else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.TRAIN.WEIGHT_DECAY}, {"params": no_decay, "weight_decay": 0.0}]
+            is_exempt = parameter.ndim <= 1 or name.endswith("bias")
+            weight_decay = 0.0 if is_exempt else config.TRAIN.WEIGHT_DECAY
+            group = {"params": [], "weight_decay": weight_decay, "lr_scale": scales[name]}
+            groups.setdefault((is_exempt, scales[name]), group)["params"].append(parameter)
+    groups = [groups[key] for key in sorted(groups)]
     options, lr = config.TRAIN.OPTIMIZER, config.TRAIN.BASE_LR
     if options.NAME == "adamw":
         return torch.optim.AdamW(groups, lr=lr, eps=options.EPS, betas=tuple(options.BETAS), fused=True)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=options.MOMENTUM, nesterov=True, fused=True)
-    for parameter in decay + no_decay:  # PyTorch would leave them uninitialised if the very first step were left out
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    for group in groups:  # PyTorch would leave them uninitialised if the very first step were left out
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """For every parameter its share of the learning rate: 1 in the head, ``decay`` times less a layer before it.
+
+    The layers are the groups of the model's ``group_matcher``, as in timm: the stem, the blocks, the head.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if decay == 1:
+        return dict.fromkeys(names, 1.0)
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(f"{type(model).__name__} does not say what its layers are; set TRAIN.LAYER_DECAY 1")
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: decay ** (last - layers[name]) for name in names}

@@ -110,17 +110,18 @@ def draw_curves(runs: dict[str, list[dict]]):
         A matplotlib Figure of three panels, a colour for each run.
     """
     from matplotlib.lines import Line2D
-    figure, panels = new_figure(1, 3, size=(10.5, 3.2))
+    colours = dict(zip(runs, itertools.cycle(COLOURS)))  # noqa: B905 (the colours never end)
+    names = [f"{name}: best {best_accuracy(records)[0]:.2f} %".replace(": best nan %", "")
+             for name, records in runs.items()]
+    columns = max(1, 130 // max(map(len, names)))
+    figure, panels = new_figure(1, 3, size=(10.5, 3.2 + 0.2 * -(-len(runs) // columns)))
     in_epochs = all(epochs_at(records, np.zeros(0)) is not None for records in runs.values())
-    for colour, (name, records) in zip(itertools.cycle(COLOURS), runs.items()):  # noqa: B905 (the colours never end)
-        best, _ = best_accuracy(records)
+    for name, records in runs.items():
         for panel, kind, value, look in _LINES:
             steps, values = select(records, kind, value)
-            if len(steps):
-                x = epochs_at(records, steps) if in_epochs else steps
-                label = f"{name}: best {best:.2f}" if (panel, kind) == (1, "eval") else None
-                marker = "." if len(x) == 1 else None
-                panels[panel].plot(x, values, color=colour, label=label, marker=marker, **look)
+            x = epochs_at(records, steps) if in_epochs else steps
+            if len(x):
+                panels[panel].plot(x, values, color=colours[name], marker="." if len(x) == 1 else None, **look)
     for panel, title in zip(panels, ("Loss", "Top-1 accuracy (%)", "Learning rate"), strict=True):
         panel.set_title(title)
         panel.set_xlabel("epoch" if in_epochs else "update")
@@ -131,8 +132,8 @@ def draw_curves(runs: dict[str, list[dict]]):
     present = {record["kind"] for records in runs.values() for record in records}
     looks = {kind: look for _, kind, value, look in _LINES if value == "loss" and kind in present}
     panels[0].legend([Line2D([], [], color="0.3", **look) for look in looks.values()], [_KINDS[kind] for kind in looks])
-    if panels[1].lines:
-        panels[1].legend(loc="lower right")
+    figure.legend([Line2D([], [], color=colour, linewidth=1.4) for colour in colours.values()], names, ncols=columns,
+                  loc="outside lower center", frameon=False)
     return figure
 
 

@@ -98,13 +98,18 @@ class TrainState:
                 "or from a checkpoint at the end of an epoch"
             )
         groups = self.optimizer.state_dict()["param_groups"]
-        for group, saved_group in zip(groups, checkpoint["optimizer"]["param_groups"], strict=True):
-            if group.keys() != saved_group.keys():
-                raise ValueError("the checkpoint was written with another optimiser; set TRAIN.OPTIMIZER.NAME to it")
+        saved_groups = checkpoint["optimizer"]["param_groups"]
+        if groups[0].keys() != saved_groups[0].keys():
+            raise ValueError("the checkpoint was written with another optimiser; set TRAIN.OPTIMIZER.NAME to it")
         if self.ema and checkpoint["model_ema"] is None:
             raise ValueError("TRAIN.EMA.ENABLED is True but the checkpoint holds no average; resume with it False")
 
         load_strict(self.model, model_state_dict(checkpoint))
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
+            raise ValueError(
+                "the checkpoint was written with other parameter groups; set TRAIN.FREEZE_STAGES as it was, and "
+                "TRAIN.LAYER_DECAY to 1 where it was 1, below where it was below"
+            )
         if self.ema:
             load_strict(self.ema.module, checkpoint["model_ema"])
         self.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})

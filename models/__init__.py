@@ -1,8 +1,10 @@
 """Strip-MLP networks. Importing this package registers ``strip_mlp_{tiny_light,tiny,small,base}`` with timm."""
 
 from .build import build_model, count_batches_once
+from .freeze import freeze_stages, set_train_mode
 from .strip_mlp import StripMLPNet
 from .weights import (
+    adapt_size,
     convert_released_state_dict,
     load_pretrained,
     load_strict,
@@ -12,11 +14,14 @@ from .weights import (
 
 __all__ = [
     "StripMLPNet",
+    "adapt_size",
     "build_model",
     "convert_released_state_dict",
     "count_batches_once",
+    "freeze_stages",
     "load_pretrained",
     "load_strict",
     "model_state_dict",
+    "set_train_mode",
     "to_released_state_dict",
 ]

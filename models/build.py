@@ -8,6 +8,7 @@ import yaml
 from torch import nn
 
 from .ablations import build_ablated
+from .freeze import freeze_stages
 from .strip_mlp import StripMLPNet
 
 
@@ -42,6 +43,7 @@ def build_model(config) -> nn.Module:
             model.set_grad_checkpointing(True)
         except AssertionError as error:  # a timm model's
             raise ValueError(f"MODEL.NAME {config.MODEL.NAME}: {error}; set TRAIN.USE_CHECKPOINT False") from None
+    freeze_stages(model, config.TRAIN.FREEZE_STAGES)
     return model
 
 

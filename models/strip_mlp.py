@@ -6,6 +6,7 @@ D = C / P the channels of a patch, L the length of a strip: W for a row, H for a
 
 import contextlib
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -14,10 +15,13 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import FeatureGetterNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .fused import FusedChannelMixingBlock, FusedStripMixingBlock
 from .strip_ops import strip_mix
+from .weights import fit_state_dict
 
 
 class StripMLP(nn.Module):
@@ -37,6 +41,7 @@ class StripMLP(nn.Module):
     def __init__(self, dim: int, length: int, num_patches: int, axis: str, strip_width: int = 3):
         super().__init__()
         self.axis = axis
+        self.form = "auto"  # how to compute it, see strip_ops; build_model sets it from the config
         self.weight = nn.Parameter(torch.empty(dim // num_patches, length, length, strip_width))  # (D, out, in, K)
         self.bias = nn.Parameter(torch.empty(dim // num_patches, length))
         bound = 1 / math.sqrt(length * strip_width)  # PyTorch's default for a convolution of this fan-in
@@ -45,7 +50,7 @@ class StripMLP(nn.Module):
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        return strip_mix(x, self.weight, self.bias, self.axis)
+        return strip_mix(x, self.weight, self.bias, self.axis, self.form)
 
     def extra_repr(self) -> str:
         channels, length, _, width = self.weight.shape
@@ -67,11 +72,15 @@ class RelativePosition(nn.Module):
         self.table = nn.Parameter(torch.empty(height + self.width + 1, dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def forward(self, x):
-        """(N, C, H, W) -> (N, C, H, W)"""
+    def map(self):
+        """() -> (C, H, W)"""
         # Row i of the map reads the W entries from H - i on, so the rows are the table's windows in reverse order.
         rows = self.table[1:-1].unfold(0, self.width, 1).flip(0)  # (H, C, W)
-        return x + rows.transpose(0, 1)
+        return rows.transpose(0, 1)
+
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
+        return x + self.map()
 
 
 class CGSMM(nn.Module):
@@ -122,7 +131,7 @@ class LSMM(nn.Module):
         row, column = self.row_conv(x), self.column_conv(x)
         pooled = (row + column + x).mean((2, 3), keepdim=True)
         scores = self.reweight_fc2(F.gelu(self.reweight_fc1(pooled)))
-        weights = scores.view(len(x), -1, 3).softmax(dim=2)[:, :, :, None, None]  # (N, C, 3, 1, 1)
+        weights = scores.view(x.shape[0], -1, 3).softmax(dim=2)[:, :, :, None, None]  # (N, C, 3, 1, 1)
         return column * weights[:, :, 0] + row * weights[:, :, 1] + x * weights[:, :, 2]
 
 
@@ -158,11 +167,14 @@ class GRN(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
+    def scale(self, x):
+        """(N, H, W, C) -> (N, 1, 1, C)"""
+        response = x.norm(dim=(1, 2), keepdim=True)
+        return (1 + self.gamma * response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+
     def forward(self, x):
         """(N, H, W, C) -> (N, H, W, C)"""
-        response = x.norm(dim=(1, 2), keepdim=True)
-        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-        return torch.addcmul(self.beta, x, 1 + self.gamma * response)  # gamma * (x * response) + beta + x in one pass
+        return torch.addcmul(self.beta.to(x.dtype), x, self.scale(x))  # gamma * (x * response) + beta + x in one pass
 
 
 class ChannelMixingBlock(nn.Module):
@@ -200,6 +212,13 @@ class Block(nn.Module):
         """(N, C, H, W) -> (N, C, H, W)"""
         x = x + self.drop_path(self.token_mixing(x))
         return x + self.drop_path(self.channel_mixing(x))
+
+    def fuse(self) -> None:
+        """Puts inference forms in the place of its parts; an ablated token mixing has none and stays as it is."""
+        if type(self.token_mixing) is StripMixingBlock:
+            self.token_mixing = FusedStripMixingBlock(self.token_mixing.eval())
+        if type(self.channel_mixing) is ChannelMixingBlock:
+            self.channel_mixing = FusedChannelMixingBlock(self.channel_mixing)
 
 
 class StripMLPNet(nn.Module):
@@ -250,6 +269,7 @@ class StripMLPNet(nn.Module):
         self.img_size = _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width)
         if drop_path_schedule not in ("constant", "linear"):
             raise ValueError(f"drop_path_schedule {drop_path_schedule!r} is neither 'constant' nor 'linear'")
+        self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         dims = [embed_dim * 2**stage for stage in range(4)]
@@ -370,6 +390,16 @@ class StripMLPNet(nn.Module):
         """Keeps only the blocks' inputs for the backward pass and computes the rest again there."""
         self.grad_checkpointing = enable
 
+    def fuse(self) -> "StripMLPNet":
+        """Turns the network, in place, into its inference form: faster, equal within rounding, not to be trained.
+
+        See ``fused.py`` for what is folded. Its state dict has other keys, so load weights before.
+        """
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.fuse()
+        return self.eval()
+
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head
@@ -387,6 +417,10 @@ class StripMLPNet(nn.Module):
         weight = self.stem.weight
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head = head.to(weight.device, weight.dtype)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As PyTorch's; released keys are converted, and weights for another input size adapted."""
+        return super().load_state_dict(fit_state_dict(state_dict, self), strict, assign)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -514,9 +548,26 @@ default_cfgs = generate_default_cfgs({
 })
 
 
+class _StripMLPFeatures(FeatureGetterNet):
+    """What ``features_only`` makes: timm's feature extractor, which loads a whole network's weights as well."""
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        if any(key.startswith("model.") for key in state_dict):
+            return super().load_state_dict(state_dict, strict, assign)
+
+        def part(key):
+            return re.match(r"(stages|merging)\.\d+|[^.]*", key)[0]
+
+        parts = {part(key) for key in self.model.state_dict()}  # the others were pruned
+        weights = {key: value for key, value in fit_state_dict(state_dict, self.model).items() if part(key) in parts}
+        return self.model.load_state_dict(weights, strict, assign)
+
+
 def _create(variant: str, pretrained: bool, **kwargs) -> StripMLPNet:
-    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(StripMLPNet, variant, pretrained, feature_cfg=features, **(VARIANTS[variant] | kwargs))
+    return build_model_with_cfg(
+        StripMLPNet, variant, pretrained, pretrained_filter_fn=fit_state_dict,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": _StripMLPFeatures}, **(VARIANTS[variant] | kwargs),
+    )
 
 
 @register_model

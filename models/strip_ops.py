@@ -1,20 +1,34 @@
 """The strip-mixing operator (paper section 3) behind one function, ``strip_mix``.
 
 Work: a stage of N images, C_in channels and side L costs ``N * C_in * L * L * K * L`` multiply-accumulates, the K rows
-of a strip times its L tokens for each output token, and must read and write ``N * C_in * L * L`` numbers each. That is
-``K * L / 2`` multiply-accumulates per number moved: 84 at L = 56, 10 at L = 7. On a GPU, with its hundreds of
-operations per number, the operator is therefore bound by memory traffic at every stage, on a CPU by arithmetic in the
-early ones.
+of a strip times its L tokens for each output token, and must read and write ``N * C_in * L * L`` numbers each; the
+weights are small beside them. That is ``K * L / 2`` multiply-accumulates per number moved: 84 at L = 56, 10 at L = 7.
+In bf16 a current data-centre GPU does some 100 per number in the time in which it moves one, so there the operator is
+bound by memory traffic in the later stages and by both in the first, while a CPU is bound by arithmetic in the early
+stages and by copies in the later ones.
 
-Two forms: ``strip_mix_plain`` transcribes the formula and is the reference that the tests compare with; ``strip_mix``
-arranges the same sums as one batched matrix product, a matrix per channel of a patch.
+Forms, all the same sums in another order:
+
+- ``plain``: the formula, and the reference for the others; slow.
+- ``matmul``: one batched matrix product, a matrix per channel of a patch, over a copy with the K shifted rows side by
+  side. Moves the input K + 1 times more than it must; runs anywhere, in any precision.
+- ``triton``: kernels for CUDA (``strip_triton.py``) that read the shifted rows in place.
 """
+
+import importlib.util
 
 import torch
 import torch.nn.functional as F
 
+FORMS = ("auto", "plain", "matmul", "triton")
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_LONGEST = 128  # tokens of a strip whose square weight the kernels keep on the chip
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-def strip_mix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, axis: str) -> torch.Tensor:
+
+def strip_mix(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: str, form: str = "auto"
+) -> torch.Tensor:
     """Mixes every token with its strip: its own row (column) and the ``K // 2`` rows (columns) on either side.
 
     With channel ``c = p * D + d`` (patch p, channel d of the patch) and zeros outside the map,
@@ -22,36 +36,66 @@ def strip_mix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, axis: s
     ``y[n, c, h, j] = bias[d, j] + sum over k, i of weight[d, j, i, k] * x[n, c, h + k - K//2, i]``
     and ``axis="column"`` the same on the transposed map.
 
+    Under autocast x and the weight are rounded to its precision, in which the result comes.
+
     Args:
-        x: feature map, (N, C, H, W) with C a multiple of D.
+        x: feature map, (N, C, H, W) with C a multiple of D, in any memory layout.
         weight: (D, L, L, K), L the length of a strip: W for rows, H for columns; K odd. Shared by all patches.
-        bias: (D, L).
+        bias: (D, L) or None.
         axis: ``"row"`` or ``"column"``.
+        form: ``"plain"``, ``"matmul"``, ``"triton"``, or ``"auto"``: Triton's kernels where they apply, which is on
+            CUDA in at most 32 bits with L up to 128, else the matrix product.
 
     Returns:
-        (N, C, H, W).
+        (N, C, H, W); channels last where x is.
     """
-    if axis == "column":
-        return strip_mix(x.transpose(2, 3), weight, bias, "row").transpose(2, 3)
-    n, c, h, _ = x.shape
-    d, length, _, width = weight.shape
-    x = x.reshape(n, c // d, d, h, length).permute(2, 0, 1, 3, 4)  # (N, C, H, W) -> (D, N, P, H, W)
-    x = F.pad(x, (0, 0, width // 2, width // 2))
-    strips = torch.cat([x[:, :, :, k:k + h] for k in range(width)], dim=-1)  # (D, N, P, H, K*W)
-    y = torch.baddbmm(
-        bias.unsqueeze(1),  # (D, 1, L)
-        strips.reshape(d, -1, width * length),
-        weight.permute(0, 3, 2, 1).reshape(d, width * length, length),
-    )
-    return y.reshape(d, n, -1, h, length).permute(1, 2, 0, 3, 4).reshape(n, c, h, length)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if form == "auto":
+        fits = x.is_cuda and x.dtype in _TRITON_DTYPES and weight.shape[1] <= _TRITON_LONGEST
+        form = "triton" if fits and _HAS_TRITON else "matmul"
+    y = _FORMS[form](x, weight, bias, axis)
+    return y.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else y
 
 
-def strip_mix_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, axis: str) -> torch.Tensor:
-    """``strip_mix`` as the formula has it: slow, and the reference for every other form."""
+def _is_channels_last(x):
+    return x.stride(1) == 1 and x.shape[1] > 1
+
+
+def _plain(x, weight, bias, axis):
     if axis == "column":
-        return strip_mix_plain(x.transpose(2, 3), weight, bias, "row").transpose(2, 3)
+        return _plain(x.transpose(2, 3), weight, bias, "row").transpose(2, 3)
     n, c, h, _ = x.shape
     d, length, _, width = weight.shape
     x = F.pad(x.reshape(n, c // d, d, h, length), (0, 0, width // 2, width // 2))
-    y = torch.einsum("npdhik,djik->npdhj", x.unfold(3, width, 1), weight) + bias[:, None]
-    return y.reshape(n, c, h, length)
+    y = torch.einsum("npdhik,djik->npdhj", x.unfold(3, width, 1), weight)
+    return (y if bias is None else y + bias[:, None].to(y.dtype)).reshape(n, c, h, length)
+
+
+def _matmul(x, weight, bias, axis):
+    n, c, h, w = x.shape
+    d, length, _, width = weight.shape
+    is_channels_last = _is_channels_last(x)
+    order = (2, 0, 1, 3, 4) if axis == "row" else (2, 0, 1, 4, 3)
+    x = x.reshape(n, c // d, d, h, w).permute(order)  # (N, C, H, W) -> (D, N, P, across, along)
+    across = x.shape[3]
+    x = F.pad(x, (0, 0, width // 2, width // 2))
+    strips = torch.cat([x[:, :, :, k:k + across] for k in range(width)], dim=-1)  # (D, N, P, across, K * along)
+    strips = strips.reshape(d, -1, width * length)
+    matrices = weight.permute(0, 3, 2, 1).reshape(d, width * length, length)
+    y = torch.bmm(strips, matrices) if bias is None else torch.baddbmm(bias.unsqueeze(1), strips, matrices)
+    y = y.reshape(d, n, c // d, across, length)
+    y = y if axis == "row" else y.transpose(3, 4)  # (D, N, P, H, W)
+    if is_channels_last:
+        return y.permute(1, 3, 4, 2, 0).reshape(n, h, w, c).permute(0, 3, 1, 2)
+    return y.permute(1, 2, 0, 3, 4).reshape(n, c, h, w)
+
+
+def _triton(x, weight, bias, axis):
+    from . import strip_triton  # where there is no Triton, the other forms work without it
+
+    tf32 = x.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return strip_triton.mix(x.contiguous(), weight, bias, axis, tf32)
+
+
+_FORMS = {"plain": _plain, "matmul": _matmul, "triton": _triton}

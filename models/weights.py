@@ -1,13 +1,25 @@
-"""State dicts: the released network's keys to ours and back; loading weights into a model.
+"""State dicts: the released network's keys to ours and back; other input sizes; loading weights into a model.
 
 The released keys are those of the checkpoints that the paper's authors published. Only names differ, and the shapes of
 the strip weights, (D*L, L, 1, K) there and (D, L, L, K) here, which are the same numbers in the same order.
+
+A network serves one input size. ``adapt_size`` carries its weights over to another: a strip layer then does what it did
+before on tokens resized to the old length, and resizes the result to the new one. That is again a strip layer, of
+weight ``R(old -> new) @ Wt[d, :, :, k] @ R(new -> old)`` and bias ``R(old -> new) @ b[d]`` with R the matrix of linear
+resizing (token centres at half-integers; antialiased where it shrinks). The rows of R add up to 1, so the sum over a
+strip keeps its scale; the K rows (columns) of a strip stay K. Of a position table, whose entries stand for the offsets
+-H to W, the negative offsets are stretched by H over the old H, the positive ones by W over the old W.
 """
 
+import logging
 import re
+from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+logger = logging.getLogger("strip_mlp.weights")
 
 _RENAMES = (  # (ours, released); each applies to one place of a key
     ("stem.", "patch_embed."),
@@ -37,6 +49,9 @@ _RENAMES = (  # (ours, released); each applies to one place of a key
     ("shortcut_m2.", "conv_s2_14."),
 )
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before a key
+
+# timm reads checkpoints with torch.load, which would refuse the pickled config in a released one.
+torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 
 def convert_released_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -85,15 +100,91 @@ def model_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
     state_dict = checkpoint.get("model", checkpoint)
     if not isinstance(state_dict, dict) or not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise ValueError(f"no weights under 'model'; the entries are: {', '.join(map(str, checkpoint)) or 'none'}")
+    return _under_own_keys(state_dict)
+
+
+def _under_own_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     state_dict = {_WRAPPERS.sub("", str(key)): value for key, value in state_dict.items()}
     is_released = any(key.startswith("blocks1.") for key in state_dict)
     return convert_released_state_dict(state_dict) if is_released else state_dict
 
 
+def fit_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict with this project's keys or the released ones, for a model of perhaps another input size."""
+    return adapt_size(_under_own_keys(state_dict), model)
+
+
+def adapt_size(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """A network's weights for the input size of ``model``, by the interpolation at the head of this file.
+
+    Where the size is the same they are returned as they are; else a warning says so. Weights that fit no input size
+    are left alone.
+    """
+    own, adapted, sizes = model.state_dict(), dict(state_dict), []
+    for key in own:
+        if not key.endswith("cgsmm.row_strip.weight"):
+            continue
+        cgsmm = key.removesuffix("row_strip.weight")
+        old, new = _map_size(state_dict, cgsmm), _map_size(own, cgsmm)
+        if old is None or old == new:
+            continue
+        sizes.append((old, new))
+        for axis, side in (("row", 1), ("column", 0)):
+            spread, gather = _resizing(old[side], new[side]), _resizing(new[side], old[side])
+            for name, equation, matrices in (
+                ("weight", "aj,djik,ib->dabk", (spread, gather)), ("bias", "aj,dj->da", (spread,)),
+            ):
+                value = state_dict[f"{cgsmm}{axis}_strip.{name}"]
+                result = torch.einsum(equation, matrices[0], value.double(), *matrices[1:])
+                adapted[f"{cgsmm}{axis}_strip.{name}"] = result.to(value.dtype)
+            table = state_dict[f"{cgsmm}{axis}_position.table"]
+            adapted[f"{cgsmm}{axis}_position.table"] = _resize_table(table.double(), old, new).to(table.dtype)
+    if sizes:
+        (old, new), count = sizes[0], len(sizes)
+        logger.warning(
+            f"the weights are for another input size: their strip layers and position tables are interpolated in "
+            f"{count} blocks, in the first from {old[0]}x{old[1]} to {new[0]}x{new[1]} tokens; accuracy suffers until "
+            "the network is fine-tuned"
+        )
+    return adapted
+
+
+def _map_size(weights: dict[str, torch.Tensor], cgsmm: str) -> tuple[int, int] | None:
+    """(H, W) of the feature map for which a CGSMM's weights were made; None where they contradict one another."""
+    axes = ("row", "column")
+    names = [f"{cgsmm}{axis}{end}" for end in ("_strip.weight", "_strip.bias", "_position.table") for axis in axes]
+    if not all(name in weights for name in names):
+        return None
+    shapes = [tuple(weights[name].shape) for name in names]
+    if [len(shape) for shape in shapes] != [4, 4, 2, 2, 2, 2]:
+        return None
+    (d, width, _, k), (_, height, _, _), *_, (_, c) = shapes
+    expected = [(d, width, width, k), (d, height, height, k), (d, width), (d, height), *[(height + width + 1, c)] * 2]
+    return (height, width) if shapes == expected else None
+
+
+def _resizing(old: int, new: int) -> torch.Tensor:
+    """The (new, old) matrix that resizes ``old`` tokens to ``new`` of them."""
+    unit = torch.eye(old, dtype=torch.float64)[None, None]
+    return F.interpolate(unit, size=(new, old), mode="bilinear", align_corners=False, antialias=True)[0, 0]
+
+
+def _resize_table(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """(old H + old W + 1, C) -> (H + W + 1, C)"""
+    (old_height, old_width), (height, width) = old, new
+    offsets = torch.arange(-height, width + 1, dtype=torch.float64)
+    offsets *= torch.where(offsets < 0, old_height / height, old_width / width)
+    # The outermost entries are never read and so never learnt.
+    position = offsets.clamp(1 - old_height, old_width - 1) + old_height
+    below = position.floor().long()
+    return torch.lerp(table[below], table[below + 1], (position - below)[:, None])
+
+
 def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
     """Loads a checkpoint's weights to start a training from.
 
-    Everything must fit but a head of another class count, which keeps its newly drawn weights.
+    Another input size is adapted to. Else everything must fit but a head of another class count, which keeps its newly
+    drawn weights.
 
     Returns:
         The head's keys that were left out; empty when everything was loaded.
@@ -101,7 +192,7 @@ def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
     Raises:
         ValueError: anything else is missing, unexpected or of another shape; every such key is listed.
     """
-    state_dict = model_state_dict(checkpoint)
+    state_dict = adapt_size(model_state_dict(checkpoint), model)
     own = model.state_dict()
     head = {name for name, module in model.named_modules() if module is model.get_classifier()}
     skipped = [

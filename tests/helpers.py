@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import checkpoint
+from config import load_config, to_dict
 from data.datasets import read_digits
+from models import build_model
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "configs" / "smlp_nano_alpha3_patch2_32_digits.yaml"
@@ -60,6 +63,23 @@ def digits_folder(root, train=120, val=61) -> Path:
         for i in range(count):
             Image.fromarray(images[i]).save(root / split / classes[labels[i]] / f"{i}.png")
     return root
+
+
+def tiny_network(seed=0):
+    """The config of a tiny training and its network, with running statistics that are not the initial ones."""
+    config = load_config(DIGITS, TINY)
+    torch.manual_seed(seed)
+    model = build_model(config)
+    model(torch.randn(4, 3, 16, 16))
+    return config, model.eval()
+
+
+def save_network(path, config, model, /, **entries) -> Path:
+    """Saves what a checkpoint says of its network: all that is needed to use it."""
+    classes = [f"digit {label}" for label in range(config.MODEL.NUM_CLASSES)]
+    content = {"model": model.state_dict(), "model_ema": None, "config": to_dict(config), "classes": classes}
+    checkpoint.save_file(content | entries, path)
+    return path
 
 
 @contextlib.contextmanager

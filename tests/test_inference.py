@@ -6,25 +6,10 @@ from torch.testing import assert_close
 from yacs.config import CfgNode
 
 import checkpoint
-from config import load_config, to_dict
+from config import load_config
 from inference import load_network
-from models import build_model, to_released_state_dict
-from tests.helpers import DIGITS, TINY
-
-CLASSES = [f"digit {label}" for label in range(10)]
-
-
-def tiny(seed=0):
-    """A config and a network with running statistics that are not the initial ones."""
-    config = load_config(DIGITS, TINY)
-    torch.manual_seed(seed)
-    model = build_model(config)
-    model(torch.randn(4, 3, 16, 16))
-    return config, model.eval()
-
-
-def content(config, model, /, **entries):
-    return {"model": model.state_dict(), "model_ema": None, "config": to_dict(config), "classes": CLASSES} | entries
+from models import to_released_state_dict
+from tests.helpers import ROOT, save_network, tiny_network
 
 
 def logits(model):
@@ -33,23 +18,23 @@ def logits(model):
 
 
 def test_own_checkpoint(tmp_path):
-    config, model = tiny()
-    checkpoint.save_file(content(config, model), tmp_path / "a.pth")
+    config, model = tiny_network()
+    save_network(tmp_path / "a.pth", config, model)
     loaded, loaded_config, classes = load_network(tmp_path / "a.pth")
     assert torch.equal(logits(loaded), logits(model)) and not loaded.training
-    assert loaded_config == config and loaded_config.is_frozen() and classes == CLASSES
+    assert loaded_config == config and loaded_config.is_frozen() and classes[:2] == ["digit 0", "digit 1"]
 
 
 def test_the_average_is_taken_where_there_is_one(tmp_path):
-    config, model = tiny()
-    average = tiny(seed=1)[1]
-    checkpoint.save_file(content(config, model, model_ema=average.state_dict()), tmp_path / "a.pth")
+    config, model = tiny_network()
+    average = tiny_network(seed=1)[1]
+    save_network(tmp_path / "a.pth", config, model, model_ema=average.state_dict())
     assert torch.equal(logits(load_network(tmp_path / "a.pth")[0]), logits(average))
 
 
 def test_older_checkpoints_name_classes_by_number_and_take_defaults_of_newer_keys(tmp_path):
-    config, model = tiny()
-    old = content(config, model)
+    config, model = tiny_network()
+    old = checkpoint.load_file(save_network(tmp_path / "a.pth", config, model))
     del old["classes"], old["config"]["SAVE_MINUTES"]
     checkpoint.save_file(old, tmp_path / "a.pth")
     loaded, loaded_config, classes = load_network(tmp_path / "a.pth")
@@ -58,7 +43,7 @@ def test_older_checkpoints_name_classes_by_number_and_take_defaults_of_newer_key
 
 
 def test_released_checkpoint_needs_a_config(tmp_path):
-    config, model = tiny()
+    config, model = tiny_network()
     released = {"model": to_released_state_dict(model.state_dict()), "config": CfgNode({"MODEL": {"SWIN": 1}})}
     torch.save(released, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a\.pth: its config: unknown config key MODEL\.SWIN.* --cfg$"):
@@ -80,10 +65,19 @@ def test_released_checkpoint_needs_a_config(tmp_path):
     ],
 )
 def test_faults(entries, message, tmp_path):
-    config, model = tiny()
-    checkpoint.save_file(content(config, model, **entries), tmp_path / "a.pth")
+    config, model = tiny_network()
+    save_network(tmp_path / "a.pth", config, model, **entries)
     with pytest.raises(ValueError, match=message):
         load_network(tmp_path / "a.pth")
+
+
+def test_a_network_of_another_kind_fills_no_screen(tmp_path):
+    save_network(tmp_path / "a.pth", *tiny_network())
+    other = load_config(ROOT / "configs/smlp_nano_alpha3_patch2_32_cifar10.yaml")
+    with pytest.raises(ValueError, match="the weights do not fit") as caught:
+        load_network(tmp_path / "a.pth", other)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 11 and lines[1].startswith("  missing: stages.2.1.") and lines[10].endswith(" more")
 
 
 def test_damaged_safetensors_are_named(tmp_path):

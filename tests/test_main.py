@@ -80,7 +80,7 @@ def test_log_and_metrics(trained):
 def test_a_run_ends_with_its_curves_and_where_everything_is(trained):
     """The picture's lines are tested in test_plots.py; here that it is drawn, from this run's records."""
     with Image.open(folder(trained) / "curves.png") as image:
-        assert image.size == (1575, 480) and len(image.convert("RGB").getcolors(2**20)) > 100
+        assert image.size == (1575, 510) and len(image.convert("RGB").getcolors(2**20)) > 100
     summary = (folder(trained) / "log_rank0.txt").read_text().partition("Best top-1")[2].splitlines()[1:]
     named = {line[:20].strip(): line[20:].strip() for line in summary}
     assert named == {what: str(folder(trained) / name) for what, name in {
@@ -218,6 +218,16 @@ def test_eval_of_a_released_checkpoint(trained, tmp_path):
     logged = [record for record in records(trained) if record["kind"] == "eval"][-1]
     report = json.loads((folder(tmp_path) / "eval.json").read_text())
     assert report["eval"]["acc1"] == logged["acc1"] and "eval_ema" not in report
+
+
+def test_eval_at_another_size_adapts_and_resuming_does_not(trained, tmp_path, capsys):
+    best = str(folder(trained) / "best.pth")
+    options = ("DATA.IMG_SIZE", 32)
+    assert main.main(arguments(tmp_path, *options, flags=["--eval", "--resume", best])) == 0
+    assert "WARNING: the weights are for another input size" in capsys.readouterr().out
+    assert json.loads((folder(tmp_path) / "eval.json").read_text())["eval_ema"]["images"] == 360
+    assert main.main(arguments(tmp_path, *options, tag="resumed", flags=["--resume", best])) == 2
+    assert "row_strip.weight is (2, 8, 8, 3) in the file, (2, 16, 16, 3) in the model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("processes, batch_size", [(1, 7), (2, 5), (2, 16), (3, 4)])

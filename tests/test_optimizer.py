@@ -1,6 +1,7 @@
 """Parameter groups and the options of the optimisers."""
 
 import pytest
+import timm
 import torch
 
 from config import load_config
@@ -42,6 +43,38 @@ def test_frozen_parameters_are_left_out():
     optimizer = build_optimizer(load_config(), model)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for key, p in model.named_parameters() if key != "stem.weight"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_layer_decay(name):
+    """Half the learning rate a layer: head, block of stage 4 (with what leads into it and the norm), ..., the stem."""
+    model = tiny_model()
+    model.stages[0].requires_grad_(False)
+    optimizer = build_optimizer(load_config("", ["TRAIN.OPTIMIZER.NAME", name, "TRAIN.LAYER_DECAY", 0.5]), model)
+    layers = [("stem.",), ("stages.0",), ("stages.1", "merging.0"), ("stages.2", "merging.1", "shortcut_m1"),
+              ("stages.3", "merging.2", "shortcut_s", "shortcut_m2", "norm."), ("head",)]
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for key, p in model.named_parameters():
+        if key.startswith("stages.0"):
+            assert id(p) not in found
+            continue
+        assert found[id(p)]["lr_scale"] == 0.5 ** next(5 - i for i, names in enumerate(layers) if key.startswith(names))
+        assert found[id(p)]["weight_decay"] == (0.0 if p.ndim == 1 or key.endswith("bias") else 0.05)
+
+
+def test_layer_decay_of_other_models():
+    """timm's models by their own layers; not a model that has no ``group_matcher``."""
+    config = load_config("", ["TRAIN.LAYER_DECAY", 0.8])
+    model = timm.create_model("resnet10t", num_classes=3)
+    groups = build_optimizer(config, model).param_groups
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert scales[id(model.fc.weight)] == 1
+    assert scales[id(model.layer4[0].conv1.weight)] == pytest.approx(0.8)
+    assert scales[id(model.conv1[0].weight)] == pytest.approx(0.8**5)
+    with pytest.raises(ValueError, match="Linear does not say what its layers are; set TRAIN.LAYER_DECAY 1"):
+        build_optimizer(config, torch.nn.Linear(2, 2))
+    build_optimizer(load_config(), torch.nn.Linear(2, 2))
 
 
 def test_options():

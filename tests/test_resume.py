@@ -145,6 +145,8 @@ def test_resume_with_another_world_size_and_batch_size(tmp_path):
 @pytest.mark.parametrize("options, reason", [
     (("MODEL.STRIP_MLP.EMBED_DIM", 16), "the weights do not fit the model"),
     (("TRAIN.OPTIMIZER.NAME", "sgd"), "written with another optimiser"),
+    (("TRAIN.FREEZE_STAGES", 1), "written with other parameter groups; set TRAIN.FREEZE_STAGES as it was"),
+    (("TRAIN.LAYER_DECAY", 0.9), "written with other parameter groups"),
     (("DATA.DATASET", "imagefolder", "DATA.DATA_PATH", "DIGITS_FOLDER", "DATA.BATCH_SIZE", 60),
      "trained on another data set"),
 ])

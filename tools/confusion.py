@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from plots import COLOURS, new_figure, save_figure  # noqa: E402
+from plots import COLOURS, new_figure, save_figure
 
 _COLUMNS = ("target", "prediction", "target_label", "prediction_label")
 _NUMBERED = 20  # classes up to which every cell's number fits
@@ -136,7 +136,8 @@ def draw_confusion(matrix: np.ndarray, names: list[str]):
 
 
 def write_tables(matrix: np.ndarray, names: list[str], folder: Path) -> None:
-    """Writes ``confusion.csv`` and ``classes.csv``."""
+    """Writes ``confusion.csv`` and ``classes.csv`` into a folder, which is made where it is not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "confusion.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["true class", *names])
@@ -176,8 +177,10 @@ def main(argv: list[str] | None = None) -> None:
         matrix, names = read_predictions(args.predictions)
         source = Path(args.predictions)
         folder = Path(args.output) if args.output else source if source.is_dir() else source.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tables(matrix, names, folder)
+        try:
+            write_tables(matrix, names, folder)
+        except OSError as error:
+            raise OSError(f"cannot write into {folder} ({error.strerror}); choose another --output") from error
         save_figure(draw_confusion(matrix, names), folder / "confusion.png")
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"confusion.py: {error}\n")

@@ -7,12 +7,13 @@ Every run also draws its own as ``curves.png`` when it ends.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from plots import best_accuracy, draw_curves, read_metrics, run_names, save_figure  # noqa: E402
+from plots import best_accuracy, draw_curves, read_metrics, run_names, save_figure
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f"plot_run.py: {error}\n")
     for name, records in runs.items():
         best, epoch = best_accuracy(records)
-        print(f"{name}: {records[-1]['step']} updates, best top-1 {best:.3f} after epoch {epoch}")
+        accuracy = "not evaluated yet" if math.isnan(best) else f"best top-1 {best:.3f} after epoch {epoch}"
+        print(f"{name}: {records[-1]['step']} updates, {accuracy}")
     print(f"drawn to {args.output}")
 
 

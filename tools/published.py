@@ -1,4 +1,4 @@
-"""The network as the paper's authors publish it: the same module tree, the same weights, another arrangement of the sums.
+"""The published formulation: the same module tree and weights, the sums in another arrangement.
 
 A strip layer is a grouped convolution over a permuted copy of its input, with the weight in its stored shape
 (D*L, L, 1, K); a position map is gathered from its table by indices that the host makes anew in every forward pass;
@@ -45,11 +45,11 @@ class _GroupedConvolution(StripMLP):
 
 
 class _GatheredPosition(RelativePosition):
-    def forward(self, x):
-        """(N, C, L, L) -> (N, C, L, L)"""
-        tokens = torch.arange(self.length)
-        offsets = (tokens[None, :] - tokens[:, None]).clamp(-self.length, self.length) + self.length
-        return x + self.table[offsets.to(x.device)].permute(2, 0, 1)
+    def map(self):
+        """() -> (C, H, W)"""
+        height = len(self.table) - 1 - self.width
+        offsets = torch.arange(self.width)[None, :] - torch.arange(height)[:, None] + height
+        return self.table[offsets.to(self.table.device)].permute(2, 0, 1)
 
 
 class _ThreePassNormalisation(GRN):

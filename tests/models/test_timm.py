@@ -5,10 +5,16 @@ import copy
 import pytest
 import timm
 import torch
-from timm.models import group_parameters
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from timm.models import group_parameters, load_checkpoint
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
+from yacs.config import CfgNode
 
-from models import StripMLPNet
+from checkpoint import save_file
+from models import StripMLPNet, adapt_size, to_released_state_dict
 from models.strip_mlp import VARIANTS
 
 SIZES = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_patches": 2}  # of a tiny network
@@ -49,6 +55,7 @@ def test_create_model(name):
     d = dim // 2 // VARIANTS[name]["num_patches"]
     assert (shapes(default)[row], shapes(default)["head.weight"]) == ((d, 56, 56, 3), (1000, 8 * dim))
     assert net(torch.zeros(2, 4, 64, 96, device="meta")).shape == (2, 7)
+    assert (net.in_chans, net.num_classes) == (4, 7)
     assert default.default_cfg["input_size"] == (3, 224, 224)
     assert name in timm.list_models("strip_mlp*")
 
@@ -201,6 +208,136 @@ def test_feature_classes(feature_cls):
     net = created()
     found = created(features_only=True, feature_cls=feature_cls)(images())
     assert equal(found, stage_outputs(net, images()))
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def source():
+    """A network whose statistics are not a new one's."""
+    net = tiny_net(seed=9)
+    with torch.no_grad():
+        net.train()(images())
+    return net.eval()
+
+
+@pytest.fixture(params=["own", "own with an average", "released", "bare"])
+def path(request, source, tmp_path):
+    """A checkpoint of ``source``."""
+    weights, path = source.state_dict(), tmp_path / "checkpoint.pth"
+    if request.param == "released":
+        torch.save({"model": to_released_state_dict(weights), "epoch": 299, "config": CfgNode({"SEED": 0})}, path)
+    elif request.param == "bare":
+        torch.save(weights, path)
+    else:
+        has_average = request.param != "own"
+        other = {key: torch.zeros_like(value) for key, value in weights.items()} if has_average else weights
+        save_file({"model": other, "model_ema": weights if has_average else None, "optimizer": {}, "epoch": 3}, path)
+    return path
+
+
+def same_weights(net, weights):
+    own = net.state_dict()
+    return own.keys() == weights.keys() and all(torch.equal(own[key], value) for key, value in weights.items())
+
+
+def test_checkpoint_path(source, path):
+    """As timm's train.py (``--initial-checkpoint``) and validate.py load it: the average, where there is one."""
+    assert same_weights(created(checkpoint_path=path), source.state_dict())
+    net = created()
+    load_checkpoint(net, str(path))
+    assert torch.equal(net(images()), source(images()))
+
+
+def test_checkpoint_path_at_another_size(source, path):
+    net = created(img_size=(32, 96), checkpoint_path=path)
+    assert same_weights(net, adapt_size(source.state_dict(), net))
+
+
+@pytest.mark.parametrize("out_indices", [(0, 2), (0, 1, 2, 3)])
+def test_checkpoint_path_with_features_only(source, path, out_indices):
+    backbone = created(features_only=True, out_indices=out_indices, checkpoint_path=path)
+    outputs = stage_outputs(source, images())
+    assert equal(backbone(images()), [outputs[i] for i in out_indices])
+    other = created(features_only=True, out_indices=out_indices)
+    other.load_state_dict(backbone.state_dict())  # its own weights load as ever
+    assert equal(other(images()), backbone(images()))
+
+
+def test_features_of_a_deeper_network_are_refused(path):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.* \"stages\.2\.1"):
+        created(features_only=True, depths=(1, 1, 1, 1), checkpoint_path=path)
+    with pytest.raises(RuntimeError, match=r"Missing key.* \"stages\.1\.1"):
+        created(features_only=True, depths=(1, 2, 2, 1), checkpoint_path=path)
+
+
+def test_a_file_as_timm_s_pretrained_weights(source, path):
+    """timm's way to fine-tune a local file: another class count, other input channels, another size."""
+    options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "num_classes": 5}}
+    assert same_weights(created(**options), source.state_dict())
+    net = created(**options | {"num_classes": 3, "in_chans": 1, "img_size": 64})
+    own = net.state_dict()
+    expected = adapt_size(source.state_dict(), net)
+    assert all(torch.equal(own[key], expected[key]) for key in own if not key.startswith(("stem", "head")))
+    torch.testing.assert_close(own["stem.weight"], source.stem.weight.detach().sum(1, keepdim=True))
+    assert net(torch.zeros(1, 1, 64, 64)).shape == (1, 3)
+
+
+# ---- the flow of timm's scripts ------------------------------------------------------------------
+
+def test_validation_flow():
+    """validate.py: data config from the model, transform from it, network on the picture."""
+    net = created(img_size=64)
+    settings = resolve_data_config({"img_size": 64}, model=net)
+    assert (settings["interpolation"], settings["crop_pct"]) == ("bicubic", 224 / 256)
+    image = create_transform(**settings)(Image.new("RGB", (100, 80), (255, 0, 0)))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = ((torch.tensor([1.0, 0, 0]) - mean) / std)[:, None, None].expand(3, 64, 64)
+    torch.testing.assert_close(image, expected)
+    assert net(image[None]).shape == (1, 5)
+
+
+def test_layer_decay_groups():
+    """timm's layer-wise learning-rate decay: 0.5 a block from the head to the stem, biases of strips without decay."""
+    net = tiny_net()
+    layer, parameters = groups(net, coarse=False), {id(p): key for key, p in net.named_parameters()}
+    no_decay = net.no_weight_decay()
+    found = param_groups_layer_decay(net, weight_decay=0.05, no_weight_decay_list=no_decay, layer_decay=0.5)
+    optimizer = create_optimizer_v2(net, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)
+    for param_groups in (found, optimizer.param_groups):
+        seen = {}
+        for group in param_groups:
+            for p in group["params"]:
+                seen[parameters[id(p)]] = (group["lr_scale"], group["weight_decay"])
+        assert seen.keys() == set(parameters.values())
+        for key, (scale, decay) in seen.items():
+            assert scale == 0.5 ** (6 - layer[key]), key
+            is_exempt = key.endswith("bias") or net.get_parameter(key).ndim == 1
+            assert decay == (0.0 if is_exempt else 0.05), key
+
+
+def test_timm_s_training_step():
+    """An optimiser of timm's, its smallest step, and a loss that falls on one batch."""
+    net = created(drop_path_rate=0.0).train()
+    optimizer = create_optimizer_v2(net, opt="adamw", lr=3e-3, weight_decay=0.05, layer_decay=0.75)
+    x, targets, losses = images(), torch.tensor([1, 3]), []
+    for _ in range(4):
+        loss = F.cross_entropy(net(x), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("kind", ["classifier", "features"])
+def test_compiled_without_a_graph_break(kind):
+    sizes = {"img_size": (32, 64), "depths": (1, 1, 1, 1)}
+    net = created(**sizes, **({"features_only": True} if kind == "features" else {}))
+    torch._dynamo.reset()
+    found = torch.compile(net, backend="eager", fullgraph=True)(images(32, 64))
+    expected = net(images(32, 64))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 # ---- groups --------------------------------------------------------------------------------------

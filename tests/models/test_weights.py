@@ -1,17 +1,22 @@
 """State dicts of either kind, loaded in part or strictly."""
 
+import logging
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 from models import (
     StripMLPNet,
+    adapt_size,
     convert_released_state_dict,
     load_pretrained,
     load_strict,
     model_state_dict,
     to_released_state_dict,
 )
+from models.strip_ops import strip_mix_plain
 
 
 def tiny_model(seed, num_classes=5, **kwargs):
@@ -109,15 +114,112 @@ def test_released_file_with_missing_keys():
         load_pretrained(tiny_model(2), released)
 
 
-def test_another_size_depth_or_p_is_refused_by_key():
+def test_another_depth_or_p_is_refused_by_key():
     for kwargs, key in [
-        ({"img_size": 64}, "stages.3.0.token_mixing.cgsmm.row_position.table is (3, 32) in the file, (5, 32)"),
         ({"depths": (1, 1, 1, 1)}, "unexpected: stages.2.1.token_mixing.conv_norm.weight"),
         ({"num_patches": 4}, "cgsmm.row_strip.weight is (2, 8, 8, 3) in the file, (1, 8, 8, 3) in the model"),
     ]:
         with pytest.raises(ValueError) as error:
             load_pretrained(tiny_model(2, **kwargs), copies(tiny_model(1)))
         assert key in str(error.value)
+
+
+# ---- another input size --------------------------------------------------------------------------
+
+CGSMM = "stages.0.0.token_mixing.cgsmm."
+
+
+def resize(x, length):
+    """Linear resizing of the last axis, antialiased."""
+    size = (x.shape[-2], length)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def test_the_same_size_is_left_as_it_is(caplog):
+    for size in (32, (32, 64)):
+        weights = copies(tiny_model(1, img_size=size))
+        adapted = adapt_size(weights, tiny_model(2, img_size=size))
+        assert list(adapted) == list(weights)
+        assert all(adapted[key] is value for key, value in weights.items())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("old, new", [(32, 64), (64, 32), (64, 96), ((64, 32), (32, 96)), (96, (64, 160))])
+def test_adapted_strip_layers(old, new):
+    """They do on the new map what the old ones do on its tokens resized to the old length and back."""
+    source, target = tiny_model(1, img_size=old).double(), tiny_model(2, img_size=new).double()
+    weights = copies(source)
+    adapted = adapt_size(weights, target)
+    assert {key: value.shape for key, value in adapted.items()} == {k: v.shape for k, v in target.state_dict().items()}
+    height, width = (side // 4 for side in target.img_size)
+    for axis, length in (("row", width), ("column", height)):
+        x = torch.randn(2, 4, 3, length, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        weight, bias = (f"{CGSMM}{axis}_strip.{name}" for name in ("weight", "bias"))
+        expected = strip_mix_plain(resize(x, weights[bias].shape[1]), weights[weight], weights[bias], "row")
+        found = strip_mix_plain(x, adapted[weight], adapted[bias], "row")
+        torch.testing.assert_close(found, resize(expected, length), rtol=1e-12, atol=1e-12)
+    sized = ("_strip.weight", "_strip.bias", "_position.table")
+    assert all(adapted[key] is value for key, value in weights.items() if not key.endswith(sized))
+
+
+def test_adapted_strip_layers_by_hand():
+    """From 1 token to 2 and from 2 to 1: the sum over a strip keeps its scale."""
+    one, two = tiny_model(1, img_size=32), tiny_model(2, img_size=64)
+    weight, bias = (f"stages.3.0.token_mixing.cgsmm.row_strip.{name}" for name in ("weight", "bias"))
+    up, down = adapt_size(copies(one), two), adapt_size(copies(two), one)
+    torch.testing.assert_close(up[weight], one.state_dict()[weight].expand(-1, 2, 2, -1) / 2)
+    torch.testing.assert_close(up[bias], one.state_dict()[bias].expand(-1, 2))
+    torch.testing.assert_close(down[weight], two.state_dict()[weight].mean(1, keepdim=True).sum(2, keepdim=True))
+    torch.testing.assert_close(down[bias], two.state_dict()[bias].mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("old, new, source_offsets", [
+    # of each new entry, counted in old tokens; beyond the outermost offset that is read, that one's entry
+    (64, 128, [-1, -1, -1, -0.5, 0, 0.5, 1, 1, 1]),
+    (128, 64, [-3, -2, 0, 2, 3]),
+    ((64, 128), (128, 64), [-1, -1, -1, -0.5, 0, 2, 3]),
+])
+def test_adapted_position_tables(old, new, source_offsets):
+    """A table that is linear in the offset, in the last stage: 2 tokens a side for 64 pixels, 4 for 128."""
+    key = "stages.3.0.token_mixing.cgsmm.column_position.table"
+    source, target = tiny_model(1, img_size=old), tiny_model(2, img_size=new)
+    weights = copies(source)
+    height = source.img_size[0] // 32
+    offsets = torch.arange(len(weights[key])) - float(height)
+    slopes = torch.tensor([1.0, -2.0] * 16)
+    weights[key] = offsets[:, None] * slopes + 3
+    weights[key][[0, -1]] = 100.0  # the two that are never read
+    adapted = adapt_size(weights, target)[key]
+    torch.testing.assert_close(adapted, torch.tensor(source_offsets).float()[:, None] * slopes + 3)
+
+
+def test_adapting_keeps_the_type_and_says_so(caplog):
+    half = {key: value.half() if value.is_floating_point() else value for key, value in copies(tiny_model(1)).items()}
+    adapted = adapt_size(half, tiny_model(2, img_size=(64, 96)))
+    assert {key: value.dtype for key, value in adapted.items()} == {key: value.dtype for key, value in half.items()}
+    record, = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "interpolated in 5 blocks, in the first from 8x8 to 16x24 tokens; accuracy suffers" in record.message
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_load_pretrained_of_another_size_and_class_count(released):
+    source, target = tiny_model(1), tiny_model(2, img_size=(64, 96), num_classes=3)
+    weights = copies(source)
+    expected = adapt_size(weights, target)
+    assert load_pretrained(target, to_released_state_dict(weights) if released else weights) == [
+        "head.weight", "head.bias"]
+    after = copies(target)
+    assert same(after, expected | {key: after[key] for key in ("head.weight", "head.bias")})
+    assert target.eval()(torch.zeros(1, 3, 64, 96)).shape == (1, 3)
+
+
+def test_weights_that_contradict_one_another_are_not_adapted():
+    weights = copies(tiny_model(1))
+    weights[CGSMM + "row_strip.bias"] = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="do not fit the model in 6 places") as error:
+        load_pretrained(tiny_model(2, img_size=64), weights)
+    assert CGSMM + "row_strip.bias is (2, 4) in the file, (2, 16) in the model" in str(error.value)
 
 
 # ---- starting a training from weights ------------------------------------------------------------

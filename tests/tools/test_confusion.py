@@ -134,7 +134,7 @@ def test_errors_are_one_line(tmp_path, capsys):
         ([tmp_path / "empty"], "has no column target or prediction"),
         ([tmp_path / "old"], "has no column target_label or prediction_label; write it anew"),
         ([tmp_path / "header"], "holds no predictions"),
-        ([good, "--output", good], "predictions.csv"),
+        ([good, "--output", good], "cannot write into"),
     ]:
         with pytest.raises(SystemExit) as stop:
             confusion.main([str(word) for word in argv])

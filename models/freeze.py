@@ -1,0 +1,35 @@
+"""Frozen stages, for a fine-tuning that leaves the beginning of a network as it was loaded."""
+
+from timm.models import group_parameters
+from torch import nn
+
+
+def freeze_stages(model: nn.Module, count: int) -> None:
+    """Takes the stem and the first ``count`` stages out of training; ``set_train_mode`` keeps their statistics.
+
+    The stages are the coarse groups of the model's ``group_matcher``, which timm's models have too. What leads into a
+    stage belongs to it.
+
+    Raises:
+        ValueError: the model has no ``group_matcher``, or fewer stages.
+    """
+    if count == 0:
+        return
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(f"{type(model).__name__} does not say what its stages are; set TRAIN.FREEZE_STAGES 0")
+    groups = group_parameters(model, model.group_matcher(coarse=True))  # stem, stages, head
+    if count > len(groups) - 2:
+        raise ValueError(f"TRAIN.FREEZE_STAGES is {count}; {type(model).__name__} has {len(groups) - 2} stages")
+    for group in range(count + 1):
+        for name in groups[group]:
+            model.get_parameter(name).requires_grad_(False)
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """``model.train()``, but in evaluation mode what is frozen: no drop path there, and BatchNorms keep to their
+    running statistics."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()

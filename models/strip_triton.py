@@ -1,0 +1,182 @@
+"""Triton kernels of the strip-mixing operator for CUDA, as two PyTorch operators with their backward.
+
+Both read feature maps in plain (N, C, H, W) order, where a channel's map lies in one piece. Seen from a strip, row and
+column are the same: a map has A lines *across*, of which a strip takes K, with L tokens *along* each; only the two
+strides change places. With m = (n, p, a) running over the lines of all patches that share a channel's weights,
+
+    mix           y[m, j] = bias[j] + sum over k, i of x[m + k - K//2, i] * weight[k, i, j]
+    weight_grad   dw[k, i, j] = sum over m of x[m + k - K//2, i] * dy[m, j]
+
+one matrix product per channel of a patch, on tensor cores, accumulated in float32. The gradient of x is ``mix`` itself,
+of dy with the weight transposed and flipped. Nothing is added atomically, so results repeat bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+
+@triton.jit
+def _line_offsets(m, d, ACROSS: tl.constexpr, PATCHES: tl.constexpr, DIM: tl.constexpr, LENGTH: tl.constexpr,
+                  STEP_ACROSS: tl.constexpr):
+    """Where line m of channel d begins, and its place a among the lines of its map."""
+    a = m % ACROSS
+    image_and_patch = m // ACROSS
+    patch = image_and_patch % PATCHES
+    image = image_and_patch // PATCHES
+    channel = (image.to(tl.int64) * PATCHES + patch) * DIM + d
+    return channel * (ACROSS * LENGTH) + a * STEP_ACROSS, a
+
+
+@triton.jit
+def _mix_kernel(x, weight, bias, y, lines,
+                ACROSS: tl.constexpr, LENGTH: tl.constexpr, PATCHES: tl.constexpr, DIM: tl.constexpr,
+                WIDTH: tl.constexpr, STEP_ACROSS: tl.constexpr, STEP_ALONG: tl.constexpr, HAS_BIAS: tl.constexpr,
+                PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr):
+    """``BLOCK_M`` lines of one channel: x and y as stored, weight (D, K, L in, L out), bias (D, L)."""
+    d = tl.program_id(1)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    along = tl.arange(0, BLOCK_L)
+    start, a = _line_offsets(m, d, ACROSS, PATCHES, DIM, LENGTH, STEP_ACROSS)
+    is_token = along < LENGTH
+    total = tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)
+    for k in tl.static_range(WIDTH):
+        shift = k - WIDTH // 2
+        is_line = (m < lines) & (a + shift >= 0) & (a + shift < ACROSS)
+        tokens = tl.load(x + (start + shift * STEP_ACROSS)[:, None] + along[None, :] * STEP_ALONG,
+                         mask=is_line[:, None] & is_token[None, :], other=0.0)
+        matrix = tl.load(weight + ((d * WIDTH + k) * LENGTH + along[:, None]) * LENGTH + along[None, :],
+                         mask=is_token[:, None] & is_token[None, :], other=0.0)
+        total = tl.dot(tokens, matrix, total, input_precision=PRECISION)
+    if HAS_BIAS:
+        total += tl.load(bias + d * LENGTH + along, mask=is_token, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + start[:, None] + along[None, :] * STEP_ALONG, total.to(y.dtype.element_ty),
+             mask=(m < lines)[:, None] & is_token[None, :])
+
+
+@triton.jit
+def _weight_grad_kernel(x, dy, dw, db, lines, PART_LINES: tl.constexpr,
+                        ACROSS: tl.constexpr, LENGTH: tl.constexpr, PATCHES: tl.constexpr, DIM: tl.constexpr,
+                        WIDTH: tl.constexpr, STEP_ACROSS: tl.constexpr, STEP_ALONG: tl.constexpr,
+                        PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The share of one part of the lines in dw (parts, D, K, L in, L out) and db (parts, D, L), for one k and d."""
+    k = tl.program_id(0)
+    d = tl.program_id(1)
+    part = tl.program_id(2)
+    shift = k - WIDTH // 2
+    along = tl.arange(0, BLOCK_L)
+    is_token = along < LENGTH
+    end = tl.minimum((part + 1) * PART_LINES, lines)
+    matrix = tl.zeros((BLOCK_L, BLOCK_L), dtype=tl.float32)
+    vector = tl.zeros((BLOCK_L,), dtype=tl.float32)
+    for first in range(0, PART_LINES, BLOCK_M):
+        m = part * PART_LINES + first + tl.arange(0, BLOCK_M)
+        start, a = _line_offsets(m, d, ACROSS, PATCHES, DIM, LENGTH, STEP_ACROSS)
+        is_line = (m < end) & (a + shift >= 0) & (a + shift < ACROSS)
+        tokens = tl.load(x + (start + shift * STEP_ACROSS)[None, :] + along[:, None] * STEP_ALONG,
+                         mask=is_token[:, None] & is_line[None, :], other=0.0)
+        grad = tl.load(dy + start[:, None] + along[None, :] * STEP_ALONG,
+                       mask=(m < end)[:, None] & is_token[None, :], other=0.0)
+        matrix = tl.dot(tokens, grad, matrix, input_precision=PRECISION)
+        vector += tl.sum(grad.to(tl.float32), axis=0)
+    place = (part * DIM + d) * WIDTH + k
+    tl.store(dw + (place.to(tl.int64) * LENGTH + along[:, None]) * LENGTH + along[None, :], matrix,
+             mask=is_token[:, None] & is_token[None, :])
+    if shift == 0:
+        tl.store(db + (part * DIM + d) * LENGTH + along, vector, mask=is_token)
+
+
+_SHAPE = ["ACROSS", "LENGTH", "PATCHES", "DIM", "WIDTH", "STEP_ALONG"]  # what the best blocks depend on
+_BLOCKS = [
+    triton.Config({"BLOCK_M": block}, num_warps=warps, num_stages=stages)
+    for block, warps, stages in ((32, 4, 3), (64, 4, 3), (128, 4, 3), (128, 8, 3), (256, 8, 2))
+]
+if knobs.runtime.interpret:  # on the CPU, where there is nothing to tune
+    _BLOCKS = _BLOCKS[:1]
+_mix_tuned = triton.autotune(_BLOCKS, key=_SHAPE)(_mix_kernel)
+_weight_grad_tuned = triton.autotune(_BLOCKS[:3], key=_SHAPE)(_weight_grad_kernel)
+
+
+@torch.library.custom_op("strip_mlp::mix", mutates_args=())
+def mix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: str, tf32: bool) -> torch.Tensor:
+    """The strip layer of ``strip_ops.strip_mix`` for x in plain (N, C, H, W) order.
+
+    Args:
+        x: (N, C, H, W), contiguous: float32, bfloat16 or float16.
+        weight: (D, L, L, K), of any precision; is rounded to that of x, as autocast would.
+        bias: (D, L) or None; is added in float32.
+        axis: ``"row"`` or ``"column"``.
+        tf32: multiply float32 in TF32.
+    """
+    y = torch.empty_like(x)
+    shape, lines = _shape(x, weight.shape[0], weight.shape[3], axis)
+    packed = weight.permute(0, 3, 2, 1).to(x.dtype).contiguous()  # (D, K, L in, L out)
+    _mix_tuned[lambda meta: (triton.cdiv(lines, meta["BLOCK_M"]), shape["DIM"])](
+        x, packed, packed if bias is None else bias.contiguous(), y, lines, **shape, HAS_BIAS=bias is not None,
+        PRECISION="tf32" if tf32 else "ieee",
+    )
+    return y
+
+
+@torch.library.custom_op("strip_mlp::weight_grad", mutates_args=())
+def weight_grad(
+    x: torch.Tensor, dy: torch.Tensor, channels: int, width: int, axis: str, tf32: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of ``mix``'s weight (D, L, L, K) and bias (D, L), both float32; x and dy contiguous."""
+    shape, lines = _shape(x, channels, width, axis)
+    length = shape["LENGTH"]
+    # Enough parts for every multiprocessor to have work; their sums meet in a fixed order.
+    parts = max(1, min(512 // (width * channels), lines // 128))
+    dw = torch.empty(parts, channels, width, length, length, device=x.device, dtype=torch.float32)
+    db = torch.empty(parts, channels, length, device=x.device, dtype=torch.float32)
+    _weight_grad_tuned[width, channels, parts](
+        x, dy, dw, db, lines, PART_LINES=triton.cdiv(lines, parts), **shape, PRECISION="tf32" if tf32 else "ieee",
+    )
+    return dw.sum(0).permute(0, 3, 2, 1), db.sum(0)
+
+
+def _shape(x: torch.Tensor, channels: int, width: int, axis: str) -> tuple[dict, int]:
+    """The kernels' constants, and the number of lines that share a channel's weights."""
+    n, c, h, w = x.shape
+    across, length = (h, w) if axis == "row" else (w, h)
+    step_across, step_along = (w, 1) if axis == "row" else (1, w)
+    constants = {
+        "ACROSS": across, "LENGTH": length, "PATCHES": c // channels, "DIM": channels, "WIDTH": width,
+        "STEP_ACROSS": step_across, "STEP_ALONG": step_along, "BLOCK_L": max(16, triton.next_power_of_2(length)),
+    }
+    return constants, n * (c // channels) * across
+
+
+@mix.register_fake
+def _(x, weight, bias, axis, tf32):
+    return torch.empty_like(x)
+
+
+@weight_grad.register_fake
+def _(x, dy, channels, width, axis, tf32):
+    length = x.shape[3] if axis == "row" else x.shape[2]
+    weight = x.new_empty(channels, width, length, length, dtype=torch.float32).permute(0, 3, 2, 1)
+    return weight, x.new_empty(channels, length, dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ctx.axis, ctx.tf32 = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    dy = dy.contiguous()
+    dx = dw = db = None
+    if ctx.needs_input_grad[0]:
+        dx = mix(dy, weight.transpose(1, 2).flip(3), None, ctx.axis, ctx.tf32)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        dw, db = weight_grad(x, dy, weight.shape[0], weight.shape[3], ctx.axis, ctx.tf32)
+        dw = dw.to(weight.dtype)
+        db = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
+    return dx, dw, db, None, None
+
+
+mix.register_autograd(_backward, setup_context=_setup_context)

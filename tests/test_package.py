@@ -1,0 +1,78 @@
+"""``pip install .``: models/ as the package strip_mlp, for other projects."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT, environment
+
+# From an empty folder: nothing of the repository but the package can be imported.
+USE = """
+import sys
+sys.path[:] = [path for path in sys.path if path]
+sys.path[:0] = sys.argv[1:]
+import strip_mlp, timm, torch
+assert strip_mlp.__file__.endswith({file!r}), strip_mlp.__file__
+net = timm.create_model("strip_mlp_tiny_light", num_classes=3, img_size=(32, 64)).eval()
+assert type(net) is strip_mlp.StripMLPNet
+assert net(torch.zeros(1, 3, 32, 64)).shape == (1, 3)
+for name in ("models", "engine", "config", "data"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(f"{{name}} was installed too")
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy to build in, so that the repository stays clean."""
+    folder = tmp_path / "source"
+    shutil.copytree(ROOT / "models", folder / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "main.py", "config.py", "engine.py"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def command(*arguments, cwd):
+    variables = environment() | {"PYTHONPATH": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    result = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=variables, capture_output=True,
+                            text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def pip_install(*arguments, cwd):
+    command("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", *arguments, cwd=cwd)
+
+
+def test_installed_package(source, tmp_path):
+    pip_install("--target", tmp_path / "site", source, cwd=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "site").glob("[!_]*") if path.suffix != ".dist-info") == [
+        "strip_mlp"]
+    names = sorted(path.name for path in (tmp_path / "site" / "strip_mlp").glob("*.py"))
+    assert names == sorted(path.name for path in (ROOT / "models").glob("*.py"))
+    (tmp_path / "elsewhere").mkdir()
+    command("-c", USE.format(file="site/strip_mlp/__init__.py"), tmp_path / "site", cwd=tmp_path / "elsewhere")
+
+
+@pytest.mark.slow
+def test_editable_package(source, tmp_path):
+    """In an environment of its own, which sees this one's packages: edits in models/ are what is imported."""
+    command("-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    site, = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    pip_install("--prefix", tmp_path / "venv", "--editable", source, cwd=tmp_path)
+    finder, = site.glob("__editable___strip_mlp_*_finder.py")
+    check = f"import sys; sys.path.insert(0, {str(site)!r}); import {finder.stem} as f; f.install()\n"
+    command("-c", check + USE.format(file="source/models/__init__.py"), cwd=tmp_path)
+
+
+def test_requirements_agree():
+    """What the package needs is what the repository needs."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = (ROOT / "requirements.txt").read_text().splitlines()
+    for requirement in project["dependencies"]:
+        assert any(line.startswith(requirement) for line in required), requirement

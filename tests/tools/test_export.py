@@ -1,0 +1,159 @@
+import json
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from torch.testing import assert_close
+
+import checkpoint
+from config import load_config, to_dict
+from data.transforms import build_transform
+from inference import load_network
+from models import build_model, to_released_state_dict
+from tests.helpers import differences, save_network, tiny_network
+from tools import export
+
+CLASSES = [f"digit {label}" for label in range(10)]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A checkpoint whose average is what counts, with that network."""
+    config, average = tiny_network()
+    path = tmp_path_factory.mktemp("network") / "best.pth"
+    return save_network(path, config, tiny_network(seed=1)[1], model_ema=average.state_dict()), config, average
+
+
+def logits(model, batch):
+    images = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch))
+    with torch.inference_mode():
+        return images, model(images)
+
+
+def test_onnx(network, tmp_path, capsys):
+    """onnxruntime gives the network's logits for any batch size; the file says how to prepare images."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path, config, model = network
+    assert export.main([str(path), str(tmp_path / "a.onnx")]) == 0
+    assert "a.onnx written (onnx); read back, its outputs differ by at most" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 7):
+        images, expected = logits(model, batch)
+        found, = session.run(["logits"], {"images": images.numpy()})
+        assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == CLASSES
+    assert about["preprocessing"] == repr(build_transform(config, train=False))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]  # the weights too are in it
+
+
+def test_torch_export(network, tmp_path):
+    path, config, model = network
+    assert export.main([str(path), str(tmp_path / "a.pt2")]) == 0
+    about = {"classes": "", "preprocessing": ""}
+    program = torch.export.load(tmp_path / "a.pt2", extra_files=about)
+    for batch in (1, 2, 7):
+        images, expected = logits(model, batch)
+        assert_close(program.module()(images), expected, rtol=1e-6, atol=1e-6)
+    assert json.loads(about["classes"]) == CLASSES
+
+
+@pytest.mark.parametrize(("name", "flags"), [("a.safetensors", []), ("a.pth", ["--format", "native"])])
+def test_own_formats_hold_all_that_a_network_needs(name, flags, network, tmp_path):
+    path, config, model = network
+    assert export.main([str(path), str(tmp_path / name), *flags]) == 0
+    loaded, loaded_config, classes = load_network(tmp_path / name)
+    assert differences(dict(loaded.state_dict()), dict(model.state_dict())) == []
+    assert loaded_config == config and classes == CLASSES
+
+
+def test_safetensors_hold_plain_weights(network, tmp_path):
+    """As timm and others read them."""
+    assert export.main([str(network[0]), str(tmp_path / "a.safetensors")]) == 0
+    weights = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert differences(weights, dict(network[2].state_dict())) == []
+
+
+def test_to_the_released_format_and_back(network, tmp_path):
+    path, config, model = network
+    assert export.main([str(path), str(tmp_path / "released.pth"), "--format", "released"]) == 0
+    content = checkpoint.load_file(tmp_path / "released.pth")
+    expected = to_released_state_dict(model.state_dict())
+    assert "blocks1.0.token_mixing.smlp_block.proj_h.weight" in expected
+    assert differences(content["model"], expected) == []
+    torch.save({"model": expected}, tmp_path / "bare.pth")  # as others publish it
+    (tmp_path / "config.yaml").write_text(json.dumps(to_dict(config)))
+    flags = ["--format", "native", "--cfg", str(tmp_path / "config.yaml")]
+    assert export.main([str(tmp_path / "bare.pth"), str(tmp_path / "back.pth"), *flags]) == 0
+    content = checkpoint.load_file(tmp_path / "back.pth")
+    assert differences(content["model"], dict(model.state_dict())) == [] and content["config"] == to_dict(config)
+
+
+def test_timm_models(tmp_path, capsys):
+    config = load_config(opts=["MODEL.TYPE", "timm", "MODEL.NAME", "test_resnet", "MODEL.NUM_CLASSES", "10",
+                               "MODEL.DROP_PATH_RATE", "0", "DATA.IMG_SIZE", "32"])
+    path = save_network(tmp_path / "a.pth", config, build_model(config).eval())
+    assert export.main([str(path), str(tmp_path / "a.pt2")]) == 0
+    assert export.main([str(path), str(tmp_path / "b.pth"), "--format", "released"]) == 2
+    assert "the released code knows Strip-MLP only; this network is a ResNet" in capsys.readouterr().err
+
+
+def test_the_difference_is_the_largest_against_the_largest_logit():
+    class Head(torch.nn.Module):
+        def __init__(self, *logits):
+            super().__init__()
+            self.logits = torch.tensor(logits)
+
+        def forward(self, images):
+            return self.logits.expand(len(images), -1)
+
+    one = Head(1.0, -8.0)
+    assert export.largest_difference(one, one, (3, 4, 4)) == 0
+    assert export.largest_difference(one, Head(1.5, -8.25), (3, 4, 4)) == 0.5 / 8
+    assert export.largest_difference(Head(0.1, 0.2), Head(0.1, 0.3), (3, 4, 4)) == pytest.approx(0.1)
+    last_image_wrong = lambda images: one(images) + (torch.arange(len(images)) == 2)[:, None]  # noqa: E731
+    assert export.largest_difference(one, last_image_wrong, (3, 4, 4)) == 1 / 8
+
+
+@pytest.mark.parametrize("error", [0.01, float("nan")])
+def test_a_file_with_other_outputs_is_not_written(error, network, tmp_path, monkeypatch, capsys):
+    def write(model, config, classes, path):
+        path.write_text("")
+        return lambda images: model(images) + error
+
+    monkeypatch.setitem(export.FORMATS, "native", export.Format(".pth", write))
+    assert export.main([str(network[0]), str(tmp_path / "a.pth"), "--format", "native"]) == 2
+    assert "a.pth was not written: its outputs differ from the network's by" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["NETWORK", "a.foo"], "a.foo: its ending does not name the format; add --format onnx or torch-export or "),
+        (["NETWORK", "a.pth"], "a.pth: its ending does not name the format; add --format released or native"),
+        (["NETWORK", "a.pth", "--format", "onnx"], "must end in .onnx"),
+        (["NETWORK", "here.pt2"], "here.pt2 exists already; remove it or choose another name"),
+        (["NETWORK", "gone/a.pt2"], "gone is not a folder that can be written to"),
+        (["gone.pth", "a.pt2"], "checkpoint gone.pth does not exist"),
+        (["here.pt2", "a.pt2"], "here.pt2 is damaged or not a checkpoint"),
+        (["bare.pth", "a.pt2"], "bare.pth: it holds no config; name the one that it was trained with by --cfg"),
+    ],
+)
+def test_bad_input(arguments, message, network, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.pt2").write_text("")
+    torch.save({"model": network[2].state_dict()}, "bare.pth")
+    assert export.main([str(network[0]) if word == "NETWORK" else word for word in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.startswith("export.py: ") and err.count("\n") == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"here.pt2", "bare.pth"}
+
+
+def test_missing_packages_are_named(network, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert export.main([str(network[0]), str(tmp_path / "a.onnx")]) == 2
+    err = capsys.readouterr().err
+    assert "onnx needs more packages (" in err and err.endswith("): pip install onnx onnxscript onnxruntime\n")

@@ -1,0 +1,190 @@
+"""Writes a trained network in another format, reads it back and checks that it gives the same outputs.
+
+    python tools/export.py best.pth model.onnx                                        # ONNX
+    python tools/export.py best.pth model.pt2                                         # torch.export
+    python tools/export.py best.pth model.safetensors                                 # weights, config, class names
+    python tools/export.py best.pth released_keys.pth --format released               # for the released code
+    python tools/export.py released.pth ours.pth --format native --cfg configs/X.yaml # for this code, alone
+
+ONNX and torch.export files take batches of any size: images (N, 3, S, S), float32, resized and normalised as for an
+evaluation (their metadata says how, and names the classes), and give logits (N, classes). The weights are the average
+where the checkpoint has one.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import checkpoint
+from config import load_config, to_dict
+from data.transforms import build_transform
+from inference import image_shape, load_network
+from models import StripMLPNet, to_released_state_dict
+
+TOLERANCE = 1e-4  # of the outputs, against the largest logit or 1
+
+
+def export(source: Path, target: Path, format: str, config=None) -> float:
+    """Writes the network of a checkpoint to ``target``, which appears there only once it has passed the check.
+
+    Args:
+        source: the checkpoint.
+        target: a new file, its name ending as ``FORMATS`` says.
+        format: a key of ``FORMATS``.
+        config: the network's config; needed where the checkpoint holds none.
+
+    Returns:
+        The largest difference of an output from the network's own, see ``largest_difference``.
+
+    Raises:
+        ValueError: a package that the format needs is missing, the network has no such form, the file's outputs differ,
+            or as ``load_network``.
+        OSError: ``target`` exists already or cannot be written.
+    """
+    suffix, write, packages = FORMATS[format]
+    if target.suffix != suffix:
+        raise ValueError(f"{target}: the name of a file in the format {format} must end in {suffix}")
+    if target.exists():
+        raise FileExistsError(f"{target} exists already; remove it or choose another name")
+    if not os.access(target.parent, os.W_OK):
+        raise OSError(f"{target.parent} is not a folder that can be written to")
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ValueError(f"{format} needs more packages ({error}): pip install {' '.join(packages)}") from None
+    model, config, classes = load_network(source, config)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as unfinished, torch.no_grad():
+        path = Path(unfinished, target.name)
+        difference = largest_difference(model, write(model, config, classes, path), image_shape(config))
+        if not difference <= TOLERANCE:
+            raise ValueError(f"{target} was not written: its outputs differ from the network's by {difference:.1e}")
+        os.replace(path, target)
+    return difference
+
+
+@torch.no_grad()
+def largest_difference(model: nn.Module, other: Callable, shape: tuple[int, ...]) -> float:
+    """The largest difference between two networks' logits on random images, against the largest logit or 1.
+
+    The images come in batches of 3 and of 1, so that a fixed batch size would not pass.
+    """
+    differences = []
+    for batch in (3, 1):
+        images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+        expected = model(images)
+        differences.append(float((other(images) - expected).abs().max() / expected.abs().max().clamp(min=1)))
+    return max(differences)
+
+
+# ---- the formats: each function writes a file and returns the network as it reads back -----------
+
+def _write_onnx(model: nn.Module, config, classes: list[str], path: Path) -> Callable:
+    import onnxruntime
+
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, about its own internals
+        program = torch.onnx.export(_trace(model, config), dynamo=True, verbose=False, **names)
+    program.model.metadata_props.update(_metadata(config, classes))
+    program.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _write_torch_export(model: nn.Module, config, classes: list[str], path: Path) -> Callable:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        torch.export.save(_trace(model, config), path, extra_files=_metadata(config, classes))
+        return torch.export.load(path).module()
+
+
+def _write_safetensors(model: nn.Module, config, classes: list[str], path: Path) -> Callable:
+    about = {"config": json.dumps(to_dict(config)), "classes": json.dumps(classes)}
+    path.write_bytes(safetensors.torch.save(model.state_dict(), about | {"format": "pt"}))
+    return load_network(path)[0]
+
+
+def _write_released(model: nn.Module, config, classes: list[str], path: Path) -> Callable:
+    if not isinstance(model, StripMLPNet):
+        raise ValueError(f"the released code knows Strip-MLP only; this network is a {type(model).__name__}")
+    content = {"model": to_released_state_dict(model.state_dict()), "config": to_dict(config), "classes": classes}
+    checkpoint.save_file(content, path)
+    return load_network(path)[0]
+
+
+def _write_native(model: nn.Module, config, classes: list[str], path: Path) -> Callable:
+    checkpoint.save_file({"model": model.state_dict(), "config": to_dict(config), "classes": classes}, path)
+    return load_network(path)[0]
+
+
+def _trace(model: nn.Module, config) -> torch.export.ExportedProgram:
+    images = torch.zeros(2, *image_shape(config))
+    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def _metadata(config, classes: list[str]) -> dict[str, str]:
+    return {"classes": json.dumps(classes), "preprocessing": repr(build_transform(config, train=False))}
+
+
+class Format(NamedTuple):
+    """How a format's files are named and written, and the packages that takes beside requirements.txt."""
+
+    suffix: str
+    write: Callable
+    packages: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "onnx": Format(".onnx", _write_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "torch-export": Format(".pt2", _write_torch_export),
+    "safetensors": Format(".safetensors", _write_safetensors),
+    "released": Format(".pth", _write_released),
+    "native": Format(".pth", _write_native),
+}
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="the trained network, e.g. a run's best.pth")
+    parser.add_argument("target", metavar="FILE", type=Path, help="the new file; its ending names the format")
+    parser.add_argument("--format", choices=FORMATS, help="needed for .pth only: released or native")
+    parser.add_argument("--cfg", metavar="FILE", help="the network's config; only for released checkpoints")
+    args = parser.parse_args(argv)
+    try:
+        format = args.format or _format_of(args.target)
+        difference = export(args.checkpoint, args.target, format, load_config(args.cfg) if args.cfg else None)
+    except (ValueError, OSError) as error:
+        print(f"export.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.target} written ({format}); read back, its outputs differ by at most {difference:.1e}")
+    return 0
+
+
+def _format_of(target: Path) -> str:
+    names = [name for name, format in FORMATS.items() if format.suffix == target.suffix]
+    if len(names) != 1:
+        raise ValueError(f"{target}: its ending does not name the format; add --format {' or '.join(names or FORMATS)}")
+    return names[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

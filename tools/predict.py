@@ -1,0 +1,186 @@
+"""Says what is in pictures: the most probable classes of each, by a trained network.
+
+    python tools/predict.py output/NAME/TAG/best.pth photo.jpg more_photos/
+    python tools/predict.py best.pth photos/ --top-k 3 --sheet sheet.png
+
+Exit status: 0; 1 when a picture could not be read (it is named and left out); 2 for what you can put right.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from config import load_config
+from data.images import ImageError, load_image
+from data.transforms import build_transform
+from inference import load_network
+
+
+def find_pictures(paths: list[Path]) -> list[Path]:
+    """The files among ``paths`` and, sorted, the images in the folders among them, however deep.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or a folder holds no image.
+    """
+    pictures = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+            if not found:
+                raise FileNotFoundError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
+            pictures += found
+        elif path.exists():
+            pictures.append(path)
+        else:
+            raise FileNotFoundError(f"{path} does not exist")
+    return pictures
+
+
+@torch.inference_mode()
+def predict(model, transform, pictures: list[Image.Image], top_k: int) -> list[list[tuple[int, float]]]:
+    """The ``top_k`` most probable labels of each picture and their probabilities, the likeliest first.
+
+    Args:
+        model: a network in evaluation mode; the pictures go to where its parameters are.
+        transform: from a picture to the tensor that the network takes.
+        pictures: one batch of RGB pictures of any sizes.
+        top_k: at most the number of classes.
+    """
+    device = next(model.parameters()).device
+    images = torch.stack([transform(picture) for picture in pictures]).to(device)
+    probabilities, labels = model(images).softmax(dim=1).topk(top_k)
+    rows = zip(labels.tolist(), probabilities.tolist(), strict=True)
+    return [list(zip(*row, strict=True)) for row in rows]
+
+
+# ---- the contact sheet ---------------------------------------------------------------------------
+
+SHEET_LIMIT = 1000  # pictures
+SHEET_CLASSES = 3  # named below each picture
+_SIDE, _GAP, _LINE = 144, 10, 18  # pixels: side of a picture, space between cells, height of a line of text
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """The whole picture as large as it fits into a cell; small ones show their pixels."""
+    is_small = max(picture.size) < _SIDE
+    return ImageOps.contain(picture, (_SIDE, _SIDE), Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS)
+
+
+def draw_sheet(cells: list[tuple[str, Image.Image, list[tuple[str, float]]]]) -> Image.Image:
+    """A grid of ``(title, thumbnail, [(class name, probability), ...])``, probabilities as bars behind the names."""
+    columns = min(math.ceil(math.sqrt(len(cells))), 10)
+    lines = 1 + max(len(classes) for *_, classes in cells)
+    width, height = _SIDE + _GAP, _SIDE + lines * _LINE + _GAP
+    sheet = Image.new("RGB", (columns * width + _GAP, -(-len(cells) // columns) * height + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for index, (title, picture, classes) in enumerate(cells):
+        x, y = _GAP + index % columns * width, _GAP + index // columns * height
+        sheet.paste(picture, (x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2))
+        y += _SIDE
+        draw.text((x, y + 3), _fit(title, font, _SIDE), "gray", font)
+        for name, probability in classes:
+            y += _LINE
+            percent = f"{probability:.1%}"
+            room = _SIDE - font.getlength(percent) - 10
+            draw.rectangle((x, y + 1, x + round(probability * (_SIDE - 1)), y + _LINE - 2), "lightblue")
+            draw.text((x + 3, y + 3), _fit(name, font, room), "black", font)
+            draw.text((x + _SIDE - 3, y + 3), percent, "black", font, anchor="ra")
+    return sheet
+
+
+def _fit(text: str, font, width: float) -> str:
+    """The text, or as much of its beginning as has room, with dots for the rest."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="the trained network, e.g. a run's best.pth")
+    parser.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path, help="image files, or folders of them")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes named for each picture; default: 5")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each picture instead of text")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also draw all pictures with their classes")
+    parser.add_argument("--cfg", metavar="FILE", help="the network's config; only for released checkpoints")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time; default: 32")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda where there is a GPU")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"predict.py: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the predictions, names on standard error what cannot be read, draws the sheet; returns the exit status."""
+    if min(args.top_k, args.batch_size) < 1:
+        raise ValueError("--top-k and --batch-size take numbers from 1 on")
+    paths = find_pictures(args.pictures)
+    if args.sheet:
+        _check_sheet(args.sheet, len(paths))
+    model, config, classes = load_network(args.checkpoint, load_config(args.cfg) if args.cfg else None, args.device)
+    transform, top_k = build_transform(config, train=False), min(args.top_k, len(classes))
+    cells, bad = [], 0
+    for first in range(0, len(paths), args.batch_size):
+        batch = []
+        for path in paths[first : first + args.batch_size]:
+            try:
+                batch.append((path, load_image(path)))
+            except (ImageError, OSError) as error:
+                bad += 1
+                print(f"predict.py: {error}; left out", file=sys.stderr)
+        if not batch:
+            continue
+        rankings = predict(model, transform, [picture for _, picture in batch], top_k)
+        for (path, picture), ranking in zip(batch, rankings, strict=True):
+            named = [(classes[label], probability) for label, probability in ranking]
+            print(_json_line(path, named) if args.json else _text_line(path, named))
+            if args.sheet:
+                cells.append((path.name, thumbnail(picture), named[:SHEET_CLASSES]))
+    if cells:
+        draw_sheet(cells).save(args.sheet)
+        print(f"contact sheet written to {args.sheet}", file=sys.stderr)
+    if bad:
+        print(f"predict.py: {bad} of {len(paths)} pictures could not be read", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _check_sheet(path: Path, pictures: int) -> None:
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--sheet {path}: the sheet is a PNG; give it a name that ends in .png")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--sheet {path}: {path.parent} is not a folder that can be written to; make it first")
+    if pictures > SHEET_LIMIT:
+        raise ValueError(f"--sheet holds at most {SHEET_LIMIT} pictures; {pictures} were given")
+
+
+def _text_line(path: Path, named: list[tuple[str, float]]) -> str:
+    return f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in named)
+
+
+def _json_line(path: Path, named: list[tuple[str, float]]) -> str:
+    ranking = [{"class": name, "probability": round(probability, 6)} for name, probability in named]
+    return json.dumps({"picture": str(path), "classes": ranking})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Draws the effective receptive field of each stage: how much each input pixel moves the stage's central output.
+
+    python tools/receptive_field.py output/NAME/TAG/best.pth --data-path DIR      # a trained network
+    python tools/receptive_field.py --cfg configs/X.yaml --noise                  # a fresh one, on random images
+
+The field is the gradient of the central output position (summed over its channels) with respect to the input: absolute
+values, summed over the input's channels, averaged over images of the validation set. Prints how large a square around
+the centre holds a given share of it, and writes the fields beside the picture as .npz.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from config import load_config
+from data import build_val_loader
+from inference import load_network
+from models import build_model
+from plots import new_figure, save_figure
+
+SHARES = (0.2, 0.5, 0.9, 0.99)
+_DECADES = 4  # of the colour scale
+
+
+def effective_fields(stages: Callable, images: torch.Tensor, batch_size: int = 8) -> list[tuple[torch.Tensor, tuple]]:
+    """The mean absolute gradient of each stage's central output with respect to the input.
+
+    Args:
+        stages: from images to the list of the stages' outputs, each (N, C, h, w); images must not influence one
+            another.
+        images: (N, C, H, W).
+        batch_size: images whose gradients are computed at a time.
+
+    Returns:
+        For each stage its field, float64 (H, W) on the CPU, and the size (h, w) of its output, whose centre is taken
+        at (h // 2, w // 2).
+    """
+    sums = []
+    for batch in images.split(batch_size):
+        batch = batch.detach().requires_grad_()
+        outputs = stages(batch)
+        sizes = [tuple(output.shape[2:]) for output in outputs]
+        centres = [output[:, :, h // 2, w // 2].sum() for output, (h, w) in zip(outputs, sizes, strict=True)]
+        gradients = [torch.autograd.grad(centre, batch, retain_graph=True)[0] for centre in centres]
+        fields = [gradient.double().abs().sum(dim=(0, 1)).cpu() for gradient in gradients]
+        sums = [total + field for total, field in zip(sums, fields, strict=True)] if sums else fields
+    return [(total / len(images), size) for total, size in zip(sums, sizes, strict=True)]
+
+
+def centre_of(field: torch.Tensor, size: tuple[int, int]) -> tuple[float, float]:
+    """Where in the input, in pixels, the middle of the central output of a stage of ``size`` (h, w) lies."""
+    return tuple((side // 2 + 0.5) * whole / side - 0.5 for whole, side in zip(field.shape, size, strict=True))
+
+
+def areas(field: torch.Tensor, centre: tuple[float, float], shares=SHARES) -> list[float]:
+    """The shares of the image's pixels in the smallest squares around ``centre`` that hold these shares of the field.
+
+    What of a square lies outside the image does not count.
+
+    Raises:
+        ValueError: the field is zero everywhere, or not finite.
+    """
+    if not 0 < field.sum() < float("inf"):
+        raise ValueError(f"the gradient of a stage's output adds up to {field.sum()}; are its weights finite?")
+    rows, columns = (torch.arange(whole) - middle for whole, middle in zip(field.shape, centre, strict=True))
+    rings = torch.maximum(rows.abs()[:, None], columns.abs()[None]).double().flatten()  # half the side, less a half
+    radii, ring_of = rings.unique(return_inverse=True)
+    held = torch.zeros_like(radii).index_add_(0, ring_of, field.flatten()).cumsum(0) / field.sum()
+    pixels = ring_of.bincount().cumsum(0) / field.numel()
+    return [float(pixels[(held >= share - 1e-12).nonzero()[0]]) for share in shares]
+
+
+def draw_fields(fields: list[torch.Tensor], titles: list[str]):
+    """A panel for each stage, logarithmic, each scaled to its own largest value.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    from matplotlib.colors import LogNorm
+    columns = min(len(fields), 4)
+    rows = -(-len(fields) // columns)
+    height, width = fields[0].shape
+    size = (2.5 * columns + 0.7, (2.5 * height / width + 0.5) * rows)
+    figure, panels = new_figure(rows, columns, size, squeeze=False)
+    for panel in panels.flat[len(fields):]:
+        panel.set_visible(False)
+    for panel, field, title in zip(panels.flat, fields, titles, strict=False):
+        image = panel.imshow((field / field.max()).clamp(min=10.0**-_DECADES).numpy(), cmap="magma",
+                             norm=LogNorm(10.0**-_DECADES, 1), interpolation="nearest", aspect="auto")
+        panel.set_title(title, fontsize=9)
+        panel.set_xticks([])
+        panel.set_yticks([])
+    figure.colorbar(image, ax=panels, label="gradient / largest", fraction=0.02, pad=0.01)
+    return figure
+
+
+def validation_images(config, count: int) -> torch.Tensor:
+    """``count`` images of the validation set, evenly spread over it, or all where there are fewer: (N, 3, S, S)."""
+    dataset = build_val_loader(config).dataset
+    indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+    return torch.stack([dataset[index][0] for index in indices.tolist()])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line; exits with status 2 for what the user can put right."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="the trained network; without one, a fresh one")
+    parser.add_argument("--cfg", metavar="FILE", help="the config of a fresh network, or of a released checkpoint")
+    parser.add_argument("--data-path", metavar="DIR", help="the data set's folder; default: the config's")
+    parser.add_argument("--noise", action="store_true", help="take random images, not the validation set")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="images to average over; default: 64")
+    parser.add_argument("--output", default="receptive_field.png", metavar="FILE",
+                        help="the picture, .png, .pdf or .svg; default: receptive_field.png")
+    args = parser.parse_args(argv)
+    try:
+        model, images = _prepare(args)
+        measured = effective_fields(partial(model.forward_intermediates, intermediates_only=True), images)
+        fields = [field for field, _ in measured]
+        held = [areas(field, centre_of(field, size)) for field, size in measured]
+        titles = [f"stage {stage}: {h} x {w}\n50 % of it in {100 * held[stage - 1][1]:.1f} % of the image"
+                  for stage, (_, (h, w)) in enumerate(measured, start=1)]
+        save_figure(draw_fields(fields, titles), args.output)
+        numbers = Path(args.output).with_suffix(".npz")
+        np.savez_compressed(numbers, **{f"stage{stage}": field for stage, field in enumerate(fields, start=1)})
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"receptive_field.py: {error}\n")
+    print(f"Area of the smallest centred square that holds a share of the gradient, in % of the image's "
+          f"({len(images)} images of {images.shape[2]} x {images.shape[3]}):")
+    print("stage     output" + "".join(f"{share:>8.0%}" for share in SHARES))
+    for stage, ((_, (h, w)), shares) in enumerate(zip(measured, held, strict=True), start=1):
+        print(f"{stage:>5}{f'{h} x {w}':>11}" + "".join(f"{100 * share:>8.2f}" for share in shares))
+    print(f"drawn to {args.output}, the fields themselves are in {numbers}")
+
+
+def _prepare(args) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The network, in evaluation mode, and the images that the command line asks for, on one device."""
+    if not (args.checkpoint or args.cfg):
+        raise ValueError("name a checkpoint, or with --cfg the config of a fresh network")
+    if args.images < 1:
+        raise ValueError(f"--images is {args.images}; it must be at least 1")
+    config = load_config(args.cfg) if args.cfg else None
+    torch.manual_seed(0)
+    if args.checkpoint:
+        model, config, _ = load_network(args.checkpoint, config)
+    else:
+        model = build_model(config).eval()
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"{config.MODEL.NAME} gives no outputs of its stages (forward_intermediates)")
+    if args.noise:
+        channels, size = config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE
+        images = torch.randn(args.images, channels, size, size)
+    else:
+        config = config.clone()
+        config.defrost()
+        config.DATA.DATA_PATH = args.data_path or config.DATA.DATA_PATH
+        images = validation_images(config, args.images)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device), images.to(device)
+
+
+if __name__ == "__main__":
+    main()

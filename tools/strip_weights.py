@@ -1,0 +1,132 @@
+"""Draws the strip weights that a network has learnt: which token of a row or column each output token reads.
+
+    python tools/strip_weights.py output/NAME/TAG/best.pth                  # the last block of each stage
+    python tools/strip_weights.py output/NAME/TAG/best.pth --all --channel 3
+
+The picture has a line for each block: its row layer, then its column layer, each a matrix (output token, input token)
+for every row (column) k of the strip. Shown is the mean over the channels, in which what they have in common remains,
+or one channel. Prints for each layer how the squared weights are spread.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from config import load_config
+from inference import load_network
+from models.strip_mlp import StripMLP
+from plots import new_figure, save_figure
+
+
+def strip_layers(model: torch.nn.Module) -> dict[str, list[StripMLP]]:
+    """The strip layers of each block that has some, by the block's name, e.g. ``stages.0.1``: row, then column.
+
+    Raises:
+        ValueError: the network has none.
+    """
+    blocks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, StripMLP):
+            blocks.setdefault(".".join(name.split(".")[:3]), []).append(module)
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no strip layers; this tool is for Strip-MLP")
+    return blocks
+
+
+def last_of_each_stage(blocks: dict) -> dict:
+    """The last block of each stage."""
+    lasts = {name.split(".")[1]: name for name in blocks}
+    return {name: blocks[name] for name in lasts.values()}
+
+
+def shown_weight(weight: torch.Tensor, channel: int | None) -> torch.Tensor:
+    """What is drawn of a weight (D, L, L, K): the mean over D, or one of its channels: (L, L, K).
+
+    Raises:
+        ValueError: there is no such channel.
+    """
+    if channel is None:
+        return weight.mean(dim=0)
+    if not 0 <= channel < len(weight):
+        raise ValueError(f"--channel is {channel}; the smallest layer has channels 0 to {len(weight) - 1}")
+    return weight[channel]
+
+
+def summarise(weight: torch.Tensor) -> dict:
+    """How a strip weight (D, L, L, K) is spread.
+
+    Returns:
+        ``rms``, the root mean square; ``rows``, the share of the squared weights in each of the K rows (columns) of the
+        strip; ``near``, the share between a token and itself or its neighbours, and ``near_if_even``, what it is when
+        all weights are alike.
+    """
+    squares = weight.double().square().sum(dim=0)  # (L, L, K)
+    index = torch.arange(len(squares))
+    is_near = (index[:, None] - index[None]).abs() <= 1
+    return {
+        "rms": float((squares.sum() / weight.numel()).sqrt()),
+        "rows": (squares.sum(dim=(0, 1)) / squares.sum()).tolist(),
+        "near": float(squares[is_near].sum() / squares.sum()),
+        "near_if_even": float(is_near.double().mean()),
+    }
+
+
+def draw_weights(blocks: dict[str, list[StripMLP]], channel: int | None = None):
+    """A line of panels for each block, blue below and red above zero, on one scale for each layer.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    layers, width = len(next(iter(blocks.values()))), next(iter(blocks.values()))[0].weight.shape[3]
+    columns = layers * width
+    figure, panels = new_figure(len(blocks), columns, (1.35 * columns + 0.4, 1.6 * len(blocks) + 0.3), squeeze=False)
+    for line, (name, modules) in zip(panels, blocks.items(), strict=True):
+        _, stage, block = name.split(".")
+        for i, module in enumerate(modules):
+            weight = shown_weight(module.weight.detach().float().cpu(), channel)
+            limit = float(weight.abs().max())
+            for k, panel in enumerate(line[i * width:(i + 1) * width]):
+                panel.imshow(weight[:, :, k].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto",
+                             interpolation="nearest")
+                panel.set_xticks([])
+                panel.set_yticks([])
+                panel.set_title(f"{module.axis}, k = {k} (±{limit:.2g})", fontsize=7)
+        line[0].set_ylabel(f"stage {int(stage) + 1}, block {int(block) + 1}\noutput token", fontsize=7)
+    for panel in panels[-1]:
+        panel.set_xlabel("input token", fontsize=7)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line; exits with status 2 for what the user can put right."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CKPT", help="the trained network")
+    parser.add_argument("--cfg", metavar="FILE", help="the config of a checkpoint that holds none, as a released one")
+    parser.add_argument("--all", action="store_true", help="all blocks; default: the last of each stage")
+    parser.add_argument("--channel", type=int, metavar="N", help="this channel of a patch; default: the mean of all")
+    parser.add_argument("--output", default="strip_weights.png", metavar="FILE",
+                        help="the picture, .png, .pdf or .svg; default: strip_weights.png")
+    args = parser.parse_args(argv)
+    try:
+        model, _, _ = load_network(args.checkpoint, load_config(args.cfg) if args.cfg else None)
+        blocks = strip_layers(model)
+        drawn = blocks if args.all else last_of_each_stage(blocks)
+        save_figure(draw_weights(drawn, args.channel), args.output)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"strip_weights.py: {error}\n")
+    print("layer                  root mean square   squared weights by k (%)   token and neighbours (% / if even)")
+    for name, modules in blocks.items():
+        for module in modules:
+            spread = summarise(module.weight.detach())
+            rows = " ".join(f"{100 * share:5.1f}" for share in spread["rows"])
+            print(f"{f'{name} {module.axis}':<21}{spread['rms']:>18.4f}{rows:>27}"
+                  f"{100 * spread['near']:>22.1f} / {100 * spread['near_if_even']:.1f}")
+    print(f"drawn to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
