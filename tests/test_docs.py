@@ -1,4 +1,4 @@
-"""What docs/reproduce.md and docs/results.md say that a program can check: the commands, the files, the estimates, the tables made from records."""
+"""What docs/reproduce.md and docs/results.md say that a program can check: commands, files, estimates, tables."""
 
 import contextlib
 import io
