@@ -48,7 +48,8 @@ def strip_mix(
     Returns:
         (N, C, H, W); channels last where x is.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    # The meta device, on which costs are counted, knows no autocast.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if form == "auto":
         fits = x.is_cuda and x.dtype in _TRITON_DTYPES and weight.shape[1] <= _TRITON_LONGEST
