@@ -36,7 +36,7 @@ class FusedStripMixingBlock(nn.Module):
         for name in ("row", "column"):
             strip, position = getattr(cgsmm, f"{name}_strip"), getattr(cgsmm, f"{name}_position")
             self.register_buffer(f"{name}_weight", strip.weight.detach())
-            self.register_buffer(f"{name}_map", strip(position.map()[None]))  # (1, C/2, H, W)
+            self.register_buffer(f"{name}_map", _channels_last(strip(position.map()[None])))  # (1, C/2, H, W)
 
         scale, shift = _affine(cgsmm.norm)
         self.register_buffer("fuse_weight", cgsmm.row_fuse.weight * scale[:, None, None, None])
@@ -77,6 +77,10 @@ class FusedChannelMixingBlock(nn.Module):
 
 
 _gelu_ = torch.ops.aten.gelu_.default
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,8 +75,8 @@ class RelativePosition(nn.Module):
     def map(self):
         """() -> (C, H, W)"""
         # Row i of the map reads the W entries from H - i on, so the rows are the table's windows in reverse order.
-        rows = self.table[1:-1].unfold(0, self.width, 1).flip(0)  # (H, C, W)
-        return rows.transpose(0, 1)
+        rows = self.table[1:-1].unfold(0, self.width, 1).transpose(1, 2).flip(0)  # (H, W, C)
+        return rows.permute(2, 0, 1)
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
@@ -129,10 +129,11 @@ class LSMM(nn.Module):
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
         row, column = self.row_conv(x), self.column_conv(x)
-        pooled = (row + column + x).mean((2, 3), keepdim=True)
+        pooled = sum(branch.mean((2, 3), keepdim=True) for branch in (row, column, x))
         scores = self.reweight_fc2(F.gelu(self.reweight_fc1(pooled)))
-        weights = scores.view(x.shape[0], -1, 3).softmax(dim=2)[:, :, :, None, None]  # (N, C, 3, 1, 1)
-        return column * weights[:, :, 0] + row * weights[:, :, 1] + x * weights[:, :, 2]
+        weights = scores.view(x.shape[0], -1, 3).softmax(dim=2).to(row.dtype)[:, :, :, None, None]  # (N, C, 3, 1, 1)
+        mixed = torch.addcmul(column * weights[:, :, 0], row, weights[:, :, 1])
+        return torch.addcmul(mixed, x, weights[:, :, 2])
 
 
 class StripMixingBlock(nn.Module):

@@ -1,8 +1,8 @@
 """The published formulation: the same module tree and weights, the sums in another arrangement.
 
 A strip layer is a grouped convolution over a permuted copy of its input, with the weight in its stored shape
-(D*L, L, 1, K); a position map is gathered from its table by indices that the host makes anew in every forward pass;
-global response normalisation is written out term by term. ``tools/benchmark.py`` measures against it and the tests
+(D*L, L, 1, K); a position map is gathered from its table by indices that the host makes anew in every forward pass; LSMM
+and global response normalisation are written out term by term. ``tools/benchmark.py`` measures against it and the tests
 check that it computes the same network.
 """
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.strip_mlp import GRN, RelativePosition, StripMLP
+from models.strip_mlp import GRN, LSMM, RelativePosition, StripMLP
 
 
 def published_formulation(model: nn.Module) -> nn.Module:
@@ -52,6 +52,16 @@ class _GatheredPosition(RelativePosition):
         return self.table[offsets.to(self.table.device)].permute(2, 0, 1)
 
 
+class _SummedBranches(LSMM):
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
+        row, column = self.row_conv(x), self.column_conv(x)
+        pooled = (row + column + x).mean((2, 3), keepdim=True)
+        scores = self.reweight_fc2(F.gelu(self.reweight_fc1(pooled)))
+        weights = scores.view(len(x), -1, 3).softmax(dim=2)[:, :, :, None, None]  # (N, C, 3, 1, 1)
+        return column * weights[:, :, 0] + row * weights[:, :, 1] + x * weights[:, :, 2]
+
+
 class _ThreePassNormalisation(GRN):
     def forward(self, x):
         """(N, H, W, C) -> (N, H, W, C)"""
@@ -60,4 +70,7 @@ class _ThreePassNormalisation(GRN):
         return self.gamma * (x * response) + self.beta + x
 
 
-_PUBLISHED = {StripMLP: GroupedConvolution, RelativePosition: _GatheredPosition, GRN: _ThreePassNormalisation}
+_PUBLISHED = {
+    StripMLP: GroupedConvolution, RelativePosition: _GatheredPosition, LSMM: _SummedBranches,
+    GRN: _ThreePassNormalisation,
+}
