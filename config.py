@@ -46,6 +46,7 @@ _C.MODEL.STRIP_MLP.DEPTHS = [2, 2, 6, 2]  # blocks of the four stages
 _C.MODEL.STRIP_MLP.MLP_RATIO = 3.0  # alpha: width of the channel mixing over its input's
 _C.MODEL.STRIP_MLP.NUM_PATCHES = 2  # P: channel patches that share the strip weights
 _C.MODEL.STRIP_MLP.STRIP_WIDTH = 3  # rows (columns) that a strip spans, odd
+_C.MODEL.STRIP_MLP.FORM = "auto"  # how strips are computed: plain | matmul | triton | auto, by device, shape and type
 _C.MODEL.STRIP_MLP.TOKEN_MIXERS = "both"  # ablation: both, on half of the channels each | cgsmm | lsmm, on all of them
 _C.MODEL.STRIP_MLP.CASCADE = True  # ablation: CGSMM's column strips read what the row strips made; False: the input
 _C.MODEL.STRIP_MLP.SHORTCUTS = True  # ablation: the cross-stage shortcuts
@@ -99,6 +100,7 @@ _C.AUG.MIXUP_MODE = "batch"  # what shares one draw: batch | pair | elem
 # ---- evaluation ----------------------------------------------------------------------------------
 _C.TEST = CfgNode()
 _C.TEST.CROP = True  # resize to 256/224 of the input size, then crop the centre; False: resize to the input size
+_C.TEST.FUSE = False  # --eval, --throughput: the network's inference form, faster and equal within rounding
 _C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, a line per image
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -120,6 +122,7 @@ _CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "MODEL.TYPE": ("strip_mlp", "timm"),
+    "MODEL.STRIP_MLP.FORM": ("auto", "plain", "matmul", "triton"),
     "MODEL.DROP_PATH_SCHEDULE": ("constant", "linear"),
     "MODEL.STRIP_MLP.TOKEN_MIXERS": ("both", "cgsmm", "lsmm"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),

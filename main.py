@@ -259,8 +259,8 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
         if content.get("model_ema"):
             ema = ModelEmaV3(model)
             load_strict(ema.module, adapt_size(content["model_ema"], model))
-    if config.COMPILE:
-        model.compile()
+            _as_evaluated(config, ema.module)
+    _as_evaluated(config, model)
     precision = Precision(config.AMP_DTYPE, device)
     predictions = [] if config.TEST.PREDICTIONS else None
     results = _evaluate_all(model, ema, loader, precision, predictions)
@@ -280,10 +280,9 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
 
 def throughput(config, device: torch.device) -> None:
     """Logs images per second of the forward pass, on random images of the config's size and batch size."""
-    model = _build_model(config, device)
-    if config.COMPILE:
-        model.compile()
+    model = _as_evaluated(config, _build_model(config, device))
     images = torch.randn(config.DATA.BATCH_SIZE, *image_shape(config), device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
     precision = Precision(config.AMP_DTYPE, device)
     speed = measure_throughput(model, images, precision)
     logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s, batch size {len(images)}, {precision.name}, "
@@ -327,7 +326,18 @@ def _build_loaders(config):
 
 def _build_model(config, device: torch.device) -> nn.Module:
     torch.backends.cudnn.benchmark = not config.DETERMINISTIC  # the fastest algorithms: every batch has the same shape
-    return build_model(config).to(device)
+    return build_model(config).to(device, memory_format=torch.channels_last)
+
+
+def _as_evaluated(config, model: nn.Module) -> nn.Module:
+    """The network in its inference form and compiled, where the config says so."""
+    if config.TEST.FUSE:
+        if not hasattr(model, "fuse"):
+            raise ValueError(f"TEST.FUSE is True, but {config.MODEL.NAME} has no inference form; set it False")
+        model.fuse()
+    if config.COMPILE:
+        model.compile()
+    return model
 
 
 def _describe_run(config, state: TrainState, device, folder: Path, train_loader) -> None:
@@ -346,7 +356,8 @@ def _describe_run(config, state: TrainState, device, folder: Path, train_loader)
         "base_lr": config.TRAIN.BASE_LR,
         "updates_per_epoch": state.lr_scheduler.steps_per_epoch,
         "training_images": layout.training_images,
-        "parameters": sum(p.numel() for p in state.model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "frozen_parameters": sum(p.numel() for p in state.model.parameters() if not p.requires_grad),
         "macs": macs,
         "amp_dtype": Precision(config.AMP_DTYPE, device).name,
         "classes": list(train_loader.dataset.classes),
@@ -357,7 +368,9 @@ def _describe_run(config, state: TrainState, device, folder: Path, train_loader)
     for key, value in run.items():
         if key != "classes":
             logger.info(f"{key}: {value}")
-    logger.info(f"{run['parameters'] / 1e6:.2f} M parameters, {run['macs'] / 1e9:.3f} G multiply-accumulates an image")
+    frozen = f", {run['frozen_parameters'] / 1e6:.2f} M of them frozen" if run["frozen_parameters"] else ""
+    logger.info(f"{run['parameters'] / 1e6:.2f} M parameters{frozen}; "
+                f"{run['macs'] / 1e9:.3f} G multiply-accumulates an image")
 
 
 def _open_metrics(config, state: TrainState, folder: Path) -> MetricsWriter:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .ablations import build_ablated
 from .freeze import freeze_stages
-from .strip_mlp import StripMLPNet
+from .strip_mlp import StripMLP, StripMLPNet
 
 
 def build_model(config) -> nn.Module:
@@ -38,6 +38,9 @@ def build_model(config) -> nn.Module:
         }
         choices = strip_mlp.TOKEN_MIXERS, strip_mlp.CASCADE, strip_mlp.SHORTCUTS
         model = StripMLPNet(**kwargs) if choices == ("both", True, True) else build_ablated(*choices, **kwargs)
+        for module in model.modules():
+            if isinstance(module, StripMLP):
+                module.form = strip_mlp.FORM
     if config.TRAIN.USE_CHECKPOINT:
         try:
             model.set_grad_checkpointing(True)

@@ -20,7 +20,6 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
-FORMS = ("auto", "plain", "matmul", "triton")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_LONGEST = 128  # tokens of a strip whose square weight the kernels keep on the chip
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -49,7 +48,8 @@ def strip_mix(
     Returns:
         (N, C, H, W); channels last where x is.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    # The meta device, on which costs are counted, knows no autocast.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if form == "auto":
         fits = x.is_cuda and x.dtype in _TRITON_DTYPES and weight.shape[1] <= _TRITON_LONGEST
@@ -62,9 +62,12 @@ def _is_channels_last(x):
     return x.stride(1) == 1 and x.shape[1] > 1
 
 
-def _plain(x, weight, bias, axis):
+def strip_mix_plain(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: str
+) -> torch.Tensor:
+    """``strip_mix`` as the formula has it: slow, and the reference for every other form."""
     if axis == "column":
-        return _plain(x.transpose(2, 3), weight, bias, "row").transpose(2, 3)
+        return strip_mix_plain(x.transpose(2, 3), weight, bias, "row").transpose(2, 3)
     n, c, h, _ = x.shape
     d, length, _, width = weight.shape
     x = F.pad(x.reshape(n, c // d, d, h, length), (0, 0, width // 2, width // 2))
@@ -98,4 +101,4 @@ def _triton(x, weight, bias, axis):
     return strip_triton.mix(x.contiguous(), weight, bias, axis, tf32)
 
 
-_FORMS = {"plain": _plain, "matmul": _matmul, "triton": _triton}
+_FORMS = {"plain": strip_mix_plain, "matmul": _matmul, "triton": _triton}

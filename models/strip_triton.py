@@ -88,14 +88,15 @@ def _weight_grad_kernel(x, dy, dw, db, lines, PART_LINES: tl.constexpr,
 
 
 _SHAPE = ["ACROSS", "LENGTH", "PATCHES", "DIM", "WIDTH", "STEP_ALONG"]  # what the best blocks depend on
-_BLOCKS = [
+MIX_BLOCKS = [
     triton.Config({"BLOCK_M": block}, num_warps=warps, num_stages=stages)
     for block, warps, stages in ((32, 4, 3), (64, 4, 3), (128, 4, 3), (128, 8, 3), (256, 8, 2))
 ]
+WEIGHT_GRAD_BLOCKS = MIX_BLOCKS[:3]
 if knobs.runtime.interpret:  # on the CPU, where there is nothing to tune
-    _BLOCKS = _BLOCKS[:1]
-_mix_tuned = triton.autotune(_BLOCKS, key=_SHAPE)(_mix_kernel)
-_weight_grad_tuned = triton.autotune(_BLOCKS[:3], key=_SHAPE)(_weight_grad_kernel)
+    MIX_BLOCKS, WEIGHT_GRAD_BLOCKS = MIX_BLOCKS[:1], WEIGHT_GRAD_BLOCKS[:1]
+_mix_tuned = triton.autotune(MIX_BLOCKS, key=_SHAPE)(_mix_kernel)
+_weight_grad_tuned = triton.autotune(WEIGHT_GRAD_BLOCKS, key=_SHAPE)(_weight_grad_kernel)
 
 
 @torch.library.custom_op("strip_mlp::mix", mutates_args=())

@@ -117,7 +117,10 @@ def is_running(folder: Path) -> bool:
 
 def is_queued(job: str) -> bool:
     """Whether SLURM has a job of that name of this user's, running or waiting."""
-    listing = subprocess.run(["squeue", "--me", "--noheader", "--format=%j"], stdout=subprocess.PIPE, text=True)
+    try:
+        listing = subprocess.run(["squeue", "--me", "--noheader", "--format=%j"], stdout=subprocess.PIPE, text=True)
+    except FileNotFoundError:
+        raise ValueError("--slurm: there is no squeue here; start from a machine that can submit jobs") from None
     return job in listing.stdout.split()
 
 

@@ -10,6 +10,7 @@ import torch
 
 from config import load_config
 from models import StripMLPNet, convert_released_state_dict, load_strict, to_released_state_dict
+from models.strip_mlp import StripMLP
 from optimizer import build_optimizer
 
 FIGURES = Path(__file__).parents[1] / "fidelity"
@@ -81,15 +82,21 @@ def test_logits_and_stage_statistics(name, dtype, tolerance):
         out = outputs[stage].flatten(1)
         assert relative_error(out.mean(1), figures["stage_mean"][str(stage)]) < tolerance
         assert relative_error(out.square().mean(1).sqrt(), figures["stage_rms"][str(stage)]) < tolerance
+    with torch.no_grad():
+        assert relative_error(model.fuse()(images_of(figures, dtype)), figures["logits"]) < tolerance
 
 
-def test_training_steps():
+@pytest.mark.parametrize("form, layout", [("auto", torch.channels_last), ("plain", torch.contiguous_format)])
+def test_training_steps(form, layout):
     """Losses, gradient norms and BatchNorm statistics of four AdamW steps, with this project's own optimiser."""
     figures = load_figures("train_c80_64")
-    model = build(figures, torch.float64, drop_path_rate=0.0)
+    model = build(figures, torch.float64, drop_path_rate=0.0).to(memory_format=layout)
+    for module in model.modules():
+        if isinstance(module, StripMLP):
+            module.form = form
     optimizer = build_optimizer(load_config("", ["MODEL.NAME", "fidelity"]), model)
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
-    images = images_of(figures, torch.float64)
+    images = images_of(figures, torch.float64).contiguous(memory_format=layout)
     targets = torch.arange(figures["images"]) % figures["num_classes"]
     losses, norms = [], []
     for step in range(figures["steps"]):

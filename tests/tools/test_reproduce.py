@@ -70,7 +70,7 @@ def test_launchers(table):
     assert "second" in options(command)["--output"]
 
 
-def test_slurm(table, tmp_path, monkeypatch):
+def test_slurm(table, tmp_path, monkeypatch, capsys):
     """Jobs that wait in the queue are not submitted again; stand-ins for SLURM's own commands."""
     queue, path = tmp_path / "queue", tmp_path / "squeue"
     path.write_text(f'#!/bin/bash\ncat "{queue}"\n')
@@ -84,6 +84,10 @@ def test_slurm(table, tmp_path, monkeypatch):
     assert (ROOT / command[7]).is_file()
     monkeypatch.chdir(tmp_path)
     assert table("--slurm", "")[0] == 2
+    monkeypatch.chdir(ROOT)
+    path.unlink()
+    assert table("--slurm", "")[0] == 2
+    assert "there is no squeue here" in capsys.readouterr().err
 
 
 def test_finished_runs_are_skipped(table, tmp_path, capsys):

@@ -1,0 +1,99 @@
+"""The inference form equals the network that it was made from."""
+
+import copy
+
+import pytest
+import torch
+
+from models import StripMLPNet
+from models.ablations import build_ablated
+from models.fused import FusedChannelMixingBlock, FusedStripMixingBlock
+
+
+def trained(dtype=torch.float64, build=StripMLPNet, **kwargs):
+    """A network whose every parameter and statistic is drawn, so that nothing that is folded is trivial."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"img_size": 32, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_classes": 7} | kwargs
+    net = build(**options).double()
+    for name, value in net.state_dict().items():
+        if value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            scale = value[0].numel() ** -0.5 if value.ndim == 4 and "grn" not in name else 0.3
+            value.copy_(noise.abs() + 0.5 if "running_var" in name else noise * scale + (value.ndim == 1))
+    return net.to(dtype).eval()
+
+
+def images(*size, dtype=torch.float64):
+    return torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def relative_error(value, reference):
+    return float((value - reference).double().norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kwargs", [{}, {"num_patches": 4}, {"img_size": (32, 64)}, {"strip_width": 5}], ids=str)
+@torch.no_grad()
+def test_equals_the_network(kwargs, dtype, tolerance):
+    net = trained(dtype, **kwargs)
+    x = images(*net.img_size, dtype=dtype)
+    features, logits = net.forward_features(x), net(x)
+    fused = copy.deepcopy(net).fuse()
+    assert relative_error(fused(x), logits) < tolerance
+    assert relative_error(fused.forward_features(x), features) < tolerance
+    fused.to(memory_format=torch.channels_last)
+    assert relative_error(fused(x.contiguous(memory_format=torch.channels_last)), logits) < tolerance
+
+
+@torch.no_grad()
+def test_every_block_is_fused_and_norms_are_gone():
+    net = trained()
+    assert fused_norms(net) == (5 * 3 + 1)  # three in each of the five blocks, and the last
+    net.fuse().fuse()  # the second time there is nothing left to do
+    assert fused_norms(net) == (5 * 1 + 1)
+    for stage in net.stages:
+        for block in stage:
+            assert type(block.token_mixing) is FusedStripMixingBlock
+            assert type(block.channel_mixing) is FusedChannelMixingBlock
+    assert not any(p.requires_grad for stage in net.stages for p in stage.parameters())
+
+
+def fused_norms(net):
+    return sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
+
+
+@torch.no_grad()
+def test_the_input_is_left_as_it_is():
+    net, x = trained().fuse(), images(32, 32)
+    before = x.clone()
+    first, second = net(x), net(x)
+    assert torch.equal(x, before) and torch.equal(first, second)
+    block = net.stages[0][0]
+    y = images(8, 8).repeat(1, 6, 1, 1)[:, :16]
+    before = y.clone()
+    block(y)
+    assert torch.equal(y, before)
+
+
+@torch.no_grad()
+def test_ablated_token_mixing_stays():
+    net = trained(build=build_ablated, mixers="cgsmm", cascade=False, shortcuts=True)
+    x = images(32, 32)
+    logits = net(x)
+    assert relative_error(net.fuse()(x), logits) < 1e-12
+    assert fused_norms(net) == 5 * 3 + 1
+
+
+@torch.no_grad()
+def test_autocast():
+    net, x = trained(torch.float32), images(32, 32, dtype=torch.float32)
+    exact = net(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, fused = net(x).float(), copy.deepcopy(net).fuse()(x).float()
+    assert relative_error(fused, exact) < 2 * relative_error(plain, exact) < 0.2
+
+
+@torch.no_grad()
+def test_compiles_without_a_graph_break():
+    net, x = trained(torch.float32, depths=(1, 1, 1, 1)).fuse(), images(32, 32, dtype=torch.float32)
+    assert relative_error(torch.compile(net, backend="eager", fullgraph=True)(x), net(x)) < 1e-5

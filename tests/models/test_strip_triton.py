@@ -1,0 +1,123 @@
+"""The Triton kernels: on the GPU where there is one, else in Triton's interpreter; compiled for GPUs in either case."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from models.strip_ops import strip_mix, strip_mix_plain
+from tests.helpers import ROOT
+from tests.models.test_strip_ops import AXES, draw, relative_error
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+triton_mix = partial(strip_mix, form="triton")
+
+# C_in, H, W, P, images, strip width: powers of two and not, one token, blocks of lines that end within a map
+SHAPES = [(4, 7, 7, 2, 3, 3), (2, 16, 16, 1, 1, 3), (4, 5, 9, 2, 2, 5), (4, 8, 6, 4, 1, 1), (2, 1, 1, 1, 3, 3)]
+STAGES = [(40, 56, 56, 2, 5, 3), (80, 28, 28, 2, 5, 3), (192, 14, 14, 4, 5, 3), (320, 7, 7, 2, 5, 3)]
+STAGES += [(56, 56, 56, 4, 128, 3), (40, 64, 112, 2, 2, 3)]
+
+
+def results(form, tensors, axis, grad):
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    y = form(*tensors, axis)
+    return dict(zip(("y", "x", "weight", "bias"), (y, *torch.autograd.grad(y, tensors, grad.to(y.dtype))), strict=True))
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("shape", SHAPES + [pytest.param(s, marks=pytest.mark.cuda) for s in STAGES], ids=str)
+def test_against_the_plain_form(shape, dtype, tolerance, axis):
+    c, h, w, p, n, width = shape
+    if DEVICE == "cpu" and shape in STAGES:
+        pytest.skip("needs a CUDA GPU")
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("needs a CUDA GPU: Triton's interpreter multiplies no bfloat16")
+    x, weight, bias = (t.to(DEVICE) for t in draw(n, c, h, w, p, width, axis))
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype).to(DEVICE)
+    # Weights and biases stay in 32 bits, as autocast's do; what they are rounded to is the kernel's business.
+    found = results(triton_mix, (x.to(dtype), weight.float(), bias.float()), axis, grad)
+    expected = results(strip_mix_plain, (x.to(dtype).double(), weight.float().double(), bias), axis, grad)
+    for name, value in found.items():
+        assert value.dtype == (dtype if name in ("y", "x") else torch.float32)
+        assert relative_error(value, expected[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_layouts_and_missing_bias(axis):
+    x, weight, bias = (t.float().to(DEVICE) for t in draw(2, 8, 7, 7, 2, 3, axis))
+    expected = triton_mix(x, weight, bias, axis)
+    for layout in (x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], dim=1)[:, :8],
+                   x.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert torch.equal(triton_mix(layout, weight, bias, axis), expected)
+    along = bias.repeat(2, 1)[:, None, :] if axis == "row" else bias.repeat(2, 1)[:, :, None]
+    torch.testing.assert_close(triton_mix(x, weight, None, axis) + along, expected)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_as_a_pytorch_operator(axis):
+    """Its shapes without data, its backward's registration, and compilation, as PyTorch itself checks them."""
+    from models import strip_triton
+
+    x, weight, bias = (t.float().to(DEVICE).requires_grad_() for t in draw(1, 4, 3, 5, 2, 3, axis))
+    torch.library.opcheck(strip_triton.mix, (x, weight, bias, axis, False))
+    dy = torch.ones_like(x).detach()
+    torch.library.opcheck(strip_triton.weight_grad, (x.detach(), dy, 2, 3, axis, False))
+
+
+def test_compiled_network_has_no_graph_break():
+    from models import StripMLPNet
+    from models.strip_mlp import StripMLP
+
+    torch.manual_seed(0)
+    net = StripMLPNet(img_size=32, embed_dim=4, depths=(1, 1, 1, 1), num_classes=3, drop_path_rate=0.0).to(DEVICE)
+    images = torch.randn(6, 3, 32, 32, device=DEVICE)
+    expected = torch.autograd.grad(net(images).square().sum(), list(net.parameters()))
+    for module in net.modules():
+        if isinstance(module, StripMLP):
+            module.form = "triton"
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(images).square().sum(), list(net.parameters()))
+    assert relative_error(*(torch.cat([g.flatten() for g in grads]) for grads in (found, expected))) < 1e-4
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from models import strip_triton
+
+def check(kernel, tensors, constants, capability, config):
+    arguments = tensors | {"lines": "i32"} | dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(tensors))}
+    source = ASTSource(fn=kernel, signature=arguments, constexprs=constants, attrs=aligned)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert "wgmma" in compiled.asm["ptx"] or "mma.sync" in compiled.asm["ptx"]  # tensor cores
+    assert compiled.metadata.shared <= 100 * 1024, compiled.metadata.shared  # what every GPU since Ampere has
+    assert compiled.asm["cubin"]
+
+for capability, length, row in ((90, 56, True), (80, 56, False), (90, 14, False)):
+    constants = {"ACROSS": length, "LENGTH": length, "PATCHES": 2, "DIM": 20, "WIDTH": 3, "PRECISION": "ieee",
+                 "STEP_ACROSS": length if row else 1, "STEP_ALONG": 1 if row else length,
+                 "BLOCK_L": max(16, triton.next_power_of_2(length))}
+    for config in strip_triton.MIX_BLOCKS[-1:]:
+        check(strip_triton._mix_kernel, {"x": "*bf16", "weight": "*bf16", "bias": "*fp32", "y": "*bf16"},
+              constants | config.kwargs | {"HAS_BIAS": True}, capability, config)
+    for config in strip_triton.WEIGHT_GRAD_BLOCKS[-1:]:
+        check(strip_triton._weight_grad_kernel, {"x": "*bf16", "dy": "*bf16", "dw": "*fp32", "db": "*fp32"},
+              constants | config.kwargs | {"PART_LINES": 1792}, capability, config)
+print("compiled")
+"""
+
+
+def test_compiles_for_gpus_without_one(tmp_path):
+    """To machine code of two generations, on tensor cores, within the memory that a block has on the chip."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "compiled\n", done.stderr[-2000:]

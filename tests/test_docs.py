@@ -1,0 +1,67 @@
+"""What docs/reproduce.md and docs/results.md say that a program can check: commands, files, estimates, tables."""
+
+import contextlib
+import io
+import re
+import shlex
+
+import pytest
+
+from config import load_config
+from main import config_overrides
+from main import parse_arguments as parse_main_arguments
+from tests.helpers import ROOT
+from tools import paper_tables, reproduce
+
+REPRODUCE, RESULTS = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("reproduce.md", "results.md"))
+
+
+def commands(text):
+    """The commands of the bash blocks, as lists of words."""
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M):
+        for line in re.sub(r"<<'END'.*?^END", "", block.replace("\\\n", " "), flags=re.S | re.M).splitlines():
+            yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("text", [REPRODUCE, RESULTS], ids=["reproduce", "results"])
+def test_commands_and_files(text, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    found = list(commands(text))
+    assert found
+    for words in found:
+        if words[:2] == ["python", "tools/reproduce.py"]:
+            assert reproduce.main([*words[2:], "--dry-run"]) == 0, words
+        elif words[:2] == ["python", "main.py"]:
+            args = parse_main_arguments(words[2:])
+            load_config(args.cfg, config_overrides(args))
+        elif words[:2] == ["python", "tools/paper_tables.py"]:
+            assert set(words[2:3]) <= paper_tables.read_tables().keys()
+    files = re.findall(r"\]\((?!http)([^)#]+)", text)
+    files += [f"../{name}" for name in re.findall(r"`((?:tests|tools)/[\w/]+\.\w+)`", text)]
+    assert [name for name in files if not (ROOT / "docs" / name).exists()] == []
+
+
+@pytest.mark.parametrize("table", ["cifar10_cpu", "cifar10_gpu"])
+def test_tables_are_those_that_the_tool_makes_of_the_records(table, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert paper_tables.main([table, "--runs", "docs/results"]) == 0
+    assert capsys.readouterr().out.partition("\n\n")[2].strip() in RESULTS
+
+
+def test_records_hold_no_path_of_another_machine():
+    records = [path for path in (ROOT / "docs" / "results").rglob("*") if path.is_file()]
+    assert len(records) >= 3
+    for path in records:
+        assert not re.search(r"(?<![\w.])/\w+/", path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.slow
+def test_estimated_costs_are_what_the_command_prints():
+    (script,) = re.findall(r"<<'END'\n(.*?)^END$", REPRODUCE, re.S | re.M)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(script, {})
+    printed = dict(line.split(": ") for line in output.getvalue().splitlines())
+    claimed = dict(re.findall(r"^\| `(\w+)` \|.* estimate ([\d.]+) \|$", REPRODUCE, re.M))
+    assert len(claimed) == 5
+    for table, hours in claimed.items():
+        assert float(f"{float(printed[table]):.2g}") == float(hours), table
