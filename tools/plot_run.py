@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f"plot_run.py: {error}\n")
     for name, records in runs.items():
         best, epoch = best_accuracy(records)
-        accuracy = "not evaluated yet" if math.isnan(best) else f"best top-1 {best:.3f} after epoch {epoch}"
+        accuracy = "not evaluated yet" if math.isnan(best) else f"best top-1 {best:.3f} in epoch {epoch}"
         print(f"{name}: {records[-1]['step']} updates, {accuracy}")
     print(f"drawn to {args.output}")
 

@@ -33,7 +33,7 @@ def test_two_seeds(tmp_path):
     result = run([ROOT / "tools" / "plot_run.py", *folders, "--output", tmp_path / "both.png"])
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
-        "seed0: 10 updates, best top-1 60.000 after epoch 0", "seed1: 10 updates, best top-1 61.000 after epoch 0",
+        "seed0: 10 updates, best top-1 60.000 in epoch 0", "seed1: 10 updates, best top-1 61.000 in epoch 0",
         f"drawn to {tmp_path / 'both.png'}"]
     with Image.open(tmp_path / "both.png") as image:
         assert len(image.convert("RGB").getcolors(2**20)) > 100
