@@ -356,7 +356,8 @@ def _describe_run(config, state: TrainState, device, folder: Path, train_loader)
         "base_lr": config.TRAIN.BASE_LR,
         "updates_per_epoch": state.lr_scheduler.steps_per_epoch,
         "training_images": layout.training_images,
-        "parameters": sum(p.numel() for p in state.model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "frozen_parameters": sum(p.numel() for p in state.model.parameters() if not p.requires_grad),
         "macs": macs,
         "amp_dtype": Precision(config.AMP_DTYPE, device).name,
         "classes": list(train_loader.dataset.classes),
@@ -367,7 +368,9 @@ def _describe_run(config, state: TrainState, device, folder: Path, train_loader)
     for key, value in run.items():
         if key != "classes":
             logger.info(f"{key}: {value}")
-    logger.info(f"{run['parameters'] / 1e6:.2f} M parameters, {run['macs'] / 1e9:.3f} G multiply-accumulates an image")
+    frozen = f", {run['frozen_parameters'] / 1e6:.2f} M of them frozen" if run["frozen_parameters"] else ""
+    logger.info(f"{run['parameters'] / 1e6:.2f} M parameters{frozen}; "
+                f"{run['macs'] / 1e9:.3f} G multiply-accumulates an image")
 
 
 def _open_metrics(config, state: TrainState, folder: Path) -> MetricsWriter:

@@ -5,6 +5,7 @@ matplotlib is imported only where something is drawn, and drawn on a ``Figure`` 
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -109,12 +110,12 @@ def draw_curves(runs: dict[str, list[dict]]):
     Returns:
         A matplotlib Figure of three panels, a colour for each run.
     """
-    from matplotlib.lines import Line2D
     colours = dict(zip(runs, itertools.cycle(COLOURS)))  # noqa: B905 (the colours never end)
-    names = [f"{name}: best {best_accuracy(records)[0]:.2f} %".replace(": best nan %", "")
-             for name, records in runs.items()]
+    bests = {name: best_accuracy(records)[0] for name, records in runs.items()}
+    names = [name if math.isnan(best) else f"{name}: best {best:.2f} %" for name, best in bests.items()]
     columns = max(1, 130 // max(map(len, names)))
     figure, panels = new_figure(1, 3, size=(10.5, 3.2 + 0.2 * -(-len(runs) // columns)))
+    from matplotlib.lines import Line2D
     in_epochs = all(epochs_at(records, np.zeros(0)) is not None for records in runs.values())
     for name, records in runs.items():
         for panel, kind, value, look in _LINES:
@@ -138,7 +139,9 @@ def draw_curves(runs: dict[str, list[dict]]):
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
-    """A Figure of ``size`` inches and its panels (squeezed, as ``Figure.subplots`` returns them), in small print.
+    """A Figure of ``size`` inches and its panels (squeezed, as ``Figure.subplots`` returns them).
+
+    Call it before anything else of matplotlib is imported, so that its error is the one to be seen.
 
     Raises:
         ImportError: matplotlib is not installed.

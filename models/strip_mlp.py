@@ -213,12 +213,13 @@ class Block(nn.Module):
         x = x + self.drop_path(self.token_mixing(x))
         return x + self.drop_path(self.channel_mixing(x))
 
-    def fuse(self) -> None:
+    def fuse(self) -> "Block":
         """Puts inference forms in the place of its parts; an ablated token mixing has none and stays as it is."""
         if type(self.token_mixing) is StripMixingBlock:
             self.token_mixing = FusedStripMixingBlock(self.token_mixing.eval())
         if type(self.channel_mixing) is ChannelMixingBlock:
             self.channel_mixing = FusedChannelMixingBlock(self.channel_mixing)
+        return self
 
 
 class StripMLPNet(nn.Module):

@@ -135,10 +135,10 @@ def adapt_size(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[st
                 ("weight", "aj,djik,ib->dabk", (spread, gather)), ("bias", "aj,dj->da", (spread,)),
             ):
                 value = state_dict[f"{cgsmm}{axis}_strip.{name}"]
-                result = torch.einsum(equation, matrices[0], value.double(), *matrices[1:])
-                adapted[f"{cgsmm}{axis}_strip.{name}"] = result.to(value.dtype)
+                result = torch.einsum(equation, matrices[0], value.cpu().double(), *matrices[1:])
+                adapted[f"{cgsmm}{axis}_strip.{name}"] = result.to(value)
             table = state_dict[f"{cgsmm}{axis}_position.table"]
-            adapted[f"{cgsmm}{axis}_position.table"] = _resize_table(table.double(), old, new).to(table.dtype)
+            adapted[f"{cgsmm}{axis}_position.table"] = _resize_table(table.cpu().double(), old, new).to(table)
     if sizes:
         (old, new), count = sizes[0], len(sizes)
         logger.warning(

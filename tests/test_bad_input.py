@@ -105,6 +105,7 @@ for name, options, *message in [
     ("zip form of a set without one", ("DATA.ZIP_MODE", True), "DATA.ZIP_MODE", "digits"),
     ("unknown timm model", ("MODEL.TYPE", "timm", "MODEL.NAME", "resnet51"), "'resnet51'", "resnet50"),
     ("timm model without a name", ("MODEL.TYPE", "timm"), "smlp_nano_alpha3_patch2_32_digits", "not a timm model"),
+    ("more frozen stages than there are", ("TRAIN.FREEZE_STAGES", 5), "TRAIN.FREEZE_STAGES is 5", "has 4 stages"),
     ("timm model without drop path", ("MODEL.TYPE", "timm", "MODEL.NAME", "vgg11"), "vgg11", "DROP_PATH_RATE"),
     ("timm model of another size", ("MODEL.TYPE", "timm", "MODEL.NAME", "test_vit", "DATA.IMG_SIZE", 30),
      "test_vit", "DATA.IMG_SIZE"),
@@ -349,7 +350,8 @@ CHECKPOINTS = {
 }
 for name, (message, make) in CHECKPOINTS.items():
     for flags in (["--resume"], ["--pretrained"], ["--eval", "--resume"]):
-        if name == "of other classes" and flags == ["--pretrained"]:  # is allowed
+        if (name == "of other classes" and flags == ["--pretrained"]  # which are allowed
+                or name == "of another image size" and flags != ["--resume"]):
             continue
 
         @row(f"{' '.join(flags)} of a checkpoint {name}")

@@ -251,6 +251,8 @@ def test_values_of_files(text, key, expected, tmp_path):
     ("TRAIN.CLIP_GRAD", "-1", "TRAIN.CLIP_GRAD is -1.0; it must be at least 0"),
     ("TRAIN.BASE_LR", "0", "TRAIN.BASE_LR is 0.0; it must be above 0"),
     ("TRAIN.WARMUP_EPOCHS", "301", "TRAIN.WARMUP_EPOCHS is 301; it must be at most TRAIN.EPOCHS (300)"),
+    ("TRAIN.LAYER_DECAY", "0", "TRAIN.LAYER_DECAY is 0.0; it must be above 0 and at most 1"),
+    ("TRAIN.LAYER_DECAY", "1.01", "TRAIN.LAYER_DECAY is 1.01; it must be above 0 and at most 1"),
     ("TRAIN.OPTIMIZER.BETAS", "[0.9]", "TRAIN.OPTIMIZER.BETAS is [0.9]; it must be two numbers"),
     ("TRAIN.OPTIMIZER.BETAS", "[0.9, 1.0]", "TRAIN.OPTIMIZER.BETAS is [0.9, 1.0]"),
     ("TRAIN.OPTIMIZER.MOMENTUM", "0", "TRAIN.OPTIMIZER.MOMENTUM is 0.0; it must be between 0 and 1"),

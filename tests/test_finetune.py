@@ -63,6 +63,10 @@ def test_frozen_stages_and_layer_decay(pretrained, finetuned):
     log = (folder(finetuned) / "log_rank0.txt").read_text()
     assert "weights are for another input size" in log and "drawn anew: head.weight, head.bias" in log
     assert "freezes newly drawn weights" not in log
+    frozen = sum(value.numel() for key, value in expected_weights(pretrained).items()
+                 if key.startswith(FROZEN) and "running" not in key and "batches" not in key)
+    assert f"frozen_parameters: {frozen}\n" in (folder(finetuned) / "run.yaml").read_text()
+    assert f"M parameters, {frozen / 1e6:.2f} M of them frozen" in log
 
 
 def test_resuming_a_fine_tuning_changes_no_bit(finetuned, tmp_path):

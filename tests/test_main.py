@@ -26,6 +26,7 @@ from tests.helpers import (
     folder,
     run,
     torchrun,
+    uninstall,
 )
 
 
@@ -89,7 +90,7 @@ def test_a_run_ends_with_its_curves_and_where_everything_is(trained):
 
 
 def test_a_run_without_matplotlib_says_so_and_succeeds(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    uninstall(monkeypatch, "matplotlib")
     assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1)) == 0
     log = (folder(tmp_path) / "log_rank0.txt").read_text()
     assert "WARNING: the curves were not drawn: drawing needs matplotlib" in log and "pip install matplotlib" in log

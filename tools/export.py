@@ -12,6 +12,7 @@ where the checkpoint has one.
 """
 
 import argparse
+import copy
 import importlib
 import json
 import os
@@ -37,7 +38,7 @@ from models import StripMLPNet, to_released_state_dict
 TOLERANCE = 1e-4  # of the outputs, against the largest logit or 1
 
 
-def export(source: Path, target: Path, format: str, config=None) -> float:
+def export(source: Path, target: Path, format: str, config=None, fuse: bool = False) -> float:
     """Writes the network of a checkpoint to ``target``, which appears there only once it has passed the check.
 
     Args:
@@ -45,6 +46,7 @@ def export(source: Path, target: Path, format: str, config=None) -> float:
         target: a new file, its name ending as ``FORMATS`` says.
         format: a key of ``FORMATS``.
         config: the network's config; needed where the checkpoint holds none.
+        fuse: write the network's inference form, see ``StripMLPNet.fuse``.
 
     Returns:
         The largest difference of an output from the network's own, see ``largest_difference``.
@@ -54,9 +56,11 @@ def export(source: Path, target: Path, format: str, config=None) -> float:
             or as ``load_network``.
         OSError: ``target`` exists already or cannot be written.
     """
-    suffix, write, packages = FORMATS[format]
+    suffix, write, packages, has_weights_only = FORMATS[format]
     if target.suffix != suffix:
         raise ValueError(f"{target}: the name of a file in the format {format} must end in {suffix}")
+    if fuse and has_weights_only:
+        raise ValueError(f"--fuse is for onnx and torch-export; {format} holds the weights as they were trained")
     if target.exists():
         raise FileExistsError(f"{target} exists already; remove it or choose another name")
     if not os.access(target.parent, os.W_OK):
@@ -67,9 +71,14 @@ def export(source: Path, target: Path, format: str, config=None) -> float:
         except ImportError as error:
             raise ValueError(f"{format} needs more packages ({error}): pip install {' '.join(packages)}") from None
     model, config, classes = load_network(source, config)
+    written = model
+    if fuse:
+        if not isinstance(model, StripMLPNet):
+            raise ValueError(f"--fuse knows Strip-MLP only; this network is a {type(model).__name__}")
+        written = copy.deepcopy(model).fuse()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as unfinished, torch.no_grad():
         path = Path(unfinished, target.name)
-        difference = largest_difference(model, write(model, config, classes, path), image_shape(config))
+        difference = largest_difference(model, write(written, config, classes, path), image_shape(config))
         if not difference <= TOLERANCE:
             raise ValueError(f"{target} was not written: its outputs differ from the network's by {difference:.1e}")
         os.replace(path, target)
@@ -141,16 +150,17 @@ def _metadata(config, classes: list[str]) -> dict[str, str]:
 
 
 class Format(NamedTuple):
-    """How a format's files are named and written, and the packages that takes beside requirements.txt."""
+    """How a format's files are named and written, which packages that takes beside requirements.txt, what they hold."""
 
     suffix: str
     write: Callable
     packages: tuple[str, ...] = ()
+    has_weights_only: bool = True
 
 
 FORMATS = {
-    "onnx": Format(".onnx", _write_onnx, ("onnx", "onnxscript", "onnxruntime")),
-    "torch-export": Format(".pt2", _write_torch_export),
+    "onnx": Format(".onnx", _write_onnx, ("onnx", "onnxscript", "onnxruntime"), has_weights_only=False),
+    "torch-export": Format(".pt2", _write_torch_export, has_weights_only=False),
     "safetensors": Format(".safetensors", _write_safetensors),
     "released": Format(".pth", _write_released),
     "native": Format(".pth", _write_native),
@@ -168,10 +178,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", metavar="FILE", type=Path, help="the new file; its ending names the format")
     parser.add_argument("--format", choices=FORMATS, help="needed for .pth only: released or native")
     parser.add_argument("--cfg", metavar="FILE", help="the network's config; only for released checkpoints")
+    parser.add_argument("--fuse", action="store_true", help="onnx, torch-export: write the faster inference form")
     args = parser.parse_args(argv)
     try:
         format = args.format or _format_of(args.target)
-        difference = export(args.checkpoint, args.target, format, load_config(args.cfg) if args.cfg else None)
+        config = load_config(args.cfg) if args.cfg else None
+        difference = export(args.checkpoint, args.target, format, config, args.fuse)
     except (ValueError, OSError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2

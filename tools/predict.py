@@ -66,7 +66,7 @@ def predict(model, transform, pictures: list[Image.Image], top_k: int) -> list[l
 
 SHEET_LIMIT = 1000  # pictures
 SHEET_CLASSES = 3  # named below each picture
-_SIDE, _GAP, _LINE = 144, 10, 18  # pixels: side of a picture, space between cells, height of a line of text
+_SIDE, _GAP, _LINE = 160, 10, 18  # pixels: side of a picture, space between cells, height of a line of text
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
             if args.sheet:
                 cells.append((path.name, thumbnail(picture), named[:SHEET_CLASSES]))
     if cells:
-        draw_sheet(cells).save(args.sheet)
+        draw_sheet(cells).save(args.sheet, optimize=True)
         print(f"contact sheet written to {args.sheet}", file=sys.stderr)
     if bad:
         print(f"predict.py: {bad} of {len(paths)} pictures could not be read", file=sys.stderr)

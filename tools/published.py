@@ -24,7 +24,7 @@ def published_formulation(model: nn.Module) -> nn.Module:
     return model
 
 
-class _GroupedConvolution(StripMLP):
+class GroupedConvolution(StripMLP):
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
         d, length, _, width = self.weight.shape
@@ -60,4 +60,4 @@ class _ThreePassNormalisation(GRN):
         return self.gamma * (x * response) + self.beta + x
 
 
-_PUBLISHED = {StripMLP: _GroupedConvolution, RelativePosition: _GatheredPosition, GRN: _ThreePassNormalisation}
+_PUBLISHED = {StripMLP: GroupedConvolution, RelativePosition: _GatheredPosition, GRN: _ThreePassNormalisation}

@@ -83,12 +83,12 @@ def draw_fields(fields: list[torch.Tensor], titles: list[str]):
     Returns:
         A matplotlib Figure.
     """
-    from matplotlib.colors import LogNorm
-    columns = min(len(fields), 4)
+    columns = min(len(fields), 6)
     rows = -(-len(fields) // columns)
     height, width = fields[0].shape
     size = (2.5 * columns + 0.7, (2.5 * height / width + 0.5) * rows)
     figure, panels = new_figure(rows, columns, size, squeeze=False)
+    from matplotlib.colors import LogNorm
     for panel in panels.flat[len(fields):]:
         panel.set_visible(False)
     for panel, field, title in zip(panels.flat, fields, titles, strict=False):

@@ -33,7 +33,7 @@ def strip_layers(model: torch.nn.Module) -> dict[str, list[StripMLP]]:
         if isinstance(module, StripMLP):
             blocks.setdefault(".".join(name.split(".")[:3]), []).append(module)
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no strip layers; this tool is for Strip-MLP")
+        raise ValueError(f"{type(model).__name__} has no strip layers, which this tool draws")
     return blocks
 
 

@@ -49,14 +49,17 @@ def test_onnx(network, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]  # the weights too are in it
 
 
-def test_torch_export(network, tmp_path):
+@pytest.mark.parametrize(("flags", "batch_norms"), [([], 3 * 4 + 1), (["--fuse"], 4 + 1)])
+def test_torch_export(flags, batch_norms, network, tmp_path):
+    """For any batch size; with ``--fuse``, two of the three BatchNorms of each of the four blocks are folded."""
     path, config, model = network
-    assert export.main([str(path), str(tmp_path / "a.pt2")]) == 0
+    assert export.main([str(path), str(tmp_path / "a.pt2"), *flags]) == 0
     about = {"classes": "", "preprocessing": ""}
     program = torch.export.load(tmp_path / "a.pt2", extra_files=about)
     for batch in (1, 2, 7):
         images, expected = logits(model, batch)
-        assert_close(program.module()(images), expected, rtol=1e-6, atol=1e-6)
+        assert_close(program.module()(images), expected, rtol=1e-5, atol=1e-5)
+    assert sum("batch_norm" in str(node.target) for node in program.graph.nodes) == batch_norms
     assert json.loads(about["classes"]) == CLASSES
 
 
@@ -98,6 +101,8 @@ def test_timm_models(tmp_path, capsys):
     assert export.main([str(path), str(tmp_path / "a.pt2")]) == 0
     assert export.main([str(path), str(tmp_path / "b.pth"), "--format", "released"]) == 2
     assert "the released code knows Strip-MLP only; this network is a ResNet" in capsys.readouterr().err
+    assert export.main([str(path), str(tmp_path / "b.pt2"), "--fuse"]) == 2
+    assert "--fuse knows Strip-MLP only; this network is a ResNet" in capsys.readouterr().err
 
 
 def test_the_difference_is_the_largest_against_the_largest_logit():
@@ -135,6 +140,7 @@ def test_a_file_with_other_outputs_is_not_written(error, network, tmp_path, monk
         (["NETWORK", "a.foo"], "a.foo: its ending does not name the format; add --format onnx or torch-export or "),
         (["NETWORK", "a.pth"], "a.pth: its ending does not name the format; add --format released or native"),
         (["NETWORK", "a.pth", "--format", "onnx"], "must end in .onnx"),
+        (["NETWORK", "a.safetensors", "--fuse"], "--fuse is for onnx and torch-export; safetensors holds the weights"),
         (["NETWORK", "here.pt2"], "here.pt2 exists already; remove it or choose another name"),
         (["NETWORK", "gone/a.pt2"], "gone is not a folder that can be written to"),
         (["gone.pth", "a.pt2"], "checkpoint gone.pth does not exist"),

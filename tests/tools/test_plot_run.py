@@ -1,12 +1,11 @@
 """The command line of ``tools/plot_run.py``; what it draws is tested in ``tests/test_plots.py``."""
 
 import json
-import sys
 
 import pytest
 from PIL import Image
 
-from tests.helpers import ROOT, run
+from tests.helpers import ROOT, run, uninstall
 from tools import plot_run
 
 
@@ -51,5 +50,5 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
         ([good, "--output", tmp_path / "gone" / "x.png"], "cannot write"),
     ]:
         assert message in failure(capsys, argv)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    uninstall(monkeypatch, "matplotlib")
     assert "pip install matplotlib" in failure(capsys, [good])

@@ -71,29 +71,29 @@ def test_text(known, pictures, capsys):
 
 
 def test_sheet(known, pictures, tmp_path, capsys):
-    """Seven pictures in three columns, each of 8x8 pixels enlarged to 144, over bars as long as the probabilities."""
+    """Seven pictures in three columns, each of 8x8 pixels enlarged to 160, over bars as long as the probabilities."""
     assert predict.main([str(known), str(pictures), "--sheet", str(tmp_path / "sheet.png")]) == 1
     assert str(tmp_path / "sheet.png") in capsys.readouterr().err
     sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
-    assert sheet.size == (3 * 154 + 10, 3 * (144 + 4 * 18 + 10) + 10)
+    assert sheet.size == (3 * 170 + 10, 3 * (160 + 4 * 18 + 10) + 10)
     images, _, _ = read_digits("val")
     for index in range(7):
-        x, y = 10 + index % 3 * 154, 10 + index // 3 * 226
-        shown = sheet.crop((x, y, x + 144, y + 144))
+        x, y = 10 + index % 3 * 170, 10 + index // 3 * 242
+        shown = sheet.crop((x, y, x + 160, y + 160))
         assert shown.resize((8, 8), Image.Resampling.BOX).tobytes() == images[index].tobytes()
         for line, probability in enumerate((0.4, 0.3, 0.1), start=1):
-            row = [sheet.getpixel((x + i, y + 144 + line * 18 + 1)) for i in range(154)]
-            assert row.count((173, 216, 230)) == pytest.approx(probability * 144, abs=1)  # light blue
-    assert sheet.getpixel((10 + 154 + 72, 10 + 2 * 226 + 72)) == (255, 255, 255)  # no eighth picture
+            row = [sheet.getpixel((x + i, y + 160 + line * 18 + 1)) for i in range(170)]
+            assert row.count((173, 216, 230)) == pytest.approx(probability * 160, abs=1)  # light blue
+    assert sheet.getpixel((10 + 170 + 80, 10 + 2 * 242 + 80)) == (255, 255, 255)  # no eighth picture
 
 
 def test_large_pictures_are_shown_whole_and_long_names_cut():
     picture = predict.thumbnail(Image.new("RGB", (1000, 500), "red"))
-    assert picture.size == (144, 72)
+    assert picture.size == (160, 80)
     sheet = predict.draw_sheet([("x" * 100, picture, [("y" * 100, 0.0)])])
-    assert sheet.size == (164, 10 + 144 + 2 * 18 + 10)
-    assert sheet.getpixel((82, 10 + 36)) == (255, 0, 0) and sheet.getpixel((82, 10 + 35)) == (255, 255, 255)
-    assert set(sheet.crop((154, 154, 164, 200)).getdata()) == {(255, 255, 255)}  # nothing beside the cell
+    assert sheet.size == (180, 10 + 160 + 2 * 18 + 10)
+    assert sheet.getpixel((90, 10 + 40)) == (255, 0, 0) and sheet.getpixel((90, 10 + 39)) == (255, 255, 255)
+    assert set(sheet.crop((170, 170, 180, 216)).tobytes()) == {255}  # nothing beside the cell
 
 
 @pytest.mark.parametrize(
