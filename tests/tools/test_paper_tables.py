@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from config import load_config, to_dict
+from config import flat_keys, load_config, to_dict
 from models import build_model
 from tests.helpers import DIGITS, ROOT, TINY
 from tools import paper_tables
@@ -189,6 +189,10 @@ def test_bad_input(tables, tmp_path):
     (folder / "run.yaml").write_text("git_commit: abc\n")
     status, _, error = tables()
     assert status == 2 and error.startswith("paper_tables.py: runs/damaged holds no readable run (KeyError(")
+
+
+def test_keys_that_do_not_matter_exist():
+    assert paper_tables.FREE_KEYS <= flat_keys(load_config()).keys()
 
 
 def test_paper_s_figures():
