@@ -358,7 +358,8 @@ def main(argv: list[str] | None = None) -> int:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; what is not given depends on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda where there is a GPU")
     parser.add_argument("--models", nargs="+", choices=list(VARIANTS), metavar="NAME",
                         help="variants to measure; default: all on a GPU, tiny_light and base on a CPU")
     parser.add_argument("--peers", nargs="*", default=PEERS, metavar="NAME", help="timm models to measure beside them")
