@@ -85,7 +85,8 @@ def test_one_update_is_the_textbook_update():
     no_decay = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith("bias")]
     optimizer = torch.optim.AdamW([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}],
                                   lr=config.TRAIN.WARMUP_LR, weight_decay=0.05)
-    nn.functional.cross_entropy(model(data[0][0]), data[0][1], label_smoothing=0.1).backward()
+    images, targets = data[0][0].contiguous(memory_format=torch.channels_last), data[0][1]
+    nn.functional.cross_entropy(model(images), targets, label_smoothing=0.1).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert norm > 0.1
     for p in model.parameters():
@@ -295,7 +296,7 @@ def test_evaluate_with_fewer_than_five_classes():
     class Loader(list):
         dataset = range(5)
 
-    loader = Loader([(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))])
+    loader = Loader([(torch.randn(5, 4, 1, 1), torch.tensor([0, 1, 2, 0, 1]))])
     assert evaluate(model, loader, Precision("fp32", CPU))["acc5"] == 100.0
 
 
@@ -303,7 +304,7 @@ def test_evaluate_refuses_to_lose_an_image():
     class Loader(list):
         dataset = range(6)
 
-    loader = Loader([(torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))])
+    loader = Loader([(torch.randn(5, 4, 1, 1), torch.zeros(5, dtype=torch.int64))])
     with pytest.raises(RuntimeError, match="5 images were evaluated, but the validation set has 6"):
         evaluate(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), loader, Precision("fp32", CPU))
 
