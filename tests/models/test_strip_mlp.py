@@ -220,7 +220,8 @@ def test_block_drops_both_branches_image_by_image():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("module, shape", [
-    (RelativePosition(8, 6), (4, 8, 6, 6)), (LayerNorm(8), (4, 6, 6, 8)), (GRN(8), (4, 6, 6, 8)), (LSMM(8), (4, 8, 6, 6)),
+    (RelativePosition(8, 6), (4, 8, 6, 6)), (LayerNorm(8), (4, 6, 6, 8)), (GRN(8), (4, 6, 6, 8)),
+    (LSMM(8), (4, 8, 6, 6)),
 ], ids=lambda value: type(value).__name__)
 def test_autocast_keeps_feature_maps_in_16_bits(module, shape, device):
     """Neither the result nor what is kept for the backward pass is a map of 32 bits, and the result is right."""
