@@ -16,15 +16,18 @@ Forms, all the same sums in another order:
 """
 
 import contextlib
-import importlib.util
 import os
 
 import torch
 import torch.nn.functional as F
 
+try:
+    from . import strip_triton
+except ImportError:  # a PyTorch without Triton; the other forms work without it
+    strip_triton = None
+
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_LONGEST = 128  # tokens of a strip whose square weight the kernels keep on the chip
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, for tests
 
 
@@ -113,15 +116,13 @@ def _triton(x, weight, bias, axis):
     lack = _triton_lacks(x, weight)
     if lack:
         raise ValueError(f"the strip layers' form 'triton' {lack}; let 'auto' choose (MODEL.STRIP_MLP.FORM auto)")
-    from . import strip_triton  # where there is no Triton, the other forms work without it
-
     tf32 = x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return strip_triton.mix(x.contiguous(), weight, bias, axis, tf32)
 
 
 def _triton_lacks(x, weight) -> str:
     """What keeps Triton's kernels from running; empty where nothing does."""
-    if not _HAS_TRITON:
+    if strip_triton is None:
         return "needs the package triton, which comes with PyTorch's CUDA builds"
     if not (x.is_cuda or x.is_meta or _IS_INTERPRETED):
         return f"needs a CUDA GPU, and this is the device {x.device.type}"

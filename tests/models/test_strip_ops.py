@@ -160,13 +160,13 @@ def test_patches_share_weights_and_rows_are_alike(axis):
 
 @pytest.mark.parametrize("change, message", [
     ({"_IS_INTERPRETED": False}, "needs a CUDA GPU, and this is the device cpu; .*MODEL.STRIP_MLP.FORM auto"),
-    ({"_HAS_TRITON": False}, "needs the package triton"),
-    ({"_IS_INTERPRETED": True, "_HAS_TRITON": True}, "at most 32 bits, and this is torch.float64"),
-    ({"_IS_INTERPRETED": True, "_HAS_TRITON": True, "_TRITON_DTYPES": (torch.float64,), "_TRITON_LONGEST": 2},
+    ({"strip_triton": None}, "needs the package triton"),
+    ({"_IS_INTERPRETED": True}, "at most 32 bits, and this is torch.float64"),
+    ({"_IS_INTERPRETED": True, "_TRITON_DTYPES": (torch.float64,), "_TRITON_LONGEST": 2},
      "strips of at most 2 tokens, and these have 3"),
 ])
 def test_where_triton_cannot_run_it_says_why(monkeypatch, change, message):
-    for name, value in ({"_HAS_TRITON": True} | change).items():
+    for name, value in ({"strip_triton": object()} | change).items():
         monkeypatch.setattr(strip_ops, name, value)
     with pytest.raises(ValueError, match=message):
         strip_mix(*draw(1, 4, 3, 3, 2, 3, "row"), "row", "triton")
