@@ -45,7 +45,7 @@ class NeverDue:
 
 def make_state(config, precision, updates_per_epoch=2, images=64, device=CPU):
     torch.manual_seed(0)
-    model = build_model(config).to(device, memory_format=torch.channels_last)
+    model = build_model(config).to(device)
     optimizer = build_optimizer(config, model)
     layout = Layout("digits", images, 10, config.SEED, False, 16, 1, 1)
     return TrainState(layout, model, optimizer, LRScheduler(config, optimizer, updates_per_epoch),
@@ -281,6 +281,7 @@ def test_the_host_waits_for_the_device_only_to_log(monkeypatch, dtype):
     config = tiny("AMP_DTYPE", dtype, "PRINT_FREQ", 1000, "MODEL.DROP_PATH_RATE", 0.1, "TRAIN.EPOCHS", 2)
     precision = Precision(dtype, cuda)
     state = make_state(config, precision, updates_per_epoch=4, device=cuda)
+    state.model.to(memory_format=torch.channels_last)
     state.ema = ModelEmaV3(state.model, decay=0.9)
     data = [(images.pin_memory(), targets.pin_memory()) for images, targets in batches(4)]
     mixup = build_mixup(config)
