@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .fused import FusedChannelMixingBlock, FusedStripMixingBlock
-from .strip_ops import strip_mix
+from .strip_ops import strip_mix, without_autocast
 from .weights import fit_state_dict
 
 
@@ -80,7 +80,7 @@ class RelativePosition(nn.Module):
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        return x + self.map()
+        return x + self.map().to(x.dtype)  # else autocast would make the sum a tensor of 32 bits
 
 
 class CGSMM(nn.Module):
@@ -170,12 +170,23 @@ class GRN(nn.Module):
 
     def scale(self, x):
         """(N, H, W, C) -> (N, 1, 1, C)"""
-        response = x.norm(dim=(1, 2), keepdim=True)
+        with without_autocast(x):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
         return (1 + self.gamma * response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
 
     def forward(self, x):
         """(N, H, W, C) -> (N, H, W, C)"""
         return torch.addcmul(self.beta.to(x.dtype), x, self.scale(x))  # gamma * (x * response) + beta + x in one pass
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation that stays in its input's precision under autocast; inside, it sums in 32 bits anyway."""
+
+    def forward(self, x):
+        """(..., C) -> (..., C)"""
+        with without_autocast(x):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class ChannelMixingBlock(nn.Module):
@@ -185,7 +196,7 @@ class ChannelMixingBlock(nn.Module):
         super().__init__()
         hidden_dim = int(mlp_ratio * dim)
         self.conv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, bias=False)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.grn = GRN(hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)

@@ -15,14 +15,20 @@ Forms, all the same sums in another order:
 - ``triton``: kernels for CUDA (``strip_triton.py``) that read the shifted rows in place.
 """
 
-import importlib.util
+import contextlib
+import os
 
 import torch
 import torch.nn.functional as F
 
+try:
+    from . import strip_triton
+except ImportError:  # a PyTorch without Triton; the other forms work without it
+    strip_triton = None
+
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_LONGEST = 128  # tokens of a strip whose square weight the kernels keep on the chip
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, for tests
 
 
 def strip_mix(
@@ -42,20 +48,32 @@ def strip_mix(
         weight: (D, L, L, K), L the length of a strip: W for rows, H for columns; K odd. Shared by all patches.
         bias: (D, L) or None.
         axis: ``"row"`` or ``"column"``.
-        form: ``"plain"``, ``"matmul"``, ``"triton"``, or ``"auto"``: Triton's kernels where they apply, which is on
-            CUDA in at most 32 bits with L up to 128, else the matrix product.
+        form: ``"plain"``, ``"matmul"``, ``"triton"``, or ``"auto"``: Triton's kernels where tensor cores multiply,
+            which is on CUDA in 16 bits, or in TF32 where it is allowed, with L up to 128; else the matrix product.
 
     Returns:
         (N, C, H, W); channels last where x is.
+
+    Raises:
+        ValueError: ``"triton"`` where its kernels cannot run.
     """
-    # The meta device, on which costs are counted, knows no autocast.
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _is_autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if form == "auto":
-        fits = x.is_cuda and x.dtype in _TRITON_DTYPES and weight.shape[1] <= _TRITON_LONGEST
-        form = "triton" if fits and _HAS_TRITON else "matmul"
+        has_tensor_cores = x.is_cuda and (x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32)
+        form = "triton" if has_tensor_cores and not _triton_lacks(x, weight) else "matmul"
     y = _FORMS[form](x, weight, bias, axis)
     return y.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else y
+
+
+def without_autocast(x: torch.Tensor):
+    """A context for what autocast would compute on a copy of x in 32 bits, though its kernels read 16."""
+    return torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else contextlib.nullcontext()
+
+
+def _is_autocast(x):
+    # The meta device, on which costs are counted, knows no autocast.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _is_channels_last(x):
@@ -95,10 +113,24 @@ def _matmul(x, weight, bias, axis):
 
 
 def _triton(x, weight, bias, axis):
-    from . import strip_triton  # where there is no Triton, the other forms work without it
-
-    tf32 = x.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    lack = _triton_lacks(x, weight)
+    if lack:
+        raise ValueError(f"the strip layers' form 'triton' {lack}; let 'auto' choose (MODEL.STRIP_MLP.FORM auto)")
+    tf32 = x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return strip_triton.mix(x.contiguous(), weight, bias, axis, tf32)
+
+
+def _triton_lacks(x, weight) -> str:
+    """What keeps Triton's kernels from running; empty where nothing does."""
+    if strip_triton is None:
+        return "needs the package triton, which comes with PyTorch's CUDA builds"
+    if not (x.is_cuda or x.is_meta or _IS_INTERPRETED):
+        return f"needs a CUDA GPU, and this is the device {x.device.type}"
+    if x.dtype not in _TRITON_DTYPES:
+        return f"computes in at most 32 bits, and this is {x.dtype}"
+    if weight.shape[1] > _TRITON_LONGEST:
+        return f"takes strips of at most {_TRITON_LONGEST} tokens, and these have {weight.shape[1]}"
+    return ""
 
 
 _FORMS = {"plain": strip_mix_plain, "matmul": _matmul, "triton": _triton}

@@ -11,34 +11,36 @@ one matrix product per channel of a patch, on tensor cores, accumulated in float
 of dy with the weight transposed and flipped. Nothing is added atomically, so results repeat bit for bit.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
 from triton import knobs
 
 
 @triton.jit
-def _line_offsets(m, d, ACROSS: tl.constexpr, PATCHES: tl.constexpr, DIM: tl.constexpr, LENGTH: tl.constexpr,
-                  STEP_ACROSS: tl.constexpr):
+def _line_offsets(m, d, patches, dim, ACROSS: tl.constexpr, LENGTH: tl.constexpr, STEP_ACROSS: tl.constexpr):
     """Where line m of channel d begins, and its place a among the lines of its map."""
     a = m % ACROSS
     image_and_patch = m // ACROSS
-    patch = image_and_patch % PATCHES
-    image = image_and_patch // PATCHES
-    channel = (image.to(tl.int64) * PATCHES + patch) * DIM + d
+    patch = image_and_patch % patches
+    image = image_and_patch // patches
+    channel = (image.to(tl.int64) * patches + patch) * dim + d
     return channel * (ACROSS * LENGTH) + a * STEP_ACROSS, a
 
 
 @triton.jit
-def _mix_kernel(x, weight, bias, y, lines,
-                ACROSS: tl.constexpr, LENGTH: tl.constexpr, PATCHES: tl.constexpr, DIM: tl.constexpr,
-                WIDTH: tl.constexpr, STEP_ACROSS: tl.constexpr, STEP_ALONG: tl.constexpr, HAS_BIAS: tl.constexpr,
-                PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr):
+def _mix_kernel(x, weight, bias, y, lines, patches, dim,
+                ACROSS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, STEP_ACROSS: tl.constexpr,
+                STEP_ALONG: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, HAS_BIAS: tl.constexpr,
+                BLOCK_M: tl.constexpr):
     """``BLOCK_M`` lines of one channel: x and y as stored, weight (D, K, L in, L out), bias (D, L)."""
     d = tl.program_id(1)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     along = tl.arange(0, BLOCK_L)
-    start, a = _line_offsets(m, d, ACROSS, PATCHES, DIM, LENGTH, STEP_ACROSS)
+    start, a = _line_offsets(m, d, patches, dim, ACROSS, LENGTH, STEP_ACROSS)
     is_token = along < LENGTH
     total = tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)
     for k in tl.static_range(WIDTH):
@@ -56,10 +58,10 @@ def _mix_kernel(x, weight, bias, y, lines,
 
 
 @triton.jit
-def _weight_grad_kernel(x, dy, dw, db, lines, PART_LINES: tl.constexpr,
-                        ACROSS: tl.constexpr, LENGTH: tl.constexpr, PATCHES: tl.constexpr, DIM: tl.constexpr,
-                        WIDTH: tl.constexpr, STEP_ACROSS: tl.constexpr, STEP_ALONG: tl.constexpr,
-                        PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr):
+def _weight_grad_kernel(x, dy, dw, db, lines, patches, dim, PART_LINES: tl.constexpr,
+                        ACROSS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, STEP_ACROSS: tl.constexpr,
+                        STEP_ALONG: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr,
+                        BLOCK_M: tl.constexpr):
     """The share of one part of the lines in dw (parts, D, K, L in, L out) and db (parts, D, L), for one k and d."""
     k = tl.program_id(0)
     d = tl.program_id(1)
@@ -72,7 +74,7 @@ def _weight_grad_kernel(x, dy, dw, db, lines, PART_LINES: tl.constexpr,
     vector = tl.zeros((BLOCK_L,), dtype=tl.float32)
     for first in range(0, PART_LINES, BLOCK_M):
         m = part * PART_LINES + first + tl.arange(0, BLOCK_M)
-        start, a = _line_offsets(m, d, ACROSS, PATCHES, DIM, LENGTH, STEP_ACROSS)
+        start, a = _line_offsets(m, d, patches, dim, ACROSS, LENGTH, STEP_ACROSS)
         is_line = (m < end) & (a + shift >= 0) & (a + shift < ACROSS)
         tokens = tl.load(x + (start + shift * STEP_ACROSS)[None, :] + along[:, None] * STEP_ALONG,
                          mask=is_token[:, None] & is_line[None, :], other=0.0)
@@ -80,14 +82,13 @@ def _weight_grad_kernel(x, dy, dw, db, lines, PART_LINES: tl.constexpr,
                        mask=(m < end)[:, None] & is_token[None, :], other=0.0)
         matrix = tl.dot(tokens, grad, matrix, input_precision=PRECISION)
         vector += tl.sum(grad.to(tl.float32), axis=0)
-    place = (part * DIM + d) * WIDTH + k
+    place = (part * dim + d) * WIDTH + k
     tl.store(dw + (place.to(tl.int64) * LENGTH + along[:, None]) * LENGTH + along[None, :], matrix,
              mask=is_token[:, None] & is_token[None, :])
     if shift == 0:
-        tl.store(db + (part * DIM + d) * LENGTH + along, vector, mask=is_token)
+        tl.store(db + (part * dim + d) * LENGTH + along, vector, mask=is_token)
 
 
-_SHAPE = ["ACROSS", "LENGTH", "PATCHES", "DIM", "WIDTH", "STEP_ALONG"]  # what the best blocks depend on
 MIX_BLOCKS = [
     triton.Config({"BLOCK_M": block}, num_warps=warps, num_stages=stages)
     for block, warps, stages in ((32, 4, 3), (64, 4, 3), (128, 4, 3), (128, 8, 3), (256, 8, 2))
@@ -95,8 +96,20 @@ MIX_BLOCKS = [
 WEIGHT_GRAD_BLOCKS = MIX_BLOCKS[:3]
 if knobs.runtime.interpret:  # on the CPU, where there is nothing to tune
     MIX_BLOCKS, WEIGHT_GRAD_BLOCKS = MIX_BLOCKS[:1], WEIGHT_GRAD_BLOCKS[:1]
-_mix_tuned = triton.autotune(MIX_BLOCKS, key=_SHAPE)(_mix_kernel)
-_weight_grad_tuned = triton.autotune(WEIGHT_GRAD_BLOCKS, key=_SHAPE)(_weight_grad_kernel)
+
+
+def worth_trying(configs: list[triton.Config], tensors: dict, PRECISION: str, **_) -> list[triton.Config]:
+    """The smallest blocks alone where runs must repeat, since the order of the sums goes with the blocks, and for
+    full 32-bit products, which use no tensor cores and whose larger blocks take minutes to compile."""
+    is_full = tensors["x"].dtype == torch.float32 and PRECISION == "ieee"
+    return configs[:1] if is_full or torch.are_deterministic_algorithms_enabled() else configs
+
+
+# What the best blocks depend on; D, P and the number of lines do not count, so networks share what was tuned.
+_TUNING = {"key": ["ACROSS", "LENGTH", "WIDTH", "STEP_ALONG", "PRECISION"],
+           "prune_configs_by": {"early_config_prune": worth_trying}}
+_mix_tuned = triton.autotune(MIX_BLOCKS, **_TUNING)(_mix_kernel)
+_weight_grad_tuned = triton.autotune(WEIGHT_GRAD_BLOCKS, **_TUNING)(_weight_grad_kernel)
 
 
 @torch.library.custom_op("strip_mlp::mix", mutates_args=())
@@ -111,11 +124,13 @@ def mix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: 
         tf32: multiply float32 in TF32.
     """
     y = torch.empty_like(x)
-    shape, lines = _shape(x, weight.shape[0], weight.shape[3], axis)
+    channels = weight.shape[0]
+    patches, lines, constants = _shape(x, channels, weight.shape[3], axis, tf32)
     packed = weight.permute(0, 3, 2, 1).to(x.dtype).contiguous()  # (D, K, L in, L out)
-    _mix_tuned[lambda meta: (triton.cdiv(lines, meta["BLOCK_M"]), shape["DIM"])](
-        x, packed, packed if bias is None else bias.contiguous(), y, lines, **shape, HAS_BIAS=bias is not None,
-        PRECISION="tf32" if tf32 else "ieee",
+    # Without a bias the kernel reads none; the weight in its place is of the same type, so nothing is tuned anew.
+    _mix_tuned[lambda meta: (triton.cdiv(lines, meta["BLOCK_M"]), channels)](
+        x, packed, weight if bias is None else bias.contiguous(), y, lines, patches, channels, **constants,
+        HAS_BIAS=bias is not None,
     )
     return y
 
@@ -125,28 +140,28 @@ def weight_grad(
     x: torch.Tensor, dy: torch.Tensor, channels: int, width: int, axis: str, tf32: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of ``mix``'s weight (D, L, L, K) and bias (D, L), both float32; x and dy contiguous."""
-    shape, lines = _shape(x, channels, width, axis)
-    length = shape["LENGTH"]
+    patches, lines, constants = _shape(x, channels, width, axis, tf32)
+    length = constants["LENGTH"]
     # Enough parts for every multiprocessor to have work; their sums meet in a fixed order.
     parts = max(1, min(512 // (width * channels), lines // 128))
     dw = torch.empty(parts, channels, width, length, length, device=x.device, dtype=torch.float32)
     db = torch.empty(parts, channels, length, device=x.device, dtype=torch.float32)
     _weight_grad_tuned[width, channels, parts](
-        x, dy, dw, db, lines, PART_LINES=triton.cdiv(lines, parts), **shape, PRECISION="tf32" if tf32 else "ieee",
+        x, dy, dw, db, lines, patches, channels, PART_LINES=triton.cdiv(lines, parts), **constants,
     )
     return dw.sum(0).permute(0, 3, 2, 1), db.sum(0)
 
 
-def _shape(x: torch.Tensor, channels: int, width: int, axis: str) -> tuple[dict, int]:
-    """The kernels' constants, and the number of lines that share a channel's weights."""
+def _shape(x: torch.Tensor, channels: int, width: int, axis: str, tf32: bool) -> tuple[int, int, dict]:
+    """The patches, the number of lines that share a channel's weights, and the kernels' constants."""
     n, c, h, w = x.shape
     across, length = (h, w) if axis == "row" else (w, h)
     step_across, step_along = (w, 1) if axis == "row" else (1, w)
-    constants = {
-        "ACROSS": across, "LENGTH": length, "PATCHES": c // channels, "DIM": channels, "WIDTH": width,
-        "STEP_ACROSS": step_across, "STEP_ALONG": step_along, "BLOCK_L": max(16, triton.next_power_of_2(length)),
+    patches = c // channels
+    return patches, n * patches * across, {
+        "ACROSS": across, "LENGTH": length, "WIDTH": width, "STEP_ACROSS": step_across, "STEP_ALONG": step_along,
+        "PRECISION": "tf32" if tf32 else "ieee", "BLOCK_L": max(16, triton.next_power_of_2(length)),
     }
-    return constants, n * (c // channels) * across
 
 
 @mix.register_fake
@@ -181,3 +196,15 @@ def _backward(ctx, dy):
 
 
 mix.register_autograd(_backward, setup_context=_setup_context)
+
+
+# What PyTorch's counter of operations takes a strip for, as it counts the other forms' products.
+@register_flop_formula(torch.ops.strip_mlp.mix)
+def _mix_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    _, length, _, width = weight_shape
+    return 2 * math.prod(x_shape) * length * width
+
+
+@register_flop_formula(torch.ops.strip_mlp.weight_grad)
+def _weight_grad_flops(x_shape, dy_shape, channels, width, axis, tf32, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * x_shape[3 if axis == "row" else 2] * width

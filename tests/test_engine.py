@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import engine
@@ -42,9 +43,9 @@ class NeverDue:
         return False
 
 
-def make_state(config, precision, updates_per_epoch=2, images=64):
+def make_state(config, precision, updates_per_epoch=2, images=64, device=CPU):
     torch.manual_seed(0)
-    model = build_model(config)
+    model = build_model(config).to(device)
     optimizer = build_optimizer(config, model)
     layout = Layout("digits", images, 10, config.SEED, False, 16, 1, 1)
     return TrainState(layout, model, optimizer, LRScheduler(config, optimizer, updates_per_epoch),
@@ -269,6 +270,38 @@ dist.destroy_process_group()
     (tmp_path / "check.py").write_text(script)
     result = run([*torchrun(2), tmp_path / "check.py", main.__file__.rsplit(os.sep, 1)[0]])
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_host_waits_for_the_device_only_to_log(monkeypatch, dtype):
+    """PyTorch raises at whatever would make it wait, from an epoch's beginning to its last log line."""
+    cuda = torch.device("cuda")
+    config = tiny("AMP_DTYPE", dtype, "PRINT_FREQ", 1000, "MODEL.DROP_PATH_RATE", 0.1, "TRAIN.EPOCHS", 2)
+    precision = Precision(dtype, cuda)
+    state = make_state(config, precision, updates_per_epoch=4, device=cuda)
+    state.model.to(memory_format=torch.channels_last)
+    state.ema = ModelEmaV3(state.model, decay=0.9)
+    data = [(images.pin_memory(), targets.pin_memory()) for images, targets in batches(4)]
+    mixup = build_mixup(config)
+    train(config, data, state, precision, mixup)  # tunes kernels, makes the optimiser's state
+    assert (state.epoch, state.step) == (1, 4)
+    log, forbidden = engine._Progress.log, []
+
+    def log_freely_at_the_end(progress, *args, **kwargs):
+        forbidden.append(torch.cuda.get_sync_debug_mode())
+        if state.batch == len(data):
+            torch.cuda.set_sync_debug_mode("default")
+        log(progress, *args, **kwargs)
+
+    monkeypatch.setattr(engine._Progress, "log", log_freely_at_the_end)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(config, data, state, precision, mixup)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (state.epoch, state.step) == (2, 8) and forbidden == [2] * 4  # 2: error
 
 
 # ---- evaluation ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.strip_mlp import GRN, LSMM, RelativePosition, StripMLP
+from models.strip_mlp import GRN, LSMM, LayerNorm, RelativePosition, StripMLP
 
 
 def published_formulation(model: nn.Module) -> nn.Module:
@@ -51,6 +51,10 @@ class _GatheredPosition(RelativePosition):
         offsets = torch.arange(self.width)[None, :] - torch.arange(height)[:, None] + height
         return self.table[offsets.to(self.table.device)].permute(2, 0, 1)
 
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
+        return x + self.map()
+
 
 class _SummedBranches(LSMM):
     def forward(self, x):
@@ -72,5 +76,5 @@ class _ThreePassNormalisation(GRN):
 
 _PUBLISHED = {
     StripMLP: GroupedConvolution, RelativePosition: _GatheredPosition, LSMM: _SummedBranches,
-    GRN: _ThreePassNormalisation,
+    GRN: _ThreePassNormalisation, LayerNorm: nn.LayerNorm,
 }

@@ -11,7 +11,17 @@ from torch import nn
 
 from config import load_config
 from models import StripMLPNet
-from models.strip_mlp import CGSMM, GRN, LSMM, VARIANTS, Block, ChannelMixingBlock, RelativePosition, StripMixingBlock
+from models.strip_mlp import (
+    CGSMM,
+    GRN,
+    LSMM,
+    VARIANTS,
+    Block,
+    ChannelMixingBlock,
+    LayerNorm,
+    RelativePosition,
+    StripMixingBlock,
+)
 from models.strip_ops import strip_mix_plain
 from optimizer import build_optimizer
 
@@ -206,6 +216,26 @@ def test_block_drops_both_branches_image_by_image():
         assert len(fitting) == 1
         counts[fitting[0]] += 1
     assert min(counts.values()) >= 6  # 16 expected of each
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("module, shape", [
+    (RelativePosition(8, 6), (4, 8, 6, 6)), (LayerNorm(8), (4, 6, 6, 8)), (GRN(8), (4, 6, 6, 8)),
+    (LSMM(8), (4, 8, 6, 6)),
+], ids=lambda value: type(value).__name__)
+def test_autocast_keeps_feature_maps_in_16_bits(module, shape, device):
+    """Neither the result nor what is kept for the backward pass is a map of 32 bits, and the result is right."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    module = randomise(copy.deepcopy(module)).float().to(device)
+    x = draw(*shape).float().to(device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        with torch.autocast(device, torch.bfloat16):
+            y = module(x.bfloat16().requires_grad_())
+    assert y.dtype == torch.bfloat16
+    assert not [tensor.shape for tensor in kept if tensor.dtype == torch.float32 and tensor.numel() >= x.numel()]
+    torch.testing.assert_close(y.float(), module(x), rtol=0.02, atol=0.1)
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -421,3 +451,25 @@ def test_compiled_evaluation_equals_eager():
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     with torch.no_grad():
         check(compiled(draw(4, 3, 32, 32)), net(draw(4, 3, 32, 32)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_compiles_without_a_graph_break(variant):
+    """Training with its backward, evaluation, and the inference form."""
+    torch.manual_seed(0)
+    net = timm.create_model(variant, img_size=32, num_classes=3, drop_path_rate=0.1).train()
+    images = torch.randn(2, 3, 32, 32)
+    torch._dynamo.reset()
+    losses = []
+    for call in (net, torch.compile(net, fullgraph=True, backend="eager")):
+        torch.manual_seed(1)  # of drop path
+        net.zero_grad()
+        losses.append(call(images).square().sum())
+        losses[-1].backward()
+        losses.append(sum(p.grad.abs().sum() for p in net.parameters()))
+    torch.testing.assert_close(losses[2:], losses[:2], rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        for form in (net.eval(), copy.deepcopy(net).fuse()):
+            compiled = torch.compile(form, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(images), form(images), rtol=1e-3, atol=1e-3)

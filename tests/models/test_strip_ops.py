@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import strip_ops
 from models.strip_ops import strip_mix, strip_mix_plain
 
 AXES = ["row", "column"]
@@ -155,6 +156,20 @@ def test_patches_share_weights_and_rows_are_alike(axis):
     moved = x.roll(1, shift)
     y, y_moved = strip_mix(x, weight, bias, axis), strip_mix(moved, weight, bias, axis)
     torch.testing.assert_close(y.roll(1, shift), y_moved, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"_IS_INTERPRETED": False}, "needs a CUDA GPU, and this is the device cpu; .*MODEL.STRIP_MLP.FORM auto"),
+    ({"strip_triton": None}, "needs the package triton"),
+    ({"_IS_INTERPRETED": True}, "at most 32 bits, and this is torch.float64"),
+    ({"_IS_INTERPRETED": True, "_TRITON_DTYPES": (torch.float64,), "_TRITON_LONGEST": 2},
+     "strips of at most 2 tokens, and these have 3"),
+])
+def test_where_triton_cannot_run_it_says_why(monkeypatch, change, message):
+    for name, value in ({"strip_triton": object()} | change).items():
+        monkeypatch.setattr(strip_ops, name, value)
+    with pytest.raises(ValueError, match=message):
+        strip_mix(*draw(1, 4, 3, 3, 2, 3, "row"), "row", "triton")
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -31,14 +31,14 @@ def test_report_shows_the_cells():
         "device": {"bytes_per_second": 4e9, "flops": 1e12},
         "operator": [{"stage": 1, "shape": [8, 40, 56, 56], "axis": "row", "form": "matmul", "forward_seconds": 1e-3,
                       "forward_backward_seconds": 4e-3, "bytes_per_second": 1e9, "flops": 5e11}],
-        "pipeline": None, "left_out": ["training bf16 resnet50"],
+        "pipeline": None, "left_out": ["training bf16 resnet50 (time)"],
     }
     text = report(result)
     assert "| strip_mlp_tiny | published | fp32 | 2.0 (100 %) | 1.00 |  |" in text
     assert "| strip_mlp_tiny | ours | fp32 | 4.0 (150 %) | 2.00 |  |" in text
     assert "| resnet50 | timm | fp32 | 4.0 (150 %) |  |  |" in text
     assert "| 1 (8, 40, 56, 56) | row | matmul | 1.000 ms | 4.000 ms | 1.0, 25 % | 0.500 |" in text
-    assert "Left out for lack of time: training bf16 resnet50." in text
+    assert "Left out: training bf16 resnet50 (time)." in text
 
 
 def test_cases_on_a_gpu_begin_with_the_targets():
@@ -47,12 +47,33 @@ def test_cases_on_a_gpu_begin_with_the_targets():
     cases = [c for group in groups for c in group]
     assert [c.form for c in groups[0]] == ["published", "ours", "ours NCHW"]
     assert {c.form for c in groups[1]} == {"published", "ours", "fused", "ours NCHW"}
+    first = {(c.model, c.compiled) for group in groups[:6] for c in group}
+    assert first == {("strip_mlp_tiny_light", False), ("strip_mlp_base", False), ("strip_mlp_tiny", True),
+                     ("convnext_tiny", True)}
     compiled = [c for c in cases if c.compiled]
     assert [c.model for c in compiled[:2]] == ["strip_mlp_tiny", "convnext_tiny"]  # in one group, for a fair comparison
     assert all(c.form != "published" for c in compiled)
     for dtype in ("bf16", "fp16", "tf32", "fp32"):
         for name in [*args.models, *args.peers]:
             assert {c.mode for c in cases if c.model == name and c.dtype == dtype} == {"training", "inference"}
+
+
+def test_groups_that_would_end_late_or_fail_are_left_out(monkeypatch):
+    now = [0.0]
+
+    def measure(cases, args, device):
+        now[0] += 10 * len(cases)  # seconds
+        if cases[0].model == "large":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(benchmark, "measure", measure)
+    groups = [[case()], [case(model="large")], [case(compiled=True)], [case(), case()], [case(model="late")]]
+    result = {"cases": [], "left_out": []}
+    benchmark.measure_groups(groups, None, torch.device("cpu"), 45.0, result)
+    assert len(result["cases"]) == 3 and now == [40.0]
+    assert result["left_out"] == ["training fp32 large (CUDA out of memory.)",
+                                  "training fp32 compiled strip_mlp_tiny (time)", "training fp32 late (time)"]
 
 
 def test_seconds_of_repeats_short_functions(monkeypatch):
