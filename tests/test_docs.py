@@ -20,7 +20,7 @@ def commands(text):
     """The commands of the bash blocks, as lists of words."""
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M):
         for line in re.sub(r"<<'END'.*?^END", "", block.replace("\\\n", " "), flags=re.S | re.M).splitlines():
-            yield shlex.split(line, comments=True)
+            yield shlex.split(line.removeprefix("OMP_NUM_THREADS=1 "), comments=True)
 
 
 @pytest.mark.parametrize("text", [REPRODUCE, RESULTS], ids=["reproduce", "results"])

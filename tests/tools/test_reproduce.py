@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from config import load_config
-from tests.helpers import DIGITS, ROOT, TINY, another_run, run
+from tests.helpers import DIGITS, ROOT, TINY, another_run
 from tools import reproduce
 from tools.tables import TABLES, read_tables
 
@@ -179,16 +179,16 @@ def test_every_row_of_the_tables_has_a_config_that_loads():
     assert len(networks) == len({row.key for row in rows})  # a key names one output folder
 
 
-def test_a_table_is_run_and_not_again(table, tmp_path):
-    command = ["tools/reproduce.py", "tiny", "--tables", table.file, "--output", tmp_path, "--rows", "first",
-               "--device", "cpu", "--opts", "TRAIN.EPOCHS", 1]
-    first = run(command)
-    assert first.returncode == 0, first.stdout + first.stderr
+def test_a_table_is_run_and_not_again(table, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["tiny", "--tables", str(table.file), "--output", str(tmp_path), "--rows", "first", "--device", "cpu",
+               "--opts", "TRAIN.EPOCHS", "1"]
+    assert reproduce.main(command) == 0
+    output = capfd.readouterr().out
     folder = tmp_path / "first" / DIGITS.stem / "seed0"
     config = load_config(folder / "config.yaml")
     assert (config.SEED, config.MODEL.STRIP_MLP.EMBED_DIM) == (0, 8)
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "eval_ema"
-    shown, *_ = first.stdout.splitlines()
-    assert shlex.split(shown.partition(": ")[2])[1] == "main.py"
-    again = run(command)
-    assert again.stdout == f"first_seed0: finished, see {folder}\n"
+    assert shlex.split(output.splitlines()[0].partition(": ")[2])[1] == "main.py"
+    assert reproduce.main(command) == 0
+    assert capfd.readouterr().out == f"first_seed0: finished, see {folder}\n"
