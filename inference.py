@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from checkpoint import load_file
 from config import from_dict
-from models import build_model, load_strict, model_state_dict
+from models import adapt_size, build_model, load_strict, model_state_dict
 
 
 def load_network(
@@ -21,8 +21,8 @@ def load_network(
 
     Args:
         checkpoint: a file of this project or a released one.
-        config: describes the network where the checkpoint does not, as a released one; else the checkpoint's own is
-            taken.
+        config: describes the network where the checkpoint does not, as a released one, or for another input size, to
+            which the weights are then adapted; else the checkpoint's own is taken.
         device: where the network goes.
 
     Returns:
@@ -44,7 +44,7 @@ def load_network(
         if len(classes) != config.MODEL.NUM_CLASSES:
             raise ValueError(f"it has {len(classes)} classes but MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}")
         model = build_model(config)
-        load_strict(model, state_dict)
+        load_strict(model, adapt_size(state_dict, model))
     except ValueError as error:
         lines = str(error).splitlines()
         if len(lines) > 10:

@@ -258,7 +258,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
         load_strict(model, adapt_size(model_state_dict(content), model))
         if content.get("model_ema"):
             ema = ModelEmaV3(model)
-            load_strict(ema.module, adapt_size(content["model_ema"], model))
+            load_strict(ema.module, adapt_size(content["model_ema"], model, warn=False))
             _as_evaluated(config, ema.module)
     _as_evaluated(config, model)
     precision = Precision(config.AMP_DTYPE, device)

@@ -100,7 +100,10 @@ class TrainState:
         groups = self.optimizer.state_dict()["param_groups"]
         saved_groups = checkpoint["optimizer"]["param_groups"]
         if groups[0].keys() != saved_groups[0].keys():
-            raise ValueError("the checkpoint was written with another optimiser; set TRAIN.OPTIMIZER.NAME to it")
+            raise ValueError(
+                "the checkpoint was written with another optimiser, or by another version of this code; set "
+                "TRAIN.OPTIMIZER.NAME to it, or start from its weights with --pretrained"
+            )
         if self.ema and checkpoint["model_ema"] is None:
             raise ValueError("TRAIN.EMA.ENABLED is True but the checkpoint holds no average; resume with it False")
 

@@ -1,7 +1,8 @@
 """Strip-MLP networks. Importing this package registers ``strip_mlp_{tiny_light,tiny,small,base}`` with timm."""
 
-from .build import build_model, count_batches_once
+from .build import build_model
 from .freeze import freeze_stages, set_train_mode
+from .recomputation import count_batches_once
 from .strip_mlp import StripMLPNet
 from .weights import (
     adapt_size,

@@ -3,7 +3,6 @@
 import difflib
 
 import timm
-import torch
 import yaml
 from torch import nn
 
@@ -62,34 +61,6 @@ def _build_timm_model(config) -> nn.Module:
         return timm.create_model(name, **kwargs | _timm_kwargs(config.MODEL.TIMM_KWARGS))
     except TypeError as error:
         raise ValueError(f"MODEL.NAME {name}: {error}; where it has no drop path set MODEL.DROP_PATH_RATE 0") from None
-
-
-def count_batches_once(model: nn.Module) -> None:
-    """Keeps the running statistics of BatchNorms from counting a batch again when gradient checkpointing recomputes it.
-
-    For timm's models; Strip-MLP's own checkpointing sees to it.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(_keep_statistics)
-            module.register_forward_hook(_put_statistics_back)
-
-
-def _is_recomputation() -> bool:
-    # A forward pass within a backward pass. A compiled recomputation leaves the statistics alone by itself.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _keep_statistics(module: nn.Module, inputs) -> None:
-    if _is_recomputation():
-        module.kept_statistics = [buffer.clone() for buffer in module.buffers()]
-
-
-@torch.no_grad()
-def _put_statistics_back(module: nn.Module, inputs, output) -> None:
-    if _is_recomputation():
-        for buffer, kept in zip(module.buffers(), module.kept_statistics, strict=True):
-            buffer.copy_(kept)
 
 
 def _timm_kwargs(text: str) -> dict:

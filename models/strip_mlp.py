@@ -4,7 +4,6 @@ Notation: batch N, channels C, height H, width W; every feature map is (N, C, H,
 D = C / P the channels of a patch, L the length of a strip: W for a row, H for a column.
 """
 
-import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .fused import FusedChannelMixingBlock, FusedStripMixingBlock
+from .recomputation import contexts
+from .sizes import check_sizes, legal_sizes
 from .strip_ops import strip_mix, without_autocast
 from .weights import fit_state_dict
 
@@ -279,7 +280,7 @@ class StripMLPNet(nn.Module):
         token_mixing: Callable[..., nn.Module] = StripMixingBlock,
     ):
         super().__init__()
-        self.img_size = _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width)
+        self.img_size = check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width)
         if drop_path_schedule not in ("constant", "linear"):
             raise ValueError(f"drop_path_schedule {drop_path_schedule!r} is neither 'constant' nor 'linear'")
         self.in_chans = in_chans
@@ -373,7 +374,7 @@ class StripMLPNet(nn.Module):
         if x.ndim != 4 or x.shape[2:] != self.img_size:
             multiple = self.feature_info[-1]["reduction"]
             sides = dict.fromkeys(x.shape[-2:])
-            legal = "; ".join(f"legal near {side}: {_legal_sizes(side, multiple)}" for side in sides)
+            legal = "; ".join(f"legal near {side}: {legal_sizes(side, multiple)}" for side in sides)
             raise ValueError(
                 f"this network was built for images of {'x'.join(map(str, self.img_size))}, got a batch of shape "
                 f"{tuple(x.shape)}; resize the images, or build the network with another img_size ({legal})"
@@ -395,8 +396,8 @@ class StripMLPNet(nn.Module):
             return self.stages[stage](x)
         for block in self.stages[stage]:
             # A compiled recomputation leaves the statistics alone by itself, and takes no contexts.
-            contexts = {"context_fn": partial(_recomputation_contexts, block)}
-            x = checkpoint(block, x, use_reentrant=False, **({} if torch.compiler.is_compiling() else contexts))
+            options = {} if torch.compiler.is_compiling() else {"context_fn": partial(contexts, block)}
+            x = checkpoint(block, x, use_reentrant=False, **options)
         return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -484,35 +485,6 @@ class StripMLPNet(nn.Module):
         }
 
 
-def _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width) -> tuple[int, int]:
-    """(height, width) of the input; raises ValueError when the sizes do not fit together."""
-    sides = tuple(to_2tuple(img_size))
-    if len(sides) != 2:
-        raise ValueError(f"img_size {sides} is neither a side nor (height, width)")
-    multiple = 8 * patch_size
-    for side in sides:
-        if side < multiple or side % multiple:
-            raise ValueError(
-                f"img_size {side} is not a multiple of {multiple} (patch size {patch_size} x 8); "
-                f"the nearest legal sizes are {_legal_sizes(side, multiple)}"
-            )
-    if len(depths) != 4 or min(depths) < 1:
-        raise ValueError(f"depths {tuple(depths)} must be four numbers, each at least 1")
-    if embed_dim % (2 * num_patches):
-        raise ValueError(
-            f"embed_dim {embed_dim} is not a multiple of 2 x num_patches ({2 * num_patches}): half of the channels are "
-            f"cut into {num_patches} patches"
-        )
-    if strip_width % 2 == 0:
-        raise ValueError(f"strip_width {strip_width} is even; a strip is centred on its row, so it must be odd")
-    return sides
-
-
-def _legal_sizes(size: int, multiple: int) -> str:
-    below, above = size // multiple * multiple, -(-size // multiple) * multiple
-    return " and ".join(str(legal) for legal in sorted({below, above})) if below else f"{multiple} and up"
-
-
 def _stage_indices(count: int, indices: int | list[int] | None) -> list[int]:
     """What timm means by ``indices``, as numbers of stages from 0; raises ValueError for stages that there are not."""
     if indices is None:
@@ -521,25 +493,6 @@ def _stage_indices(count: int, indices: int | list[int] | None) -> list[int]:
     if not wanted or min(wanted) < -count or max(wanted) >= count:
         raise ValueError(f"stage indices {indices} are out of range; the network has stages 0 to {count - 1}")
     return [index % count for index in wanted]
-
-
-def _recomputation_contexts(block: nn.Module):
-    """Contexts of a checkpointed block's forward pass and of its recomputation, which must not count batches again."""
-    return contextlib.nullcontext(), _KeptBuffers(block)
-
-
-class _KeptBuffers:
-    """A context that leaves a module's buffers, which are the statistics of its BatchNorms, as it found them."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def __enter__(self):
-        self.saved = [buffer.clone() for buffer in self.module.buffers()]
-
-    def __exit__(self, *error):
-        for buffer, saved in zip(self.module.buffers(), self.saved, strict=True):
-            buffer.copy_(saved)
 
 
 # ---- the variants, registered with timm ----------------------------------------------------------

@@ -114,11 +114,11 @@ def fit_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dic
     return adapt_size(_under_own_keys(state_dict), model)
 
 
-def adapt_size(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def adapt_size(state_dict: dict[str, torch.Tensor], model: nn.Module, warn: bool = True) -> dict[str, torch.Tensor]:
     """A network's weights for the input size of ``model``, by the interpolation at the head of this file.
 
-    Where the size is the same they are returned as they are; else a warning says so. Weights that fit no input size
-    are left alone.
+    Where the size is the same they are returned as they are; else a warning says so, unless ``warn`` is False. Weights
+    that fit no input size are left alone.
     """
     own, adapted, sizes = model.state_dict(), dict(state_dict), []
     for key in own:
@@ -139,7 +139,7 @@ def adapt_size(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[st
                 adapted[f"{cgsmm}{axis}_strip.{name}"] = result.to(value)
             table = state_dict[f"{cgsmm}{axis}_position.table"]
             adapted[f"{cgsmm}{axis}_position.table"] = _resize_table(table.cpu().double(), old, new).to(table)
-    if sizes:
+    if sizes and warn:
         (old, new), count = sizes[0], len(sizes)
         logger.warning(
             f"the weights are for another input size: their strip layers and position tables are interpolated in "

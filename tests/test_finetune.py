@@ -14,8 +14,10 @@ from torchvision import transforms
 import checkpoint
 import main
 from config import flat_keys, load_config
+from data import build_val_loader
 from data.datasets import read_digits
-from models import StripMLPNet, adapt_size, build_model, to_released_state_dict
+from engine import Precision, evaluate
+from models import StripMLPNet, adapt_size, build_model, load_strict, to_released_state_dict
 from tests.helpers import DIGITS, ROOT, TINY, arguments, differences, folder, run, torchrun
 
 FROZEN = ("stem", "stages.0", "stages.1", "merging.0")
@@ -67,6 +69,21 @@ def test_frozen_stages_and_layer_decay(pretrained, finetuned):
                  if key.startswith(FROZEN) and "running" not in key and "batches" not in key)
     assert f"frozen_parameters: {frozen}\n" in (folder(finetuned) / "run.yaml").read_text()
     assert f"M parameters, {frozen / 1e6:.2f} M of them frozen" in log
+
+
+def test_evaluation_at_another_size_says_so_once(finetuned, tmp_path, capsys):
+    """Though a checkpoint holds two networks, the trained one and its average; and both are adapted."""
+    path = folder(finetuned) / "ckpt_step_00000006.pth"
+    flags = ["--eval", "--resume", str(path)]
+    assert main.main(arguments(tmp_path, "DATA.IMG_SIZE", 32, flags=flags)) == 0
+    assert capsys.readouterr().out.count("weights are for another input size") == 1
+    results = json.loads((folder(tmp_path) / "eval.json").read_text())
+    config = load_config(DIGITS, [*TINY, "DATA.IMG_SIZE", 32])
+    model, val_loader = build_model(config), build_val_loader(config)
+    for name, weights in (("eval", "model"), ("eval_ema", "model_ema")):
+        load_strict(model, adapt_size(checkpoint.load_file(path)[weights], model))
+        expected = evaluate(model, val_loader, Precision("fp32", torch.device("cpu")))
+        assert results[name] == pytest.approx(expected)
 
 
 def test_resuming_a_fine_tuning_changes_no_bit(finetuned, tmp_path):

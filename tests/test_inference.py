@@ -8,8 +8,8 @@ from yacs.config import CfgNode
 import checkpoint
 from config import load_config
 from inference import load_network
-from models import to_released_state_dict
-from tests.helpers import ROOT, save_network, tiny_network
+from models import adapt_size, build_model, to_released_state_dict
+from tests.helpers import DIGITS, ROOT, TINY, differences, save_network, tiny_network
 
 
 def logits(model):
@@ -53,6 +53,15 @@ def test_released_checkpoint_needs_a_config(tmp_path):
         load_network(tmp_path / "b.pth")
     for name in ("a.pth", "b.pth"):
         assert_close(logits(load_network(tmp_path / name, config)[0]), logits(model), rtol=0, atol=0)
+
+
+def test_a_config_of_another_size_adapts_the_weights(tmp_path):
+    config, model = tiny_network()
+    save_network(tmp_path / "a.pth", config, model)
+    larger = load_config(DIGITS, [*TINY, "DATA.IMG_SIZE", "32"])
+    loaded, loaded_config, _ = load_network(tmp_path / "a.pth", larger)
+    expected = adapt_size(model.state_dict(), build_model(larger))
+    assert differences(dict(loaded.state_dict()), expected) == [] and loaded_config.DATA.IMG_SIZE == 32
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="the trained network, e.g. a run's best.pth")
     parser.add_argument("target", metavar="FILE", type=Path, help="the new file; its ending names the format")
     parser.add_argument("--format", choices=FORMATS, help="needed for .pth only: released or native")
-    parser.add_argument("--cfg", metavar="FILE", help="the network's config; only for released checkpoints")
+    parser.add_argument("--cfg", metavar="FILE",
+                        help="the network's config; for a released checkpoint, or another image size")
     parser.add_argument("--fuse", action="store_true", help="onnx, torch-export: write the faster inference form")
     args = parser.parse_args(argv)
     try:

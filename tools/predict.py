@@ -118,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes named for each picture; default: 5")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each picture instead of text")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also draw all pictures with their classes")
-    parser.add_argument("--cfg", metavar="FILE", help="the network's config; only for released checkpoints")
+    parser.add_argument("--cfg", metavar="FILE",
+                        help="the network's config; for a released checkpoint, or another image size")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time; default: 32")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda where there is a GPU")

@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line; exits with status 2 for what the user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="the trained network; without one, a fresh one")
-    parser.add_argument("--cfg", metavar="FILE", help="the config of a fresh network, or of a released checkpoint")
+    parser.add_argument("--cfg", metavar="FILE",
+                        help="the network's config; for a fresh one, a released checkpoint, or another image size")
     parser.add_argument("--data-path", metavar="DIR", help="the data set's folder; default: the config's")
     parser.add_argument("--noise", action="store_true", help="take random images, not the validation set")
     parser.add_argument("--images", type=int, default=64, metavar="N", help="images to average over; default: 64")

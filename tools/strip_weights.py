@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line; exits with status 2 for what the user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CKPT", help="the trained network")
-    parser.add_argument("--cfg", metavar="FILE", help="the config of a checkpoint that holds none, as a released one")
+    parser.add_argument("--cfg", metavar="FILE",
+                        help="the network's config; for a released checkpoint, or another image size")
     parser.add_argument("--all", action="store_true", help="all blocks; default: the last of each stage")
     parser.add_argument("--channel", type=int, metavar="N", help="this channel of a patch; default: the mean of all")
     parser.add_argument("--output", default="strip_weights.png", metavar="FILE",

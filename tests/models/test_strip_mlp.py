@@ -357,7 +357,9 @@ def test_gradient_checkpointing_changes_nothing(training):
     ({"global_pool": ""}, "with num_classes 0"),
     ({"embed_dim": 12, "num_patches": 4}, r"embed_dim 12 is not a multiple of 2 x num_patches \(8\)"),
     ({"embed_dim": 7, "num_patches": 1}, r"embed_dim 7 is not a multiple of 2 x num_patches \(2\)"),
-    ({"strip_width": 2}, "strip_width 2 is even"),
+    ({"strip_width": 2}, "strip_width 2 must be odd"),
+    ({"strip_width": -1}, "strip_width -1 must be odd, at least 1"),
+    ({"num_patches": 0}, "num_patches 0 must be at least 1"),
     ({"depths": (1, 1, 1)}, r"depths \(1, 1, 1\) must be four numbers"),
     ({"depths": (1, 1, 0, 1)}, "each at least 1"),
 ])
