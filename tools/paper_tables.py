@@ -89,8 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             title, rows = tables[name]
             found = {row.key: [run for run in runs if row.path and not run.differences(row)] for row in rows}
             placed |= {run.folder for row_runs in found.values() for run in row_runs}
-            speeds = measure_rows(rows, args.batch_size) if args.throughput else None
-            table = make_table(rows, found, speeds)
+            table = make_table(rows, found, measure_rows(rows, args.batch_size) if args.throughput else {})
             if args.write:
                 write_table(Path(args.write, name), title, table)
             else:
@@ -176,7 +175,7 @@ def report_strays(runs: list[Run], tables: dict) -> None:
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def make_table(rows: list[Row], found: dict[str, list[Run]], speeds: dict[str, float] | None) -> list[dict[str, str]]:
+def make_table(rows: list[Row], found: dict[str, list[Run]], speeds: dict[str, dict[str, str]]) -> list[dict[str, str]]:
     """The lines of a table, by column."""
     metrics = [metric for metric in METRICS if metric == "acc1" or any(metric in row.paper for row in rows)]
     has_paper = any(row.paper for row in rows)
@@ -198,7 +197,7 @@ def make_table(rows: list[Row], found: dict[str, list[Run]], speeds: dict[str, f
     return table
 
 
-def describe(row: Row, speeds: dict[str, float] | None) -> dict[str, str]:
+def describe(row: Row, speeds: dict[str, dict[str, str]]) -> dict[str, str]:
     """The cells on the network itself."""
     if not row.path:
         cells = {"params (M)": "", "MACs (G)": ""}
@@ -209,7 +208,7 @@ def describe(row: Row, speeds: dict[str, float] | None) -> dict[str, str]:
         macs = utils.count_macs(model, (3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
         parameters = sum(p.numel() for p in model.parameters())
         cells = {"params (M)": f"{parameters / 1e6:.2f}", "MACs (G)": f"{macs / 1e9:#.3g}"}
-    return cells if speeds is None else cells | {"images/s": f"{speeds[row.key]:.0f}" if row.key in speeds else ""}
+    return cells | speeds.get(row.key, {})
 
 
 def compare(row: Row, runs: list[Run], metric: str, has_paper: bool) -> dict[str, str]:
@@ -237,17 +236,24 @@ def shorten(commit: str) -> str:
     return digits[:7] + dash + mark
 
 
-def measure_rows(rows: list[Row], batch_size: int) -> dict[str, float]:
-    """Images per second of the forward pass of each network, on the GPU if there is one, else the CPU."""
+def measure_rows(rows: list[Row], batch_size: int) -> dict[str, dict[str, str]]:
+    """A cell for each row: images per second of its forward pass, on the GPU if there is one, else the CPU.
+
+    The column's name says on what device, in what precision and at what batch size.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    speeds = {}
+    precision = Precision("auto", device)
+    column = f"images/s ({utils.describe_environment(device)['device']}, {precision.name}, batch {batch_size})"
+    torch.backends.cudnn.benchmark = True  # as main.py has it
+    cells = {row.key: {column: ""} for row in rows}
     for row in rows:
         if row.path:
             config = row.config()
             images = torch.randn(batch_size, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=device)
-            model = build_model(config).to(device)
-            speeds[row.key] = measure_throughput(model, images, Precision(config.AMP_DTYPE, device), repeats=5)
-    return speeds
+            images = images.contiguous(memory_format=torch.channels_last)
+            model = build_model(config).to(device, memory_format=torch.channels_last)
+            cells[row.key][column] = f"{measure_throughput(model, images, precision, repeats=5):.0f}"
+    return cells
 
 
 # ---- what is written -----------------------------------------------------------------------------

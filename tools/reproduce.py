@@ -6,7 +6,7 @@
     python tools/reproduce.py cifar10 --dry-run                           # only shows the commands
 
 The same command again goes on where it stopped, and a second one beside it takes the runs that the first has not begun.
-All flags but the ones below are main.py's and go to every run. Results are in OUTPUT/ROW/MODEL.NAME/seedN/, for
+main.py's flags for training go to every run. Results are in OUTPUT/ROW/MODEL.NAME/seedN/, for
 tools/paper_tables.py; tools/tables.yaml lists the tables.
 """
 
@@ -59,9 +59,12 @@ def launch(args: argparse.Namespace, flags: list[str]) -> int:
     tables = read_tables(args.tables)
     _, rows = tables[choose([args.table], tables, "table")[0]]
     rows = {row.key: row for row in rows if row.path}
-    taken = [flag for flag in flags if flag.split("=")[0] in ("--cfg", "--tag")]
-    if taken:
-        raise ValueError(f"{taken[0]} is set for each run of the table; leave it out")
+    for flag in flags:
+        name = flag.split("=")[0]
+        if name in ("--cfg", "--tag"):
+            raise ValueError(f"{flag} is set for each run of the table; leave it out")
+        if name in ("--eval", "--throughput", "--resume"):
+            raise ValueError(f"{flag} is for a single run; use it with main.py. This command trains")
     if args.seeds < 1 or args.nproc < 1:
         raise ValueError(f"--seeds {args.seeds} and --nproc {args.nproc} must be at least 1")
     if args.slurm is not None and Path.cwd() != ROOT:

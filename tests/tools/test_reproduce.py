@@ -129,6 +129,8 @@ def test_what_a_failure_does(table, capsys):
     (["--rows", "frist"], "there is no row frist; did you mean first?; there are first, second"),
     (["--tag", "x"], "--tag is set for each run of the table; leave it out"),
     (["--cfg=x"], "--cfg=x is set for each run"),
+    (["--eval"], "--eval is for a single run; use it with main.py"),
+    (["--resume=x"], "--resume=x is for a single run"),
     (["--seeds", "0"], "--seeds 0 and --nproc 1 must be at least 1"),
     (["--opts", "TRAIN.EPOCH", "3"], "unknown config key TRAIN.EPOCH; did you mean TRAIN.EPOCHS?"),
 ])
