@@ -395,7 +395,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="precisions, the most telling first; default: bf16 fp16 tf32 fp32 on a GPU, fp32 on a CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="measure compiled networks too; default: on a GPU only, since it takes minutes on a CPU")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images; default: 128 on a GPU, 8 on a CPU")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images; default: 128 on a GPU, 16 on a CPU")
     parser.add_argument("--img-size", type=int, default=224, metavar="S", help="side of the images; default: 224")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns; default: 5")
     parser.add_argument("--minutes", type=float, default=9.5, metavar="M",
@@ -406,7 +406,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.models = args.models or (list(VARIANTS) if on_gpu else ["strip_mlp_tiny_light", "strip_mlp_base"])
     args.dtypes = args.dtypes or (["bf16", "fp16", "tf32", "fp32"] if on_gpu else ["fp32"])
     args.compile = on_gpu if args.compile is None else args.compile
-    args.batch_size = args.batch_size or (128 if on_gpu else 8)
+    args.batch_size = args.batch_size or (128 if on_gpu else 16)
     return args
 
 
