@@ -169,16 +169,20 @@ class GRN(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
-    def scale(self, x):
-        """(N, H, W, C) -> (N, 1, 1, C)"""
+    def scale(self, norm):
+        """What each channel is multiplied by, from its norm: (N, 1, 1, C) -> (N, 1, 1, C)"""
+        return 1 + self.gamma * norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
+
+    def norm(self, x):
+        """The L2 norm of each channel over H and W, in at least 32 bits: (N, H, W, C) -> (N, 1, 1, C)"""
         with without_autocast(x):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
-        return (1 + self.gamma * response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+            return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
 
     def forward(self, x):
         """(N, H, W, C) -> (N, H, W, C)"""
-        return torch.addcmul(self.beta.to(x.dtype), x, self.scale(x))  # gamma * (x * response) + beta + x in one pass
+        scale = self.scale(self.norm(x)).to(x.dtype)
+        return torch.addcmul(self.beta.to(x.dtype), x, scale)  # gamma * (x * response) + beta + x in one pass
 
 
 class LayerNorm(nn.LayerNorm):

@@ -45,8 +45,9 @@ def test_cases_on_a_gpu_begin_with_the_targets():
     args = parse_arguments(["--device", "cuda"])
     groups = cases_in_order(args, torch.device("cuda"))
     cases = [c for group in groups for c in group]
-    assert [c.form for c in groups[0]] == ["published", "ours", "ours NCHW"]
-    assert {c.form for c in groups[1]} == {"published", "ours", "fused", "ours NCHW"}
+    assert [{c.mode for c in group} for group in groups[:4]] == [{"inference"}] * 2 + [{"training"}] * 2
+    assert {c.form for c in groups[0]} == {"published", "ours", "fused", "ours NCHW"}
+    assert [c.form for c in groups[2]] == ["published", "ours", "ours NCHW"]
     first = {(c.model, c.compiled) for group in groups[:6] for c in group}
     assert first == {("strip_mlp_tiny_light", False), ("strip_mlp_base", False), ("strip_mlp_tiny", True),
                      ("convnext_tiny", True)}
