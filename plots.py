@@ -110,12 +110,15 @@ def draw_curves(runs: dict[str, list[dict]]):
     Returns:
         A matplotlib Figure of three panels, a colour for each run.
     """
-    colours = dict(zip(runs, itertools.cycle(COLOURS)))  # noqa: B905 (the colours never end)
     bests = {name: best_accuracy(records)[0] for name, records in runs.items()}
     names = [name if math.isnan(best) else f"{name}: best {best:.2f} %" for name, best in bests.items()]
     columns = max(1, 130 // max(map(len, names)))
     figure, panels = new_figure(1, 3, size=(10.5, 3.2 + 0.2 * -(-len(runs) // columns)))
+    from matplotlib import colormaps
     from matplotlib.lines import Line2D
+
+    many = colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))
+    colours = dict(zip(runs, COLOURS if len(runs) <= len(COLOURS) else many, strict=False))
     in_epochs = all(epochs_at(records, np.zeros(0)) is not None for records in runs.values())
     for name, records in runs.items():
         for panel, kind, value, look in _LINES:
