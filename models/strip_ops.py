@@ -3,15 +3,14 @@
 Work: a stage of N images, C_in channels and side L costs ``N * C_in * L * L * K * L`` multiply-accumulates, the K rows
 of a strip times its L tokens for each output token, and must read and write ``N * C_in * L * L`` numbers each; the
 weights are small beside them. That is ``K * L / 2`` multiply-accumulates per number moved: 84 at L = 56, 10 at L = 7.
-In bf16 a current data-centre GPU does some 100 per number in the time in which it moves one, so there the operator is
-bound by memory traffic in the later stages and by both in the first, while a CPU is bound by arithmetic in the early
-stages and by copies in the later ones.
+By its data sheet (990 TFLOP/s in bf16, 4.8 TB/s) an H200 does about 200 while it moves one, so there memory traffic
+bounds the operator in every stage. What it reaches of a device's copy and product is measured in docs/benchmarks.md.
 
 Forms, all the same sums in another order:
 
 - ``plain``: the formula, and the reference for the others; slow.
 - ``matmul``: one batched matrix product, a matrix per channel of a patch, over a copy with the K shifted rows side by
-  side. Moves the input K + 1 times more than it must; runs anywhere, in any precision.
+  side, which moves several times what it must; runs anywhere, in any precision.
 - ``triton``: kernels for CUDA (``strip_triton.py``) that read the shifted rows in place.
 """
 
