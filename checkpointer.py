@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import checkpoint
-import utils
+import distributed
 from config import to_dict
 from state import TrainState
 
@@ -59,7 +59,7 @@ class Checkpointer:
             wish = _SAVE
         if self.signal:
             wish = _STOP
-        return utils.agree_on_largest(wish) != _NOTHING
+        return distributed.agree_on_largest(wish) != _NOTHING
 
     def save(self, state: TrainState, is_best: bool = False) -> bool:
         """Saves the run. A failure to write is logged and the run goes on; older checkpoints stay as they are.
@@ -72,7 +72,7 @@ class Checkpointer:
         """
         is_saved = True
         content = state.state_dict() | self.about
-        if utils.rank() == 0:
+        if distributed.rank() == 0:
             try:
                 path = checkpoint.save_checkpoint(content, self.folder, is_best, self.config.KEEP_CHECKPOINTS)
                 logger.info(f"saved {path}{' (best)' if is_best else ''}")
@@ -80,9 +80,9 @@ class Checkpointer:
                 is_saved = False
                 logger.error("COULD NOT SAVE A CHECKPOINT: %s. Older ones are untouched and the run goes on; make "
                              "room, or what comes after them may be lost", error)
-        is_saved = utils.broadcast_object(is_saved)
+        is_saved = distributed.broadcast_object(is_saved)
         self.saved_at = time.monotonic()
-        if utils.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP:
+        if distributed.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP:
             raise Preempted(self.signal.name if self.signal else "signal to another process")
         return is_saved
 

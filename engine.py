@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import utils
+import distributed
 from models import set_train_mode
 from state import TrainState
 
@@ -132,7 +132,7 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: Precision, predict
         if predictions is not None:
             probabilities, classes = logits.float().softmax(dim=1).max(dim=1)
             predictions += zip(targets.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
-    hits1, hits5, loss, count = utils.all_reduce_sum(sums).tolist()
+    hits1, hits5, loss, count = distributed.all_reduce_sum(sums).tolist()
     if count != len(loader.dataset):
         raise RuntimeError(f"{count:.0f} images were evaluated, but the validation set has {len(loader.dataset)}")
     return {"acc1": 100 * hits1 / count, "acc5": 100 * hits5 / count, "loss": round(loss / count, 6),
@@ -200,7 +200,7 @@ class _Updater:
 
         Done after every update, by one all-reduce, so that all processes always hold the same network.
         """
-        statistics = utils.all_reduce_sum(torch.cat(self.statistics)) / utils.world_size()
+        statistics = distributed.all_reduce_sum(torch.cat(self.statistics)) / distributed.world_size()
         self.good_statistics = torch.where(skipped, self.good_statistics, statistics)
         torch._foreach_copy_(self.statistics, self.good_statistics.split([len(b) for b in self.statistics]))
 
@@ -249,7 +249,7 @@ class _Progress:
         if state.step % self.config.PRINT_FREQ and state.batch < self.batches and not now:
             return
         sums = torch.stack([self.loss_sum.double(), torch.tensor(self.images, device=self.device).double()])
-        loss_sum, images = utils.all_reduce_sum(sums).tolist()
+        loss_sum, images = distributed.all_reduce_sum(sums).tolist()
         skipped, longest_row, grad_norm = int(self.skipped), int(self.longest_row), float(grad_norm)
         seconds = (time.perf_counter() - self.start) / self.updates
         data_seconds = self.data_seconds / self.updates
@@ -280,7 +280,7 @@ class _Progress:
 
 
 def _shows_progress() -> bool:
-    return utils.rank() == 0 and sys.stderr.isatty()
+    return distributed.rank() == 0 and sys.stderr.isatty()
 
 
 def _to_device(images: torch.Tensor, targets: torch.Tensor, device: torch.device):

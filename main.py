@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import distributed
 import plots
 import utils
 from checkpointer import PREEMPTED, Checkpointer, Preempted
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
             logger.warning("--amp-opt-level belongs to apex and is ignored; use --amp-dtype {bf16,fp16,fp32}")
         if config.DETERMINISTIC:
             utils.make_deterministic()
-        device = utils.init_distributed(args.device)
+        device = distributed.init_distributed(args.device)
         if args.throughput:
             throughput(config, device)
         else:
@@ -170,7 +171,7 @@ def _message(error: Exception) -> str:
 
 def train(config, device: torch.device, folder: Path) -> None:
     """Trains, evaluating after every epoch; goes on from the newest checkpoint in ``folder``."""
-    lock = checkpoint.lock_folder(folder) if utils.rank() == 0 else contextlib.nullcontext()
+    lock = checkpoint.lock_folder(folder) if distributed.rank() == 0 else contextlib.nullcontext()
     with lock, Checkpointer(config, folder) as checkpointer:
         # 1. Data and model; every process draws the same weights.
         mixup = build_mixup(config)
@@ -191,7 +192,7 @@ def train(config, device: torch.device, folder: Path) -> None:
             count_batches_once(model)
 
         # 2. The state of the training; from here on every process draws its own random numbers.
-        utils.seed_everything(config.SEED + utils.rank())
+        utils.seed_everything(config.SEED + distributed.rank())
         precision = Precision(config.AMP_DTYPE, device)
         optimizer = build_optimizer(config, model)
         updates_per_epoch = -(-len(train_loader) // config.TRAIN.ACCUMULATION_STEPS)
@@ -203,7 +204,7 @@ def train(config, device: torch.device, folder: Path) -> None:
                 seed=config.SEED,
                 is_sharded=train_loader.batch_sampler.sharded,
                 batch_size=config.DATA.BATCH_SIZE,
-                world_size=utils.world_size(),
+                world_size=distributed.world_size(),
                 accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
             ),
             model=model,
@@ -220,11 +221,11 @@ def train(config, device: torch.device, folder: Path) -> None:
         if config.COMPILE:
             model.compile()
         wrapped = model
-        if utils.is_distributed():
+        if distributed.is_distributed():
             wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
         # 4. The epochs.
-        metrics = _open_metrics(config, state, folder) if utils.rank() == 0 else None
+        metrics = _open_metrics(config, state, folder) if distributed.rank() == 0 else None
         while state.epoch < config.TRAIN.EPOCHS:
             train_one_epoch(config, state, wrapped, train_loader, mixup, precision, metrics, checkpointer)
             results = _evaluate_all(state.model, state.ema, val_loader, precision)
@@ -252,7 +253,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
         raise FileNotFoundError(f"no checkpoint to evaluate at {path}; name one with --resume")
     content = checkpoint.load_file(path)
     _prepare_data(config)
-    loader = build_val_loader(config, utils.rank(), utils.world_size())
+    loader = build_val_loader(config, distributed.rank(), distributed.world_size())
     model, ema = _build_model(config, device), None
     with _naming(path):
         load_strict(model, adapt_size(model_state_dict(content), model))
@@ -265,7 +266,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     predictions = [] if config.TEST.PREDICTIONS else None
     results = _evaluate_all(model, ema, loader, precision, predictions)
     _log_results(results)
-    if utils.rank() == 0:
+    if distributed.rank() == 0:
         report = results | {
             "checkpoint": str(path),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -294,7 +295,7 @@ def _open_output_folder(config) -> Path:
     folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        add_log_file(folder / f"log_rank{utils.rank()}.txt")
+        add_log_file(folder / f"log_rank{distributed.rank()}.txt")
     except OSError as error:
         raise OSError(f"cannot write into {folder} ({error}); choose another --output") from None
     return folder
@@ -310,17 +311,17 @@ def _naming(path: Path | str):
 
 
 def _prepare_data(config) -> None:
-    if utils.rank() == 0:
+    if distributed.rank() == 0:
         prepare_data(config)
-    utils.barrier()
-    if utils.local_rank() == 0 and utils.rank() != 0:  # a machine that does not share the first one's disk
+    distributed.barrier()
+    if distributed.local_rank() == 0 and distributed.rank() != 0:  # a machine that does not share the first one's disk
         prepare_data(config)
-    utils.barrier()
+    distributed.barrier()
 
 
 def _build_loaders(config):
     _prepare_data(config)
-    share = utils.rank(), utils.world_size()
+    share = distributed.rank(), distributed.world_size()
     return build_train_loader(config, *share), build_val_loader(config, *share)
 
 
@@ -342,7 +343,7 @@ def _as_evaluated(config, model: nn.Module) -> nn.Module:
 
 def _describe_run(config, state: TrainState, device, folder: Path, train_loader) -> None:
     """Logs what is trained and where, and saves it as YAML: ``config.yaml`` can be run again with ``--cfg``."""
-    if utils.rank() != 0:
+    if distributed.rank() != 0:
         return
     layout = state.layout
     try:
@@ -417,7 +418,7 @@ def _find_resume(config, folder: Path) -> Path | str:
     """The newest good checkpoint in ``folder``, else the one that the config names; empty where there is neither."""
     newest = None
     if config.TRAIN.AUTO_RESUME:
-        newest = utils.broadcast_object(checkpoint.newest_checkpoint(folder) if utils.rank() == 0 else None)
+        newest = distributed.broadcast_object(checkpoint.newest_checkpoint(folder) if distributed.rank() == 0 else None)
         if newest and config.MODEL.RESUME:
             logger.info(f"this run has its own checkpoints; {config.MODEL.RESUME} is not used")
     return newest or config.MODEL.RESUME
@@ -431,7 +432,7 @@ def _resume(path: Path | str, state: TrainState, checkpointer: Checkpointer, fol
     logger.info(f"resumed {path}: epoch {state.epoch}, {state.step} updates done, best {state.max_accuracy:.3f}")
     if state.step != content["step"]:  # updates are counted otherwise now, so first save the run under its new step
         checkpointer.save(state)
-    if utils.rank() == 0:
+    if distributed.rank() == 0:
         checkpoint.set_aside_after(state.step, folder)
 
 
@@ -447,8 +448,8 @@ def _evaluate_all(model: nn.Module, ema: ModelEmaV3 | None, loader, precision: P
 
 def _write_predictions(path: Path, dataset, predictions: list) -> None:
     """A line per validation image, in the data set's order, from every process's share of the predictions."""
-    shares = utils.gather_objects(predictions)
-    if utils.rank() != 0:
+    shares = distributed.gather_objects(predictions)
+    if distributed.rank() != 0:
         return
     classes, paths = dataset.classes, getattr(dataset.images, "samples", None)
     with open(path, "w", newline="", encoding="utf-8") as file:

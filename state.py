@@ -7,6 +7,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import distributed
 import utils
 from lr_scheduler import LRScheduler
 from models import load_strict, model_state_dict
@@ -62,7 +63,7 @@ class TrainState:
             "step": self.step,
             "max_accuracy": self.max_accuracy,
             "skipped_in_row": int(self.skipped_in_row),
-            "rng": utils.gather_objects(utils.get_rng_state()),
+            "rng": distributed.gather_objects(utils.get_rng_state()),
             "layout": vars(self.layout),
         }
 
@@ -127,7 +128,7 @@ class TrainState:
                 "from a run without a break", ", ".join(changed.values()), self.epoch, self.batch,
             )
         else:
-            utils.set_rng_state(checkpoint["rng"][utils.rank()])
+            utils.set_rng_state(checkpoint["rng"][distributed.rank()])
         self.lr_scheduler.step_update(self.step)
 
     def _move_to(self, images_seen: int) -> None:

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
+import distributed
 import engine
 import main
-import utils
 from data import build
 
 FAULTS = {}
@@ -40,7 +40,7 @@ def _before_update(action, step: int) -> None:
 
 
 def _only_on_rank(rank: str, action):
-    return lambda: action() if utils.rank() == int(rank) else None
+    return lambda: action() if distributed.rank() == int(rank) else None
 
 
 @fault
@@ -54,7 +54,7 @@ def kill_once_at_step(step, marker):
     """As kill_at_step on rank 0, but only the first time, which leaves the file ``marker`` behind."""
 
     def action():
-        if utils.rank() == 0 and not os.path.exists(marker):
+        if distributed.rank() == 0 and not os.path.exists(marker):
             Path(marker).touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -192,7 +192,7 @@ def bad_loss_at_steps(first, last, rank="0"):
     backward = engine._Updater.backward
 
     def patched(self, loss):
-        is_hit = utils.rank() == int(rank) and int(first) <= self.state.step <= int(last)
+        is_hit = distributed.rank() == int(rank) and int(first) <= self.state.step <= int(last)
         return backward(self, loss * float("nan") if is_hit else loss)
 
     engine._Updater.backward = patched

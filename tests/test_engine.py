@@ -238,20 +238,20 @@ def test_train_mode_statistics_are_the_mean_over_processes(tmp_path):
     script = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-import engine, utils
+import engine, distributed
 from torch.nn.parallel import DistributedDataParallel
 from tests.test_engine import *
-device = utils.init_distributed("cpu")
+device = distributed.init_distributed("cpu")
 config = tiny()
 state = make_state(config, Precision("fp32", CPU))
 model = DistributedDataParallel(state.model, broadcast_buffers=False)
-data = batches(1, seed=utils.rank())
+data = batches(1, seed=distributed.rank())
 engine.train_one_epoch(config, state, model, Batches(data), None, Precision("fp32", CPU), None, NeverDue())
 ours = state.model.state_dict()
-gathered = utils.gather_objects(ours)
+gathered = distributed.gather_objects(ours)
 assert all(torch.equal(gathered[0][k], gathered[1][k]) for k in ours)
 before = {k: v.clone() for k, v in ours.items()}
-if utils.rank() == 1:
+if distributed.rank() == 1:
     data = [(data[0][0] * float("nan"), data[0][1])]
 engine.train_one_epoch(config, state, model, Batches(data), None, Precision("fp32", CPU), None, NeverDue())
 for key in ours:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import distributed
 import utils
 from config import load_config
 from models import StripMLPNet, build_model
@@ -102,7 +103,7 @@ def launcher(monkeypatch):
 def test_half_a_launcher(missing, launcher):
     launcher({name: value for name, value in LAUNCHER.items() if name not in missing})
     with pytest.raises(ValueError, match="environment variables are set in part") as error:
-        utils.init_distributed("cpu")
+        distributed.init_distributed("cpu")
     named = str(error.value).partition(":")[2].partition(" missing")[0].replace(",", "").split()
     assert named == [name for name in LAUNCHER if name in missing]
     assert not torch.distributed.is_initialized()
@@ -111,27 +112,27 @@ def test_half_a_launcher(missing, launcher):
 def test_empty_variable_counts_as_missing(launcher):
     launcher(LAUNCHER | {"MASTER_PORT": ""})
     with pytest.raises(ValueError, match="MASTER_PORT missing"):
-        utils.init_distributed("cpu")
+        distributed.init_distributed("cpu")
 
 
 def test_no_launcher(launcher):
     launcher({"MASTER_ADDR": "127.0.0.1"})  # alone it says nothing
-    assert utils.init_distributed("cpu") == torch.device("cpu")
-    assert (utils.rank(), utils.local_rank(), utils.world_size()) == (0, 0, 1)
-    assert utils.gather_objects("a") == ["a"]
-    assert utils.broadcast_object("a") == "a"
-    assert utils.all_reduce_sum(torch.tensor([3.0])).tolist() == [3.0]
-    utils.barrier()
+    assert distributed.init_distributed("cpu") == torch.device("cpu")
+    assert (distributed.rank(), distributed.local_rank(), distributed.world_size()) == (0, 0, 1)
+    assert distributed.gather_objects("a") == ["a"]
+    assert distributed.broadcast_object("a") == "a"
+    assert distributed.all_reduce_sum(torch.tensor([3.0])).tolist() == [3.0]
+    distributed.barrier()
 
 
 def test_device_that_is_not_there(launcher):
     launcher({})
     if torch.cuda.is_available():
-        assert utils.init_distributed("") == torch.device("cuda", 0)
+        assert distributed.init_distributed("") == torch.device("cuda", 0)
     else:
-        assert utils.init_distributed("") == torch.device("cpu")
+        assert distributed.init_distributed("") == torch.device("cpu")
         with pytest.raises(ValueError, match="--device cuda: PyTorch finds no CUDA GPU here"):
-            utils.init_distributed("cuda")
+            distributed.init_distributed("cuda")
 
 
 # ---- what a run says about itself ----------------------------------------------------------------
