@@ -1,6 +1,7 @@
 """Strip-MLP networks. Importing this package registers ``strip_mlp_{tiny_light,tiny,small,base}`` with timm."""
 
 from .build import build_model
+from .errors import InputError, MissingFileError
 from .freeze import freeze_stages, set_train_mode
 from .recomputation import count_batches_once
 from .strip_mlp import StripMLPNet
@@ -14,6 +15,8 @@ from .weights import (
 )
 
 __all__ = [
+    "InputError",
+    "MissingFileError",
     "StripMLPNet",
     "adapt_size",
     "build_model",

@@ -1,0 +1,9 @@
+"""What a user can put right. Programs report these errors in one line; any other exception is a bug."""
+
+
+class InputError(ValueError):
+    """An argument, a config value, an environment or a file that cannot be used; the message says what to do."""
+
+
+class MissingFileError(InputError, FileNotFoundError):
+    """A file or folder that is not there."""
