@@ -22,8 +22,10 @@ import torch.nn.functional as F
 
 try:
     from . import strip_triton
-except ImportError:  # a PyTorch without Triton; the other forms work without it
-    strip_triton = None
+
+    _WHY_NO_TRITON = ""
+except ImportError as error:  # a PyTorch without Triton; the other forms work without it
+    strip_triton, _WHY_NO_TRITON = None, str(error)
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_LONGEST = 128  # tokens of a strip whose square weight the kernels keep on the chip
@@ -59,7 +61,7 @@ def strip_mix(
     if _is_autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if form == "auto":
-        has_tensor_cores = x.is_cuda and (x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32)
+        has_tensor_cores = x.is_cuda and (x.dtype != torch.float32 or _allows_tf32())
         form = "triton" if has_tensor_cores and not _triton_lacks(x, weight) else "matmul"
     y = _FORMS[form](x, weight, bias, axis)
     return y.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else y
@@ -115,14 +117,22 @@ def _triton(x, weight, bias, axis):
     lack = _triton_lacks(x, weight)
     if lack:
         raise ValueError(f"the strip layers' form 'triton' {lack}; let 'auto' choose (MODEL.STRIP_MLP.FORM auto)")
-    tf32 = x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x.is_cuda and x.dtype == torch.float32 and _allows_tf32()
     return strip_triton.mix(x.contiguous(), weight, bias, axis, tf32)
+
+
+@torch.compiler.assume_constant_result
+def _allows_tf32() -> bool:
+    """Whether float32 products on CUDA may be multiplied in TF32."""
+    backend = torch.backends.cuda.matmul
+    # Since PyTorch 2.9 `allow_tf32` raises where the newer `fp32_precision` was set.
+    return backend.fp32_precision == "tf32" if hasattr(backend, "fp32_precision") else backend.allow_tf32
 
 
 def _triton_lacks(x, weight) -> str:
     """What keeps Triton's kernels from running; empty where nothing does."""
     if strip_triton is None:
-        return "needs the package triton, which comes with PyTorch's CUDA builds"
+        return f"needs the package triton, which comes with PyTorch's CUDA builds ({_WHY_NO_TRITON})"
     if not (x.is_cuda or x.is_meta or _IS_INTERPRETED):
         return f"needs a CUDA GPU, and this is the device {x.device.type}"
     if x.dtype not in _TRITON_DTYPES:

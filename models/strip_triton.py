@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
-from triton import knobs
 
 
 @triton.jit
@@ -94,7 +93,7 @@ MIX_BLOCKS = [
     for block, warps, stages in ((32, 4, 3), (64, 4, 3), (128, 4, 3), (128, 8, 3), (256, 8, 2))
 ]
 WEIGHT_GRAD_BLOCKS = MIX_BLOCKS[:3]
-if knobs.runtime.interpret:  # on the CPU, where there is nothing to tune
+if not isinstance(_mix_kernel, triton.JITFunction):  # interpreted, on the CPU, where there is nothing to tune
     MIX_BLOCKS, WEIGHT_GRAD_BLOCKS = MIX_BLOCKS[:1], WEIGHT_GRAD_BLOCKS[:1]
 
 

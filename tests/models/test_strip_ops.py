@@ -186,3 +186,25 @@ def test_autocast(axis):
     for value, wanted in zip(grads, expected, strict=True):
         assert value.dtype == torch.float32
         assert relative_error(value, wanted) < 2e-2
+
+
+@pytest.fixture
+def float32_products():
+    yield torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("highest")  # the default, in the older and the newer setting
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="PyTorch before 2.9 has one setting")
+@pytest.mark.parametrize("precision, expected", [("tf32", True), ("ieee", False)])
+def test_tf32_is_read_where_the_newer_setting_was_used(float32_products, precision, expected):
+    """``torch.backends.fp32_precision`` makes PyTorch's own ``allow_tf32`` raise; a compiled network reads it too."""
+    float32_products.fp32_precision = precision
+    assert strip_ops._allows_tf32() is expected
+    compiled = torch.compile(lambda x: x + strip_ops._allows_tf32(), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())) == expected
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_tf32_is_read_where_the_older_setting_was_used(float32_products, is_allowed):
+    float32_products.allow_tf32 = is_allowed
+    assert strip_ops._allows_tf32() is is_allowed
