@@ -1,10 +1,15 @@
-"""Strip-MLP networks. Importing this package registers ``strip_mlp_{tiny_light,tiny,small,base}`` with timm."""
+"""Strip-MLP and the MLP baselines of its paper. Importing this package registers them with timm.
+
+``strip_mlp_{tiny_light,tiny,small,base}``, ``smlpnet_{tiny,small,base}``, ``wave_mlp_{tiny,small,medium,base}``.
+"""
 
 from .build import build_model
 from .errors import InputError, MissingFileError
 from .freeze import freeze_stages, set_train_mode
 from .recomputation import count_batches_once
+from .smlpnet import SMLPNet
 from .strip_mlp import StripMLPNet
+from .wavemlp import WaveMLP
 from .weights import (
     adapt_size,
     convert_released_state_dict,
@@ -17,7 +22,9 @@ from .weights import (
 __all__ = [
     "InputError",
     "MissingFileError",
+    "SMLPNet",
     "StripMLPNet",
+    "WaveMLP",
     "adapt_size",
     "build_model",
     "convert_released_state_dict",

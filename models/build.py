@@ -4,6 +4,7 @@ import difflib
 
 import timm
 import yaml
+from timm.layers import DropPath
 from torch import nn
 
 from .ablations import build_ablated
@@ -58,9 +59,14 @@ def _build_timm_model(config) -> nn.Module:
     if timm.get_pretrained_cfg(name).fixed_input_size:
         kwargs["img_size"] = config.DATA.IMG_SIZE
     try:
-        return timm.create_model(name, **kwargs | _timm_kwargs(config.MODEL.TIMM_KWARGS))
+        model = timm.create_model(name, **kwargs | _timm_kwargs(config.MODEL.TIMM_KWARGS))
     except TypeError as error:
         raise ValueError(f"MODEL.NAME {name}: {error}; where it has no drop path set MODEL.DROP_PATH_RATE 0") from None
+    if config.MODEL.DROP_PATH_RATE == 0:  # not passed on, for models that know none; others have a rate by default
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
+    return model
 
 
 def _timm_kwargs(text: str) -> dict:

@@ -83,6 +83,16 @@ def test_timm_models(name, parameters, rate):
     assert max(rates) == pytest.approx(rate)
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "smlpnet_small"])
+def test_no_drop_path_where_a_timm_model_has_some_by_default(name):
+    opts = ["MODEL.TYPE", "timm", "MODEL.NAME", name, "MODEL.DROP_PATH_RATE"]
+
+    def highest(rate):
+        return max((m.drop_prob for m in build(*opts, rate).modules() if isinstance(m, DropPath)), default=0.0)
+
+    assert (highest(0), highest(0.15)) == (0.0, pytest.approx(0.15))
+
+
 def test_timm_model_of_a_fixed_size_is_built_for_the_config_s():
     model = build("MODEL.TYPE", "timm", "MODEL.NAME", "swin_tiny_patch4_window7_224", "DATA.IMG_SIZE", 256)
     assert model(torch.zeros(1, 3, 256, 256, device="meta")).shape == (1, 5)

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from config import load_config
-from models import StripMLPNet, convert_released_state_dict, load_strict, to_released_state_dict
+from models import (
+    StripMLPNet,
+    convert_released_state_dict,
+    load_pretrained,
+    load_strict,
+    to_released_state_dict,
+)
 from models.strip_mlp import StripMLP
 from optimizer import build_optimizer
 
@@ -84,6 +91,19 @@ def test_logits_and_stage_statistics(name, dtype, tolerance):
         assert relative_error(out.square().mean(1).sqrt(), figures["stage_rms"][str(stage)]) < tolerance
     with torch.no_grad():
         assert relative_error(model.fuse()(images_of(figures, dtype)), figures["logits"]) < tolerance
+
+
+@pytest.mark.parametrize("name, model", [("smlpnet_tiny_224", "smlpnet_tiny"), ("wavemlp_s_224", "wave_mlp_small")])
+def test_logits_of_the_baselines(name, model):
+    """Their published keys are their own, so that a checkpoint loads as it is."""
+    figures = load_figures(name)
+    net = timm.create_model(model).double().eval()
+    assert sum(p.numel() for p in net.parameters()) == figures["parameters"]
+    weights = released_weights(figures)
+    assert load_pretrained(net, {"model": weights}) == []
+    with torch.no_grad():
+        assert relative_error(net(images_of(figures, torch.float64)), figures["logits"]) < FLOAT64
+    assert net.state_dict().keys() == weights.keys()
 
 
 @pytest.mark.parametrize("form, layout", [("auto", torch.channels_last), ("plain", torch.contiguous_format)])

@@ -1,0 +1,209 @@
+"""sMLPNet (SPACH, Tang et al., arXiv 2109.05422), a baseline of the paper's tables.
+
+Modules have the names of the published checkpoints, so that these load as they are. Notation as in ``strip_mlp.py``.
+"""
+
+from collections import OrderedDict
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, to_2tuple
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from .sizes import legal_sizes
+from .staged import StagedNet, create, default_cfg
+
+
+class TokenLinear(nn.Conv2d):
+    """A linear layer over the last axis of a feature map. The published weight is a 1x1 convolution's."""
+
+    def __init__(self, length: int):
+        super().__init__(length, length, 1)
+
+    def forward(self, x):
+        """(..., L) -> (..., L)"""
+        return F.linear(x, self.weight[:, :, 0, 0], self.bias)
+
+
+class SparseMLP(nn.Module):
+    """Mixes each token with its row and with its column, side by side, and fuses the two with the token itself.
+
+    Args:
+        dim: C, the channels of the input.
+        size: (H, W) of the feature map.
+    """
+
+    def __init__(self, dim: int, size: tuple[int, int]):
+        super().__init__()
+        height, width = size
+        self.BN = nn.BatchNorm2d(dim)
+        self.proj_h = TokenLinear(width)
+        self.proh_w = TokenLinear(height)
+        self.fuse = nn.Conv2d(3 * dim, dim, 1, bias=False)
+
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
+        x = F.gelu(self.BN(x))
+        row, column = self.proj_h(x), self.proh_w(x.transpose(2, 3)).transpose(2, 3)
+        return self.fuse(torch.cat([x, row, column], dim=1))
+
+
+class Permute(nn.Module):
+    """A tensor with its axes in another order."""
+
+    def __init__(self, *axes: int):
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x):
+        return x.permute(self.axes)
+
+
+class Residual(nn.Sequential):
+    """Adds what its modules make of the input to the input."""
+
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
+        return x + super().forward(x)
+
+
+def token_mixing(dim: int, size: tuple[int, int], drop_path: float) -> Residual:
+    """BN, GELU, a 3x3 depthwise convolution, then a ``SparseMLP``."""
+    conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+    merge = nn.Sequential(OrderedDict(BN=nn.BatchNorm2d(dim), act=nn.GELU(), Conv=conv))
+    return Residual(nn.Sequential(OrderedDict(conv_merge=merge)), SparseMLP(dim, size), DropPath(drop_path))
+
+
+def channel_mixing(dim: int, hidden_dim: int, drop_path: float) -> Residual:
+    """LayerNorm, then an MLP over the channels of each token."""
+    net = nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Identity(), nn.Linear(hidden_dim, dim))
+    mlp = nn.Sequential(OrderedDict(net=net))
+    return Residual(Permute(0, 2, 3, 1), nn.LayerNorm(dim), mlp, Permute(0, 3, 1, 2), DropPath(drop_path))
+
+
+class SMLPNet(StagedNet):
+    """sMLPNet: four stages at 1/4, 1/8, 1/16 and 1/32 of the input size, for which alone the network is built.
+
+    Args:
+        img_size: side of the square input in pixels, or its (height, width), multiples of 32.
+        in_chans: channels of the input.
+        num_classes: outputs of the head; 0 leaves the head out.
+        global_pool: ``"avg"``, the mean over all tokens, or ``""``, none, for a network without a head.
+        embed_dim: C, the channels of the first stage; they double at every stage.
+        depths: blocks of the four stages.
+        mlp_ratio: the width of the channel mixing over its input's.
+        drop_rate: dropout before the head, while training.
+        drop_path_rate: probability that a residual branch of the last block is dropped for an image, while training;
+            it rises linearly from 0 in the first block.
+
+    Raises:
+        ValueError: an ``img_size`` that is no multiple of 32.
+    """
+
+    classifier, final_norm = "mlp_head.0", "batch_norm"
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 80,
+        depths: tuple[int, int, int, int] = (2, 8, 14, 2),
+        mlp_ratio: float = 3.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        dims = [embed_dim * 2**stage for stage in range(4)]
+        super().__init__(dims, in_chans, drop_rate)
+        self.img_size = to_2tuple(img_size)
+        for side in self.img_size:
+            if side < 32 or side % 32:
+                raise ValueError(f"img_size {side} is not a multiple of 32; the nearest are {legal_sizes(side, 32)}")
+        ends = list(accumulate(depths))
+        self.blocks = [range(end - depth, end) for end, depth in zip(ends, depths, strict=True)]  # numbers, by stage
+        self.to_patch_embedding = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(before, dim, stride, stride, bias=False))
+            for before, dim, stride in zip([in_chans, *dims], dims, [4, 2, 2, 2], strict=False)
+        )
+        self.token_mix, self.channel_mix = nn.ModuleList(), nn.ModuleList()
+        for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            size = tuple(side // (4 * 2**stage) for side in self.img_size)
+            for _ in range(depth):
+                rate = drop_path_rate * len(self.token_mix) / max(sum(depths) - 1, 1)
+                self.token_mix.append(token_mixing(dim, size, rate))
+                self.channel_mix.append(channel_mixing(dim, int(mlp_ratio * dim), rate))
+        self.batch_norm = nn.BatchNorm2d(dims[-1])
+        self.mlp_head = nn.Sequential(nn.Identity())
+        self.reset_classifier(num_classes, global_pool)
+
+    def run_stages(self, x, count: int) -> list[torch.Tensor]:
+        """The outputs of the first ``count`` stages: (N, C, H/4, W/4) to (N, 8C, H/32, W/32).
+
+        Raises:
+            ValueError: images of another size than the network's.
+        """
+        if x.ndim != 4 or x.shape[2:] != self.img_size:
+            raise ValueError(
+                f"this network was built for images of {'x'.join(map(str, self.img_size))}, got a batch of shape "
+                f"{tuple(x.shape)}; resize the images, or build the network with another img_size"
+            )
+        outputs = []
+        for embedding, blocks in zip(self.to_patch_embedding[:count], self.blocks, strict=False):
+            x = embedding(x)
+            for i in blocks:
+                x = self.run_block(self.channel_mix[i], self.run_block(self.token_mix[i], x))
+            outputs.append(x)
+        return outputs
+
+    def keep_stages(self, count: int) -> None:
+        """Removes the stages after the first ``count``."""
+        end = self.blocks[count - 1].stop
+        self.to_patch_embedding = self.to_patch_embedding[:count]
+        self.token_mix, self.channel_mix = self.token_mix[:end], self.channel_mix[:end]
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's patterns of layer groups: the stem, then the stages (``coarse``) or the blocks, last the head."""
+        blocks = r"^(?:token_mix|channel_mix)\."
+        if coarse:
+            found = [(rf"{blocks}(?:{'|'.join(map(str, numbers))})\.", (i,)) for i, numbers in enumerate(self.blocks)]
+        else:
+            found = [(rf"{blocks}(\d+)", None)]
+        for stage, numbers in enumerate(self.blocks):
+            found.append((rf"^to_patch_embedding\.{stage}\.", (stage if coarse else numbers.start,)))
+        found.append((r"^batch_norm", (99999,)))  # timm's mark for the group before
+        return {"stem": r"^to_patch_embedding\.0\.", "blocks": found}
+
+
+# ---- the variants, registered with timm ----------------------------------------------------------
+
+VARIANTS = {
+    "smlpnet_tiny": {"embed_dim": 80, "depths": (2, 8, 14, 2)},
+    "smlpnet_small": {"embed_dim": 96, "depths": (2, 10, 24, 2), "drop_path_rate": 0.2},
+    "smlpnet_base": {"embed_dim": 112, "depths": (2, 10, 24, 2), "drop_path_rate": 0.3},
+}
+
+default_cfgs = generate_default_cfgs({
+    name: default_cfg(first_conv="to_patch_embedding.0.0", classifier="mlp_head.0", fixed_input_size=True)
+    for name in VARIANTS
+})
+
+
+@register_model
+def smlpnet_tiny(pretrained=False, **kwargs) -> SMLPNet:
+    """sMLPNet-T: 24.1 M parameters."""
+    return create(SMLPNet, "smlpnet_tiny", pretrained, VARIANTS, kwargs)
+
+
+@register_model
+def smlpnet_small(pretrained=False, **kwargs) -> SMLPNet:
+    """sMLPNet-S: 48.6 M parameters."""
+    return create(SMLPNet, "smlpnet_small", pretrained, VARIANTS, kwargs)
+
+
+@register_model
+def smlpnet_base(pretrained=False, **kwargs) -> SMLPNet:
+    """sMLPNet-B: 65.9 M parameters."""
+    return create(SMLPNet, "smlpnet_base", pretrained, VARIANTS, kwargs)
