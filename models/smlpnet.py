@@ -12,7 +12,6 @@ from timm.layers import DropPath, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .sizes import legal_sizes
 from .staged import StagedNet, create, default_cfg
 
 
@@ -119,9 +118,8 @@ class SMLPNet(StagedNet):
         dims = [embed_dim * 2**stage for stage in range(4)]
         super().__init__(dims, in_chans, drop_rate)
         self.img_size = to_2tuple(img_size)
-        for side in self.img_size:
-            if side < 32 or side % 32:
-                raise ValueError(f"img_size {side} is not a multiple of 32; the nearest are {legal_sizes(side, 32)}")
+        if any(side < 32 or side % 32 for side in self.img_size):
+            raise ValueError(f"img_size {img_size} is not a multiple of 32; choose one, such as 224")
         ends = list(accumulate(depths))
         self.blocks = [range(end - depth, end) for end, depth in zip(ends, depths, strict=True)]  # numbers, by stage
         self.to_patch_embedding = nn.ModuleList(

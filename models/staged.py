@@ -1,16 +1,14 @@
 """What timm asks of a network of stages, for the baselines that this repository holds."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .recomputation import contexts
-from .strip_mlp import _stage_indices
+from .recomputation import count_batches_once
 
 
 class StagedNet(nn.Module):
@@ -60,8 +58,7 @@ class StagedNet(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r} is not 'NCHW', the layout of these feature maps")
         count = len(self.feature_info)
-        indices = _stage_indices(count, indices)
-        last = max(indices)
+        indices, last = feature_take_indices(count, indices)
         outputs = self.run_stages(x, last + 1 if stop_early or intermediates_only else count)
         features = outputs[-1]
         if len(outputs) == count and (norm or not intermediates_only):
@@ -71,15 +68,15 @@ class StagedNet(nn.Module):
 
     def run_block(self, block: nn.Module, x):
         """``block(x)``, computed again in the backward pass where gradient checkpointing is on."""
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return block(x)
-        # A compiled recomputation leaves the statistics alone by itself, and takes no contexts.
-        options = {} if torch.compiler.is_compiling() else {"context_fn": partial(contexts, block)}
-        return checkpoint(block, x, use_reentrant=False, **options)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keeps only the blocks' inputs for the backward pass and computes the rest again there."""
+        """Keeps only the blocks' inputs for the backward pass, which then computes the rest again."""
         self.grad_checkpointing = enable
+        if enable:
+            count_batches_once(self)
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
@@ -104,12 +101,10 @@ class StagedNet(nn.Module):
 
         Arguments and result as of ``StripMLPNet.prune_intermediate_layers``.
         """
-        indices = _stage_indices(len(self.feature_info), indices)
-        count = max(indices) + 1
-        is_cut = count < len(self.feature_info)
-        self.keep_stages(count)
-        self.feature_info = self.feature_info[:count]
-        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
+        indices, last = feature_take_indices(len(self.feature_info), indices)
+        is_cut = last < len(self.feature_info) - 1
+        self.keep_stages(last + 1)
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or is_cut:
             self.reset_classifier(0, "")
         if prune_norm or is_cut:
