@@ -12,6 +12,7 @@ from timm.layers import DropPath, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from .errors import InputError
 from .staged import StagedNet, create, default_cfg
 
 
@@ -98,7 +99,7 @@ class SMLPNet(StagedNet):
             it rises linearly from 0 in the first block.
 
     Raises:
-        ValueError: an ``img_size`` that is no multiple of 32.
+        InputError: an ``img_size`` that is no multiple of 32.
     """
 
     classifier, final_norm = "mlp_head.0", "batch_norm"
@@ -119,7 +120,7 @@ class SMLPNet(StagedNet):
         super().__init__(dims, in_chans, drop_rate)
         self.img_size = to_2tuple(img_size)
         if any(side < 32 or side % 32 for side in self.img_size):
-            raise ValueError(f"img_size {img_size} is not a multiple of 32; choose one, such as 224")
+            raise InputError(f"img_size {img_size} is not a multiple of 32; choose one, such as 224")
         ends = list(accumulate(depths))
         self.blocks = [range(end - depth, end) for end, depth in zip(ends, depths, strict=True)]  # numbers, by stage
         self.to_patch_embedding = nn.ModuleList(
@@ -141,10 +142,10 @@ class SMLPNet(StagedNet):
         """The outputs of the first ``count`` stages: (N, C, H/4, W/4) to (N, 8C, H/32, W/32).
 
         Raises:
-            ValueError: images of another size than the network's.
+            InputError: images of another size than the network's.
         """
         if x.ndim != 4 or x.shape[2:] != self.img_size:
-            raise ValueError(
+            raise InputError(
                 f"this network was built for images of {'x'.join(map(str, self.img_size))}, got a batch of shape "
                 f"{tuple(x.shape)}; resize the images, or build the network with another img_size"
             )

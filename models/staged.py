@@ -8,6 +8,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .errors import InputError
 from .recomputation import count_batches_once
 
 
@@ -56,7 +57,7 @@ class StagedNet(nn.Module):
     ):
         """The outputs of the stages; arguments, results and errors as of ``StripMLPNet.forward_intermediates``."""
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r} is not 'NCHW', the layout of these feature maps")
+            raise InputError(f"output_fmt {output_fmt!r} is not 'NCHW', the layout of these feature maps")
         count = len(self.feature_info)
         indices, last = feature_take_indices(count, indices)
         outputs = self.run_stages(x, last + 1 if stop_early or intermediates_only else count)
@@ -86,11 +87,11 @@ class StagedNet(nn.Module):
         """Replaces the head by a newly drawn one of ``num_classes`` outputs; 0 leaves it out.
 
         Raises:
-            ValueError: a ``global_pool`` other than None (as it is), ``"avg"`` and, without a head, ``""``.
+            InputError: a ``global_pool`` other than None (as it is), ``"avg"`` and, without a head, ``""``.
         """
         pool = self.global_pool if global_pool is None else global_pool
         if pool != "avg" and (pool or num_classes > 0):
-            raise ValueError(f"global_pool {pool!r} must be 'avg', or '' (no pooling) with num_classes 0")
+            raise InputError(f"global_pool {pool!r} must be 'avg', or '' (no pooling) with num_classes 0")
         self.num_classes, self.global_pool = num_classes, pool
         parameter = next(self.parameters())
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
