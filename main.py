@@ -188,7 +188,7 @@ def train(config, device: torch.device, folder: Path) -> None:
             if device.type != "cuda":
                 raise ValueError("TRAIN.SYNC_BN is True, but SyncBatchNorm needs CUDA; set it False on the CPU")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if config.TRAIN.USE_CHECKPOINT and config.MODEL.TYPE == "timm":
+        if config.TRAIN.USE_CHECKPOINT:
             count_batches_once(model)
 
         # 2. The state of the training; from here on every process draws its own random numbers.

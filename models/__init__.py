@@ -3,6 +3,7 @@
 ``strip_mlp_{tiny_light,tiny,small,base}``, ``smlpnet_{tiny,small,base}``, ``wave_mlp_{tiny,small,medium,base}``.
 """
 
+from . import registry  # noqa: F401, registers the variants with timm
 from .build import build_model
 from .errors import InputError, MissingFileError
 from .freeze import freeze_stages, set_train_mode

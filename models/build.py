@@ -8,6 +8,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from .ablations import build_ablated
+from .errors import InputError
 from .freeze import freeze_stages
 from .strip_mlp import StripMLP, StripMLPNet
 
@@ -16,7 +17,7 @@ def build_model(config) -> nn.Module:
     """The network that a config describes: a Strip-MLP, or any timm model to be trained by the same recipe.
 
     Raises:
-        ValueError: sizes that do not fit together, an unknown timm model, or one that lacks an argument: drop path, or
+        InputError: sizes that do not fit together, an unknown timm model, or one that lacks an argument: drop path, or
             one of MODEL.TIMM_KWARGS; one without gradient checkpointing where TRAIN.USE_CHECKPOINT asks for it.
     """
     if config.MODEL.TYPE == "timm":
@@ -45,7 +46,7 @@ def build_model(config) -> nn.Module:
         try:
             model.set_grad_checkpointing(True)
         except AssertionError as error:  # a timm model's
-            raise ValueError(f"MODEL.NAME {config.MODEL.NAME}: {error}; set TRAIN.USE_CHECKPOINT False") from None
+            raise InputError(f"MODEL.NAME {config.MODEL.NAME}: {error}; set TRAIN.USE_CHECKPOINT False") from None
     freeze_stages(model, config.TRAIN.FREEZE_STAGES)
     return model
 
@@ -54,14 +55,14 @@ def _build_timm_model(config) -> nn.Module:
     name = config.MODEL.NAME
     if not timm.is_model(name):
         similar = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise ValueError(f"MODEL.NAME {name!r} is not a timm model; similar ones: {', '.join(similar) or 'none'}")
+        raise InputError(f"MODEL.NAME {name!r} is not a timm model; similar ones: {', '.join(similar) or 'none'}")
     kwargs = {"num_classes": config.MODEL.NUM_CLASSES, "drop_path_rate": config.MODEL.DROP_PATH_RATE or None}
     if timm.get_pretrained_cfg(name).fixed_input_size:
         kwargs["img_size"] = config.DATA.IMG_SIZE
     try:
         model = timm.create_model(name, **kwargs | _timm_kwargs(config.MODEL.TIMM_KWARGS))
     except TypeError as error:
-        raise ValueError(f"MODEL.NAME {name}: {error}; where it has no drop path set MODEL.DROP_PATH_RATE 0") from None
+        raise InputError(f"MODEL.NAME {name}: {error}; where it has no drop path set MODEL.DROP_PATH_RATE 0") from None
     if config.MODEL.DROP_PATH_RATE == 0:  # not passed on, for models that know none; others have a rate by default
         for module in model.modules():
             if isinstance(module, DropPath):
@@ -76,6 +77,6 @@ def _timm_kwargs(text: str) -> dict:
     except yaml.YAMLError:
         kwargs = None
     if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
-        raise ValueError(f"MODEL.TIMM_KWARGS is {text!r}; it must name arguments and values in YAML, e.g. "
+        raise InputError(f"MODEL.TIMM_KWARGS is {text!r}; it must name arguments and values in YAML, e.g. "
                          "'{stem_type: deep, stem_width: 32}'")
     return kwargs

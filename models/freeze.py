@@ -3,6 +3,8 @@
 from timm.models import group_parameters
 from torch import nn
 
+from .errors import InputError
+
 
 def freeze_stages(model: nn.Module, count: int) -> None:
     """Takes the stem and the first ``count`` stages out of training; ``set_train_mode`` keeps their statistics.
@@ -11,15 +13,15 @@ def freeze_stages(model: nn.Module, count: int) -> None:
     stage belongs to it.
 
     Raises:
-        ValueError: the model has no ``group_matcher``, or fewer stages.
+        InputError: the model has no ``group_matcher``, or fewer stages.
     """
     if count == 0:
         return
     if not hasattr(model, "group_matcher"):
-        raise ValueError(f"{type(model).__name__} does not say what its stages are; set TRAIN.FREEZE_STAGES 0")
+        raise InputError(f"{type(model).__name__} does not say what its stages are; set TRAIN.FREEZE_STAGES 0")
     groups = group_parameters(model, model.group_matcher(coarse=True))  # stem, stages, head
     if count > len(groups) - 2:
-        raise ValueError(f"TRAIN.FREEZE_STAGES is {count}; {type(model).__name__} has {len(groups) - 2} stages")
+        raise InputError(f"TRAIN.FREEZE_STAGES is {count}; {type(model).__name__} has {len(groups) - 2} stages")
     for group in range(count + 1):
         for name in groups[group]:
             model.get_parameter(name).requires_grad_(False)

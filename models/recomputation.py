@@ -1,39 +1,21 @@
-"""Gradient checkpointing computes a block again in the backward pass; BatchNorms must not count that batch twice."""
-
-import contextlib
+"""Gradient checkpointing runs a block again in the backward pass; BatchNorms must not count that batch twice."""
 
 import torch
 from torch import nn
-
-
-def contexts(block: nn.Module):
-    """Contexts of a checkpointed block's forward pass and of its recomputation, which must not count batches again."""
-    return contextlib.nullcontext(), _KeptBuffers(block)
-
-
-class _KeptBuffers:
-    """A context that leaves a module's buffers, which are the statistics of its BatchNorms, as it found them."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def __enter__(self):
-        self.saved = [buffer.clone() for buffer in self.module.buffers()]
-
-    def __exit__(self, *error):
-        for buffer, saved in zip(self.module.buffers(), self.saved, strict=True):
-            buffer.copy_(saved)
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def count_batches_once(model: nn.Module) -> None:
-    """Keeps the running statistics of BatchNorms from counting a batch again when gradient checkpointing recomputes it.
+    """Makes the model's BatchNorms leave their running statistics alone while a block is recomputed.
 
-    For timm's models; Strip-MLP's own checkpointing sees to it.
+    ``StripMLPNet.set_grad_checkpointing`` calls it. timm's models need it too, and so does any model after its
+    BatchNorms were replaced, as for SyncBatchNorm.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm) and _keep_statistics not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_keep_statistics)
-            module.register_forward_hook(_put_statistics_back)
+            # Recomputation stops by an exception as soon as it has what it needs, perhaps within the BatchNorm.
+            module.register_forward_hook(_restore_statistics, always_call=True)
 
 
 def _is_recomputation() -> bool:
@@ -47,7 +29,8 @@ def _keep_statistics(module: nn.Module, inputs) -> None:
 
 
 @torch.no_grad()
-def _put_statistics_back(module: nn.Module, inputs, output) -> None:
+def _restore_statistics(module: nn.Module, inputs, output) -> None:
     if _is_recomputation():
         for buffer, kept in zip(module.buffers(), module.kept_statistics, strict=True):
             buffer.copy_(kept)
+        del module.kept_statistics

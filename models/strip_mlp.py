@@ -5,24 +5,18 @@ D = C / P the channels of a patch, L the length of a strip: W for a row, H for a
 """
 
 import math
-import re
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import FeatureGetterNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .errors import InputError
 from .fused import FusedChannelMixingBlock, FusedStripMixingBlock
-from .recomputation import contexts
-from .sizes import check_sizes, legal_sizes
 from .strip_ops import strip_mix, without_autocast
-from .weights import fit_state_dict
+from .timm_interface import TimmInterface
 
 
 class StripMLP(nn.Module):
@@ -239,7 +233,7 @@ class Block(nn.Module):
         return self
 
 
-class StripMLPNet(nn.Module):
+class StripMLPNet(TimmInterface, nn.Module):
     """Strip-MLP (figure 2a): four stages at 1/4, 1/8, 1/16 and 1/32 of the input size for ``patch_size`` 4.
 
     The strip weights depend on the size of the feature maps, so a network serves one input size;
@@ -263,7 +257,7 @@ class StripMLPNet(nn.Module):
         token_mixing: makes a block's token mixing; ``ablations.py`` has others.
 
     Raises:
-        ValueError: sizes that do not fit together; the message names the nearest that do.
+        InputError: sizes that do not fit together; the message names the nearest that do.
     """
 
     def __init__(
@@ -284,9 +278,9 @@ class StripMLPNet(nn.Module):
         token_mixing: Callable[..., nn.Module] = StripMixingBlock,
     ):
         super().__init__()
-        self.img_size = check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width)
+        self.img_size = _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width)
         if drop_path_schedule not in ("constant", "linear"):
-            raise ValueError(f"drop_path_schedule {drop_path_schedule!r} is neither 'constant' nor 'linear'")
+            raise InputError(f"drop_path_schedule {drop_path_schedule!r} is neither 'constant' nor 'linear'")
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
@@ -335,54 +329,9 @@ class StripMLPNet(nn.Module):
         """(N, in_chans, H, W) -> (N, num_classes)"""
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-        self,
-        x,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ):
-        """The outputs of the stages: (N, C, H/4, W/4) to (N, 8C, H/32, W/32) for ``patch_size`` 4.
-
-        Args:
-            x: (N, in_chans, H, W).
-            indices: stages from 0, negative from the end; a number n: the last n; None: all.
-            norm: normalise the last stage's output; the others have no norm.
-            stop_early: leave out the stages after the last one asked for.
-            output_fmt: ``"NCHW"``.
-            intermediates_only: return the list alone.
-
-        Returns:
-            ``(features, intermediates)``, features as ``forward_features`` returns them; where it stopped early, the
-            last output instead. Or the list of intermediates.
-
-        Raises:
-            ValueError: another ``output_fmt``, or a stage that there is not.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r} is not 'NCHW', the one layout of Strip-MLP's feature maps")
-        count = len(self.stages)
-        indices = _stage_indices(count, indices)
-        last = max(indices)
-        outputs = self._run_stages(x, last + 1 if stop_early or intermediates_only else count)
-        features = outputs[-1]
-        if len(outputs) == count and (norm or not intermediates_only):
-            features = self.norm(features)
-        intermediates = [features if norm and index == count - 1 else outputs[index] for index in indices]
-        return intermediates if intermediates_only else (features, intermediates)
-
     def _run_stages(self, x, count: int) -> list[torch.Tensor]:
         """The outputs of the first ``count`` stages."""
-        if x.ndim != 4 or x.shape[2:] != self.img_size:
-            multiple = self.feature_info[-1]["reduction"]
-            sides = dict.fromkeys(x.shape[-2:])
-            legal = "; ".join(f"legal near {side}: {legal_sizes(side, multiple)}" for side in sides)
-            raise ValueError(
-                f"this network was built for images of {'x'.join(map(str, self.img_size))}, got a batch of shape "
-                f"{tuple(x.shape)}; resize the images, or build the network with another img_size ({legal})"
-            )
+        _check_images(x, self.img_size, self.feature_info[-1]["reduction"])
         outputs = [self._run_stage(0, self.stem(x))]
         if count > 1:
             m1 = self.merging[0](outputs[0])
@@ -399,107 +348,9 @@ class StripMLPNet(nn.Module):
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return self.stages[stage](x)
         for block in self.stages[stage]:
-            # A compiled recomputation leaves the statistics alone by itself, and takes no contexts.
-            options = {} if torch.compiler.is_compiling() else {"context_fn": partial(contexts, block)}
-            x = checkpoint(block, x, use_reentrant=False, **options)
+            x = checkpoint(block, x, use_reentrant=False)
         return x
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keeps only the blocks' inputs for the backward pass and computes the rest again there."""
-        self.grad_checkpointing = enable
-
-    def fuse(self) -> "StripMLPNet":
-        """Turns the network, in place, into its inference form: faster, equal within rounding, not to be trained.
-
-        See ``fused.py`` for what is folded. Its state dict has other keys, so load weights before.
-        """
-        for block in self.modules():
-            if isinstance(block, Block):
-                block.fuse()
-        return self.eval()
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a newly drawn one of ``num_classes`` outputs; 0 leaves it out.
-
-        Raises:
-            ValueError: a ``global_pool`` other than None (as it is), ``"avg"`` and, without a head, ``""``.
-        """
-        pool = self.global_pool if global_pool is None else global_pool
-        if pool != "avg" and (pool or num_classes > 0):
-            raise ValueError(f"global_pool {pool!r} must be 'avg', or '' (no pooling) with num_classes 0")
-        self.num_classes, self.global_pool = num_classes, pool
-        weight = self.stem.weight
-        head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.head = head.to(weight.device, weight.dtype)
-
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As PyTorch's; released keys are converted, and weights for another input size adapted."""
-        return super().load_state_dict(fit_state_dict(state_dict, self), strict, assign)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes what comes after the last of the stages asked for, as timm's feature extraction does.
-
-        Args:
-            indices: as ``forward_intermediates`` takes them.
-            prune_norm: remove the last norm too.
-            prune_head: remove the head too; it goes in any case where a stage goes.
-
-        Returns:
-            The stages asked for, counted from 0.
-        """
-        indices = _stage_indices(len(self.stages), indices)
-        last = max(indices)
-        is_cut = last < len(self.stages) - 1
-        self.stages, self.merging = self.stages[:last + 1], self.merging[:last]
-        for stage, names in ((2, ["shortcut_m1"]), (3, ["shortcut_s", "shortcut_m2"])):
-            for name in names if stage > last else []:
-                setattr(self, name, nn.Identity())
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or is_cut:
-            self.reset_classifier(0, "")
-        if prune_norm or is_cut:
-            self.norm = nn.Identity()
-        return indices
-
-    def no_weight_decay(self) -> set[str]:
-        """The biases that timm would decay, not knowing them by their dimensions: those of the strip layers."""
-        return {name for name, _ in self.named_parameters() if name.endswith("_strip.bias")}
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's patterns of layer groups: the stem, then the stages (``coarse``) or the blocks, last the head.
-
-        What leads into a stage belongs to its first block.
-        """
-        first = () if coarse else (0,)
-        return {
-            "stem": r"^stem",
-            "blocks": [
-                (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None),
-                (r"^merging\.0", (1, *first)),
-                (r"^(?:merging\.1|shortcut_m1)", (2, *first)),
-                (r"^(?:merging\.2|shortcut_s|shortcut_m2)", (3, *first)),
-                (r"^norm", (99999,)),  # timm's mark for the group before
-            ],
-        }
-
-
-def _stage_indices(count: int, indices: int | list[int] | None) -> list[int]:
-    """What timm means by ``indices``, as numbers of stages from 0; raises ValueError for stages that there are not."""
-    if indices is None:
-        return list(range(count))
-    wanted = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
-    if not wanted or min(wanted) < -count or max(wanted) >= count:
-        raise ValueError(f"stage indices {indices} are out of range; the network has stages 0 to {count - 1}")
-    return [index % count for index in wanted]
-
-
-# ---- the variants, registered with timm ----------------------------------------------------------
 
 VARIANTS = {
     "strip_mlp_tiny_light": {"embed_dim": 80, "depths": (2, 2, 6, 2), "num_patches": 2},
@@ -508,57 +359,46 @@ VARIANTS = {
     "strip_mlp_base": {"embed_dim": 112, "depths": (2, 2, 18, 2), "num_patches": 4},
 }
 
-default_cfgs = generate_default_cfgs({
-    name: {
-        "num_classes": 1000, "input_size": (3, 224, 224), "fixed_input_size": True, "pool_size": (7, 7),
-        "crop_pct": 224 / 256, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem", "classifier": "head",
-    }
-    for name in VARIANTS
-})
+
+# ---- what the network refuses --------------------------------------------------------------------
+
+def _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width) -> tuple[int, int]:
+    """(height, width) of the input; raises InputError when the sizes do not fit together."""
+    sides = tuple(to_2tuple(img_size))
+    if len(sides) != 2:
+        raise InputError(f"img_size {sides} is neither a side nor (height, width)")
+    multiple = 8 * patch_size
+    for side in sides:
+        if side < multiple or side % multiple:
+            raise InputError(
+                f"img_size {side} is not a multiple of {multiple} (patch size {patch_size} x 8); "
+                f"the nearest legal sizes are {_legal_sizes(side, multiple)}"
+            )
+    if len(depths) != 4 or min(depths) < 1:
+        raise InputError(f"depths {tuple(depths)} must be four numbers, each at least 1")
+    if num_patches < 1:
+        raise InputError(f"num_patches {num_patches} must be at least 1")
+    if embed_dim % (2 * num_patches):
+        raise InputError(
+            f"embed_dim {embed_dim} is not a multiple of 2 x num_patches ({2 * num_patches}): half of the channels are "
+            f"cut into {num_patches} patches"
+        )
+    if strip_width < 1 or strip_width % 2 == 0:
+        raise InputError(f"strip_width {strip_width} must be odd, at least 1: a strip is centred on its row")
+    return sides
 
 
-class _StripMLPFeatures(FeatureGetterNet):
-    """What ``features_only`` makes: timm's feature extractor, which loads a whole network's weights as well."""
-
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        if any(key.startswith("model.") for key in state_dict):
-            return super().load_state_dict(state_dict, strict, assign)
-
-        def part(key):
-            return re.match(r"(stages|merging)\.\d+|[^.]*", key)[0]
-
-        parts = {part(key) for key in self.model.state_dict()}  # the others were pruned
-        weights = {key: value for key, value in fit_state_dict(state_dict, self.model).items() if part(key) in parts}
-        return self.model.load_state_dict(weights, strict, assign)
+def _check_images(x, img_size: tuple[int, int], multiple: int) -> None:
+    """Raises InputError for images of another size than the network's."""
+    if x.ndim != 4 or x.shape[2:] != img_size:
+        legal = "; ".join(f"legal near {side}: {_legal_sizes(side, multiple)}" for side in dict.fromkeys(x.shape[-2:]))
+        raise InputError(
+            f"this network was built for images of {'x'.join(map(str, img_size))}, got a batch of shape "
+            f"{tuple(x.shape)}; resize the images, or build the network with another img_size ({legal})"
+        )
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> StripMLPNet:
-    return build_model_with_cfg(
-        StripMLPNet, variant, pretrained, pretrained_filter_fn=fit_state_dict,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": _StripMLPFeatures}, **(VARIANTS[variant] | kwargs),
-    )
-
-
-@register_model
-def strip_mlp_tiny_light(pretrained=False, **kwargs) -> StripMLPNet:
-    """Strip-MLP-T*: 18.2 M parameters, 2.5 G multiply-accumulates at 224."""
-    return _create("strip_mlp_tiny_light", pretrained, **kwargs)
-
-
-@register_model
-def strip_mlp_tiny(pretrained=False, **kwargs) -> StripMLPNet:
-    """Strip-MLP-T: 24.9 M parameters, 3.7 G multiply-accumulates at 224."""
-    return _create("strip_mlp_tiny", pretrained, **kwargs)
-
-
-@register_model
-def strip_mlp_small(pretrained=False, **kwargs) -> StripMLPNet:
-    """Strip-MLP-S: 42.6 M parameters, 6.8 G multiply-accumulates at 224."""
-    return _create("strip_mlp_small", pretrained, **kwargs)
-
-
-@register_model
-def strip_mlp_base(pretrained=False, **kwargs) -> StripMLPNet:
-    """Strip-MLP-B: 57.2 M parameters, 9.2 G multiply-accumulates at 224."""
-    return _create("strip_mlp_base", pretrained, **kwargs)
+def _legal_sizes(size: int, multiple: int) -> str:
+    """The multiples next to ``size``, for a message."""
+    below, above = size // multiple * multiple, -(-size // multiple) * multiple
+    return " and ".join(str(legal) for legal in sorted({below, above})) if below else f"{multiple} and up"

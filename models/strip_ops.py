@@ -20,6 +20,8 @@ import os
 import torch
 import torch.nn.functional as F
 
+from .errors import InputError
+
 try:
     from . import strip_triton
 
@@ -56,7 +58,7 @@ def strip_mix(
         (N, C, H, W); channels last where x is.
 
     Raises:
-        ValueError: ``"triton"`` where its kernels cannot run.
+        InputError: ``"triton"`` where its kernels cannot run.
     """
     if _is_autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -116,7 +118,7 @@ def _matmul(x, weight, bias, axis):
 def _triton(x, weight, bias, axis):
     lack = _triton_lacks(x, weight)
     if lack:
-        raise ValueError(f"the strip layers' form 'triton' {lack}; let 'auto' choose (MODEL.STRIP_MLP.FORM auto)")
+        raise InputError(f"the strip layers' form 'triton' {lack}; let 'auto' choose (MODEL.STRIP_MLP.FORM auto)")
     tf32 = x.is_cuda and x.dtype == torch.float32 and _allows_tf32()
     return strip_triton.mix(x.contiguous(), weight, bias, axis, tf32)
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .errors import InputError
+
 logger = logging.getLogger("strip_mlp.weights")
 
 _RENAMES = (  # (ours, released); each applies to one place of a key
@@ -95,11 +97,11 @@ def model_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
     """The network's weights in a checkpoint of either kind, or in a bare state dict, under this project's keys.
 
     Raises:
-        ValueError: there are no weights in it.
+        InputError: there are no weights in it.
     """
     state_dict = checkpoint.get("model", checkpoint)
     if not isinstance(state_dict, dict) or not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise ValueError(f"no weights under 'model'; the entries are: {', '.join(map(str, checkpoint)) or 'none'}")
+        raise InputError(f"no weights under 'model'; the entries are: {', '.join(map(str, checkpoint)) or 'none'}")
     return _under_own_keys(state_dict)
 
 
@@ -190,7 +192,7 @@ def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
         The head's keys that were left out; empty when everything was loaded.
 
     Raises:
-        ValueError: anything else is missing, unexpected or of another shape; every such key is listed.
+        InputError: anything else is missing, unexpected or of another shape; every such key is listed.
     """
     state_dict = adapt_size(model_state_dict(checkpoint), model)
     own = model.state_dict()
@@ -207,7 +209,7 @@ def load_strict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     """``model.load_state_dict`` whose error lists every missing key, unexpected key and differing shape.
 
     Raises:
-        ValueError: the state dict does not fit; the model is left as it was.
+        InputError: the state dict does not fit; the model is left as it was.
     """
     own = model.state_dict()
     problems = [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state_dict]
@@ -217,7 +219,7 @@ def load_strict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
         for key, value in own.items() if key in state_dict and state_dict[key].shape != value.shape
     ]
     if problems:
-        raise ValueError(
+        raise InputError(
             f"the weights do not fit the model in {len(problems)} places; check MODEL.STRIP_MLP.*, MODEL.NUM_CLASSES "
             "and DATA.IMG_SIZE against the run that wrote them:\n  " + "\n  ".join(problems)
         )
