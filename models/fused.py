@@ -36,7 +36,8 @@ class FusedStripMixingBlock(nn.Module):
         for name in ("row", "column"):
             strip, position = getattr(cgsmm, f"{name}_strip"), getattr(cgsmm, f"{name}_position")
             self.register_buffer(f"{name}_weight", strip.weight.detach())
-            self.register_buffer(f"{name}_map", _channels_last(strip(position.map()[None])))  # (1, C/2, H, W)
+            added = strip_mix(position.map()[None], strip.weight, strip.bias, name)
+            self.register_buffer(f"{name}_map", _channels_last(added))  # (1, C/2, H, W)
 
         scale, shift = _affine(cgsmm.norm)
         self.register_buffer("fuse_weight", cgsmm.row_fuse.weight * scale[:, None, None, None])

@@ -1,0 +1,118 @@
+"""The count of a step's traffic: on networks whose traffic is known by hand, and today's figures of Strip-MLP-T*."""
+
+import json
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import nn
+
+from models.strip_mlp import Block, StripMLP
+from tools import roofline
+from tools.traffic import count_step
+from tools.traffic_compiled import count_compiled_step
+
+N, SIDE = 4, 8
+PIXELS = N * SIDE * SIDE
+
+
+def by_operation(traffic):
+    sums = defaultdict(lambda: [0, 0])
+    for op in traffic.operations:
+        sums[op.phase, op.module, op.name][0] += op.bytes
+        sums[op.phase, op.module, op.name][1] += op.launches
+    return {key: tuple(value) for key, value in sums.items()}
+
+
+def small_network():
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 16, 1), nn.Flatten(),
+        nn.Linear(16 * SIDE * SIDE, 5),
+    )
+    return layers.to(memory_format=torch.channels_last).train()
+
+
+def test_traffic_known_by_hand():
+    found = by_operation(count_step(small_network(), (N, 3, SIDE, SIDE), training=True, dtype=None))
+    x, map_8, map_16 = 4 * 3 * PIXELS, 4 * 8 * PIXELS, 4 * 16 * PIXELS  # bytes
+    w0, w3, row = 4 * 8 * 27, 4 * 16 * 8, 4 * 8  # two weights, and one number of each of 8 channels
+    expected = {
+        ("forward", "0", "convolution dense"): (x + w0 + map_8, 1),
+        # x twice for the statistics and the result; weight, bias, running mean and variance, saved mean and deviation
+        ("forward", "1", "native_batch_norm"): (3 * map_8 + 6 * row, 2),
+        ("forward", "2", "gelu"): (2 * map_8, 1),
+        ("forward", "3", "convolution 1x1"): (map_8 + w3 + 64 + 3 * map_16, 2),  # and 2 passes to add the bias
+        # for each of dx, dw and db what it reads and writes; dy comes from a flattened map and is copied first
+        ("backward", "3", "convolution 1x1 backward"): (
+            map_16 + w3 + map_8 + map_16 + map_8 + w3 + map_16 + 64 + 2 * map_16, 4),
+        ("backward", "2", "gelu_backward"): (3 * map_8, 1),
+        # dy and x twice, dx; weight, running mean and variance, saved mean and deviation, two gradients
+        ("backward", "1", "native_batch_norm_backward"): (5 * map_8 + 7 * row, 2),
+        ("backward", "0", "convolution dense backward"): (map_8 + x + w0, 1),  # the images need no gradient
+    }
+    assert {key: found.get(key) for key in expected} == expected
+
+
+def test_operations_and_floor():
+    traffic = count_step(small_network(), (N, 3, SIDE, SIDE), training=False, dtype=None)
+    assert traffic.total("flops") == 2 * (PIXELS * (8 * 27 + 16 * 8) + N * 16 * SIDE * SIDE * 5)
+    bandwidth, rate = 1e9, 1e15
+    assert traffic.seconds(bandwidth, rate) == pytest.approx(traffic.total("bytes") / bandwidth)
+    assert traffic.seconds(1e15, 1e9) == pytest.approx(traffic.total("flops") / 1e9, rel=1e-2)
+
+
+def test_autocast_casts_and_halves():
+    found = by_operation(count_step(small_network(), (N, 3, SIDE, SIDE), training=False))
+    assert found["forward", "2", "gelu"] == (2 * 2 * 8 * PIXELS, 1)
+    assert found["forward", "0", "cast"] == (6 * (3 * PIXELS + 8 * 27), 2)  # the images and the weight
+
+
+def test_maps_in_another_layout_are_copied():
+    network = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False)).train()
+    found = by_operation(count_step(network, (N, 8, SIDE, SIDE), training=False, dtype=None))
+    map_8, weight = 4 * 8 * PIXELS, 4 * 8 * 8 * 9
+    assert found["forward", "0", "convolution dense"] == (4 * map_8 + weight, 2)
+
+
+def test_peak_memory():
+    """Three maps at a time: the input, which the caller keeps, a GELU's input and its output."""
+    network = nn.Sequential(nn.GELU(), nn.GELU(), nn.GELU())
+    size = 4 * 128 * 32 * 32
+    assert count_step(network, (1, 128, 32, 32), training=False, dtype=None).peak_bytes == 3 * size
+
+
+def test_compiled_traffic_known_by_hand():
+    """Compiled, a chain of pointwise operations is one kernel that reads a map and writes one."""
+    network = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.GELU(), nn.Hardtanh(), nn.GELU())
+    traffic = count_compiled_step(network, (N, 8, SIDE, SIDE), training=False, dtype=None)
+    size, weight = 4 * 8 * PIXELS, 4 * 64
+    found = {op.name: op.bytes for op in traffic.operations}
+    assert found == {"convolution": 2 * size + weight, "fused loops": 2 * size}
+
+
+def test_figures_of_strip_mlp_do_not_grow():
+    """T*'s first block at batch 128 in bfloat16. Lower the limits when the step gets lighter."""
+    block = Block(80, 56, num_patches=2, strip_width=3, mlp_ratio=3.0, drop_path=0.1)
+    for module in block.modules():
+        if isinstance(module, StripMLP):
+            module.form = "triton"
+    network = nn.Sequential(nn.Conv2d(3, 80, 4, 4), block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    traffic = count_step(network.to(memory_format=torch.channels_last), (128, 3, 224, 224), training=True)
+    assert traffic.total("bytes") / 128 < 152e6
+    assert traffic.total("launches") <= 280
+    assert traffic.peak_bytes < 2.4 * 2**30
+
+
+def test_command(tmp_path, capsys):
+    file = tmp_path / "new" / "traffic.json"
+    assert roofline.main(["--cfg", "configs/smlp_nano_alpha3_patch2_32_digits.yaml", "--mode", "inference", "--form",
+                          "fused", "--batch-size", "4", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    operations = json.loads(file.read_text())["operations"]
+    assert f"| step | {sum(op['bytes'] for op in operations) / 4e6:.1f} |" in printed
+    assert "| stages.channel_mixing.fc1 |" in printed and "| H200 | 4800 | 989 |" in printed
+
+
+def test_fused_form_does_not_train():
+    with pytest.raises(SystemExit):
+        roofline.main(["--model", "strip_mlp_tiny", "--form", "fused"])

@@ -1,0 +1,128 @@
+"""What bounds a training or inference step on a GPU, counted without one: bytes, operations, launches, memory.
+
+    python tools/roofline.py --cfg configs/smlp_tiny_light_alpha3_patch4_224_imagenet1k.yaml
+    python tools/roofline.py --model convnext_tiny --compiled --json output/convnext_tiny.json
+
+Prints the step's traffic by operation and by module, and the time that GPUs could not beat. Only the network and its
+loss are counted, neither the optimiser nor the input pipeline. ``--compiled`` takes one to three minutes.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import timm
+import torch
+
+from config import load_config
+from models import build_model
+from models.strip_mlp import StripMLP
+from tools.published import published_formulation
+from tools.traffic import Traffic, count_step
+from tools.traffic_compiled import count_compiled_step
+
+# Data sheets: GB/s of memory, TFLOP/s of dense products in 16 bits summed in 32.
+GPUS = {
+    "RTX 3090": (936, 71), "RTX 4090": (1008, 165), "L40S": (864, 362), "A100 SXM 80 GB": (2039, 312),
+    "H100 SXM": (3350, 989), "H200": (4800, 989), "B200": (8000, 2250), "MI300X": (5300, 1307),
+}
+
+
+def build_network(args) -> tuple[torch.nn.Module, int]:
+    """The network that the command line asks for and the side of its images."""
+    if args.cfg:
+        config = load_config(args.cfg, args.opts)
+        network, side = build_model(config), config.DATA.IMG_SIZE
+    else:
+        network = timm.create_model(args.model, drop_path_rate=0.1)
+        side = network.pretrained_cfg["input_size"][-1]
+    if args.form == "published":
+        network = published_formulation(network)
+    else:
+        for module in network.modules():
+            if isinstance(module, StripMLP) and module.form == "auto":
+                module.form = "triton"  # what auto means on a GPU
+        network.to(memory_format=torch.channels_last)
+    if args.form == "fused":
+        network.fuse()
+    return network.train(args.mode == "training"), side
+
+
+def report(traffic: Traffic, images: int, rows: int) -> str:
+    """A step's traffic as Markdown."""
+    phases = [phase for phase in ("forward", "backward") if traffic.total("launches", phase)]
+    lines = ["| | MB an image | GFLOP an image | launches |", "|---|---|---|---|"]
+    for phase in (*phases, None):
+        moved, flops = (traffic.total(what, phase) / images for what in ("bytes", "flops"))
+        lines.append(f"| {phase or 'step'} | {moved / 1e6:.1f} | {flops / 1e9:.2f} | "
+                     f"{traffic.total('launches', phase)} |")
+    if traffic.peak_bytes:
+        lines += ["", f"Peak of activations and gradients: {traffic.peak_bytes / 2**30:.2f} GiB."]
+    for title, of in (("operation", lambda op: f"{op.name}, {op.phase}"), ("module", _kind_of_module)):
+        sums = defaultdict(lambda: [0, 0])
+        for op in traffic.operations:
+            sums[of(op)][0] += op.bytes
+            sums[of(op)][1] += op.launches
+        if len(sums) > 1:
+            lines += ["", f"| {title} | MB an image | launches |", "|---|---|---|"]
+            largest = sorted(sums.items(), key=lambda item: -item[1][0])[:rows]
+            lines += [f"| {name} | {moved / images / 1e6:.1f} | {launches} |" for name, (moved, launches) in largest]
+    lines += ["", "| GPU | GB/s | TFLOP/s | ms a step at least | images/s at most |", "|---|---|---|---|---|"]
+    for name, (bandwidth, flops) in GPUS.items():
+        seconds = traffic.seconds(1e9 * bandwidth, 1e12 * flops)
+        lines.append(f"| {name} | {bandwidth} | {flops} | {1e3 * seconds:.2f} | {images / seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def _kind_of_module(op) -> str:
+    """A module's path without the numbers of stage and block, so that all blocks add up."""
+    return ".".join(part for part in op.module.split(".") if not part.isdigit()) or "(network)"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Counts and prints Markdown; with ``--json`` writes every operation."""
+    args = parse_arguments(argv)
+    torch.manual_seed(0)
+    network, side = build_network(args)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[args.dtype]
+    count = count_compiled_step if args.compiled else count_step
+    traffic = count(network, (args.batch_size, 3, side, side), args.mode == "training", dtype)
+    command = "python tools/roofline.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    print(f"# `{command}`\n\n{report(traffic, args.batch_size, args.rows)}")
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps({"command": command} | asdict(traffic), indent=1) + "\n")
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--cfg", metavar="FILE", help="a config of this repository")
+    which.add_argument("--model", metavar="NAME", help="a name of timm's, such as strip_mlp_tiny or convnext_tiny")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="changes to the config")
+    parser.add_argument("--mode", choices=["training", "inference"], default="training", help="default: training")
+    parser.add_argument("--form", choices=["ours", "fused", "published"], default="ours",
+                        help="ours: the network that is trained; fused: its inference form; published: the same "
+                             "network computed as its authors' code does; default: ours")
+    parser.add_argument("--compiled", action="store_true", help="as torch.compile would fuse it, not eager")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="default: bf16")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images; default: 128")
+    parser.add_argument("--rows", type=int, default=15, metavar="N", help="rows of each table; default: 15")
+    parser.add_argument("--json", metavar="FILE", help="where to write every operation")
+    args = parser.parse_args(argv)
+    if args.opts and not args.cfg:
+        parser.error("--opts changes a config; give --cfg")
+    if args.form == "fused" and args.mode == "training":
+        parser.error("--form fused is for inference; give --mode inference")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

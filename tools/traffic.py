@@ -1,0 +1,265 @@
+"""Counts what a step of a network asks of a GPU: bytes, operations, launches and memory, without a GPU or any data.
+
+The step runs on fake tensors, which have shapes and layouts and no contents, on the CPU with CUDA's autocast. An
+operation is charged every distinct number that it reads, once, and every number that it writes. CUDA's kernels move
+more than that in a few places (``_extra``): cuDNN's convolutions copy maps that are not channels last and add their
+bias in a pass of its own; the norms read their input twice.
+"""
+
+import weakref
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.module_tracker import ModuleTracker
+
+from models import strip_ops
+
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+
+
+@dataclass
+class Operation:
+    """One operation of a step and its cost."""
+
+    phase: str  # forward | backward
+    name: str  # of the ATen operator; convolutions by kind
+    module: str  # path of the innermost module that it belongs to
+    bytes: int
+    flops: int  # a multiply-accumulate is two
+    launches: int
+
+
+@dataclass
+class Traffic:
+    """A step's operations in order, and the most memory that its tensors take at once, weights not counted."""
+
+    operations: list[Operation] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def total(self, what: str, phase: str | None = None) -> int:
+        """The sum of ``bytes``, ``flops`` or ``launches``."""
+        return sum(getattr(op, what) for op in self.operations if phase in (None, op.phase))
+
+    def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
+        """The time that a GPU cannot beat: every operation at the full bandwidth or the full arithmetic rate."""
+        return sum(max(op.bytes / bytes_per_second, op.flops / flops_per_second) for op in self.operations)
+
+
+def count_step(
+    network: nn.Module, images: torch.Size | tuple[int, ...], training: bool, dtype: torch.dtype | None = torch.bfloat16
+) -> Traffic:
+    """Counts a forward pass, and with ``training`` the loss and the backward pass as well; not the optimiser.
+
+    Args:
+        network: on the CPU, in the memory format and mode to count it in. Its weights are replaced by fake ones.
+        images: shape (N, C, H, W) of a batch; the images lie as the network's convolutions do.
+        training: whether to count the backward pass.
+        dtype: autocast's precision; None: no autocast.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    is_channels_last = any(_is_channels_last(p) for p in network.parameters() if p.ndim == 4)
+    with mode:
+        _replace_tensors(network)
+        x = torch.empty(images).contiguous(
+            memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
+        with _as_on_cuda(), _Counter() as counter, ModuleTracker() as modules:
+            counter.modules = modules
+            counter.note(x)
+            with torch.autocast("cpu", dtype, enabled=dtype is not None), torch.set_grad_enabled(training):
+                y = network(x)
+                loss = F.cross_entropy(y, torch.empty(y.shape)) if training else None
+            if training:
+                counter.phase = "backward"
+                loss.backward()
+    return counter.traffic
+
+
+def _replace_tensors(network: nn.Module) -> None:
+    """Puts fake tensors of the same shapes and layouts in the place of weights and buffers."""
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            fake = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype)
+            module.register_parameter(name, nn.Parameter(fake, weight.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype))
+
+
+@contextmanager
+def _as_on_cuda():
+    """The choices that code makes on a GPU, made for fake tensors on the CPU."""
+    with mock.patch.object(strip_ops, "_IS_INTERPRETED", True), _CudaAutocast():
+        yield
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """What CUDA's autocast computes in 32 bits and the CPU's does not."""
+
+    FUNCTIONS = {
+        F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entropy, torch.softmax, torch.log_softmax,
+        torch.Tensor.softmax, torch.Tensor.log_softmax, torch.sum, torch.Tensor.sum, torch.norm, torch.Tensor.norm,
+        torch.linalg.vector_norm, torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.exp, torch.rsqrt,
+    }
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.FUNCTIONS and torch.is_autocast_enabled("cpu") and "dtype" not in kwargs:
+            args = [_in_32_bits(a) for a in args]
+            kwargs = {name: _in_32_bits(a) for name, a in kwargs.items()}
+        return function(*args, **kwargs)
+
+
+def _in_32_bits(x):
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.traffic, self.phase, self.modules = Traffic(), "forward", None
+        self.module_of_node = {}  # of autograd's nodes, by the number that it gives them in the forward pass
+        self.live_bytes, self.storages = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # PyTorch's fake convolutions choose the layouts of the CPU's library.
+        out = _fake_convolution(function, args) if function in CONVOLUTIONS else function(*args, **kwargs)
+        inputs, outputs = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
+        if not _is_free(function, inputs, outputs):
+            self.traffic.operations.append(self._operation(function, args, kwargs, out, inputs, outputs))
+        for tensor in outputs:
+            self.note(tensor)
+        return out
+
+    def _operation(self, function, args, kwargs, out, inputs, outputs) -> Operation:
+        name = _name(function, args, inputs, outputs)
+        if function is aten.convolution_backward.default:
+            moved, launches = _moved_by_convolution_backward(args, out)
+            flops = 2 * args[0].numel() * prod(args[2].shape[1:]) * sum(args[10][:2])
+        else:
+            overwrites = name in ("copy_", "zero_", "fill_", "zeros", "zeros_like", "full", "full_like", "ones_like")
+            reads = inputs[1:] if overwrites else inputs
+            moved, launches = sum(map(_bytes, reads)) + sum(map(_bytes, outputs)), 1
+            formula = flop_registry.get(function.overloadpacket)
+            flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        extra, extra_launches = _extra(name, args, outputs)
+        return Operation(self.phase, name, self._module(), moved + extra, flops, launches + extra_launches)
+
+    def _module(self) -> str:
+        if self.phase == "forward":
+            path = max((p for p in self.modules.parents if p != "Global"), key=len, default="").partition(".")[2]
+            self.module_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, path)
+            return path
+        node = torch._C._current_autograd_node()
+        last = self.traffic.operations[-1].module  # where gradients of one tensor are added up there is no node
+        return self.module_of_node.get(node._sequence_nr(), last) if node else last
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """Counts a tensor's storage as long as it lives."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512  # CUDA's allocator rounds up to 512 bytes
+        if key in self.storages:
+            return
+
+        def free(_):
+            self.live_bytes -= size
+            del self.storages[key]
+
+        self.storages[key] = weakref.ref(storage, free)
+        self.live_bytes += size
+        self.traffic.peak_bytes = max(self.traffic.peak_bytes, self.live_bytes)
+
+
+def _is_free(function, inputs, outputs) -> bool:
+    """Whether an operation launches nothing: views, allocations, and what returns no tensor."""
+    if function.overloadpacket in (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided,
+                                   aten.new_empty_strided, aten.detach, aten.alias, aten._unsafe_view):
+        return True
+    if function._schema.is_mutable:
+        return False
+    storages = {t.untyped_storage()._cdata for t in inputs}
+    return all(t.untyped_storage()._cdata in storages for t in outputs)
+
+
+def _name(function, args, inputs, outputs) -> str:
+    name = function._schema.name.partition("::")[2]
+    if function in CONVOLUTIONS:
+        weight, groups = (args[1], args[8]) if function is CONVOLUTIONS[0] else (args[2], args[9])
+        kind = "depthwise" if groups > 1 else "1x1" if weight.shape[2:].numel() == 1 else "dense"
+        return f"convolution {kind}" + (" backward" if function is CONVOLUTIONS[1] else "")
+    if name in ("clone", "_to_copy"):
+        return "copy" if inputs[0].dtype == outputs[0].dtype else "cast"
+    return name
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Of a tensor's distinct numbers: an expanded dimension counts once."""
+    sides = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0)
+    return prod(sides) * tensor.element_size()
+
+
+def _extra(name: str, args, outputs) -> tuple[int, int]:
+    """Bytes that CUDA's kernels move beside what they must, and launches beside the first."""
+    if name.startswith("convolution"):
+        maps = args[:2] if name.endswith("backward") else args[:1]
+        copied = [2 * _bytes(t) for t in maps if _is_map(t) and not t.is_contiguous(memory_format=torch.channels_last)]
+        if not name.endswith("backward") and args[2] is not None:
+            copied.append(2 * _bytes(outputs[0]))
+        return sum(copied), len(copied)
+    if name in ("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"):
+        return _bytes(args[0]), 1
+    if name in ("native_batch_norm_backward", "batch_norm_backward", "native_layer_norm_backward"):
+        return _bytes(args[0]) + _bytes(args[1]), 1
+    return 0, LAUNCHES.get(name, 1) - 1
+
+
+LAUNCHES = {"mix": 3, "weight_grad": 3}  # the strip operators: the kernel, and packing weights or adding up parts
+
+
+def _moved_by_convolution_backward(args, gradients) -> tuple[int, int]:
+    dy, x, weight = args[:3]
+    read = (_bytes(dy) + _bytes(weight), _bytes(dy) + _bytes(x), _bytes(dy))  # for dx, dw and db
+    passes = [read[i] + _bytes(gradients[i]) for i in range(3) if args[10][i]]
+    return sum(passes), len(passes)
+
+
+def _fake_convolution(function: Callable, args):
+    """The result of a convolution or its backward in the layout that cuDNN gives it."""
+    if function is CONVOLUTIONS[0]:
+        x, weight, _, stride, padding, dilation = args[:6]
+        sides = [
+            (side + 2 * p - d * (kernel - 1) - 1) // s + 1
+            for side, kernel, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        ]
+        return x.new_empty(len(x), len(weight), *sides).contiguous(memory_format=_layout(x, weight))
+    dy, x, weight = args[:3]
+    like = [x, weight, dy.new_empty(len(weight))]
+    return tuple(
+        torch.empty(t.shape, dtype=t.dtype).contiguous(
+            memory_format=_layout(x, weight) if t.ndim == 4 else torch.contiguous_format) if wanted else None
+        for t, wanted in zip(like, args[10], strict=True)
+    )
+
+
+def _layout(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
+    is_channels_last = _is_channels_last(x) or _is_channels_last(weight)
+    return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.stride(1) == 1 and not (x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _is_map(x: torch.Tensor) -> bool:
+    return x.shape[2:].numel() > 1

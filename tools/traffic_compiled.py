@@ -1,0 +1,85 @@
+"""Counts the bytes and kernels of a step as torch.compile would fuse it: Inductor's plan, of which nothing is run."""
+
+from unittest import mock
+
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from torch import nn
+from torch._inductor.graph import GraphLowering
+
+from models import strip_ops
+from tools.traffic import Operation, Traffic
+
+
+class _Planned(Exception):
+    """Ends a step that is planned and is not to be run."""
+
+
+class _Module:
+    """Stands for the code that Inductor would write."""
+
+    __file__ = __path__ = cache_path = key = __file__
+    runner = None
+
+    @staticmethod
+    def call(*args):
+        raise _Planned
+
+
+def count_compiled_step(
+    network: nn.Module, images: tuple[int, ...], training: bool, dtype: torch.dtype | None = torch.bfloat16
+) -> Traffic:
+    """Bytes and launches of a step of a compiled network; each kernel is charged what it reads and writes, once.
+
+    The plan is Inductor's for the CPU, whose fusions differ from a GPU's in details; convolutions and matrix products
+    are calls, as on a GPU. Operations are not counted, nor is memory.
+
+    Args:
+        network: on the CPU, in the memory format and mode to count it in.
+        images: shape (N, C, H, W) of a batch.
+        training: whether to count the backward pass.
+        dtype: autocast's precision; None: no autocast.
+
+    Raises:
+        RuntimeError: the network does not compile in one piece.
+    """
+    traffic = Traffic()
+
+    def plan(graph: GraphLowering):
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        phase = "backward" if graph.is_backward else "forward"
+        for node in graph.scheduler.nodes:
+            moved = node.get_read_write_buffers_sizes()
+            if moved:
+                traffic.operations.append(Operation(phase, _name(node), "", moved, 0, 1))
+        graph.cache_key, graph.cache_path, graph.cache_linemap = "", _Module.cache_path, []
+        return _Module
+
+    layout = torch.channels_last if _is_channels_last(network) else torch.contiguous_format
+    x = torch.empty(images).contiguous(memory_format=layout)
+    torch.compiler.reset()
+    with (
+        mock.patch.object(GraphLowering, "compile_to_module", plan),
+        mock.patch.object(strip_ops, "_IS_INTERPRETED", True),
+        torch._inductor.config.patch(force_disable_caches=True),
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+        torch.autocast("cpu", dtype, enabled=dtype is not None),
+        torch.set_grad_enabled(training),
+    ):
+        try:
+            torch.compile(network, fullgraph=True)(x)
+        except _Planned:
+            pass
+    torch.compiler.reset()
+    return traffic
+
+
+def _name(node) -> str:
+    kernel = getattr(node.node, "python_kernel_name", None) if hasattr(node, "node") else None
+    return kernel.rpartition("extern_kernels.")[2].replace("torch.ops.", "") if kernel else "fused loops"
+
+
+def _is_channels_last(network: nn.Module) -> bool:
+    return any(p.stride(1) == 1 and p.shape[2:].numel() > 1 for p in network.parameters() if p.ndim == 4)
