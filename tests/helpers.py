@@ -15,6 +15,7 @@ from data.datasets import read_digits
 from models import build_model
 
 ROOT = Path(__file__).parents[1]
+FAULTS = ROOT / "tests" / "runs" / "faults.py"
 DIGITS = ROOT / "configs" / "smlp_nano_alpha3_patch2_32_digits.yaml"
 
 # 7 micro-batches of 200 images an epoch, with everything on that draws random numbers or carries state.

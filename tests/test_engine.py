@@ -14,7 +14,7 @@ from lr_scheduler import LRScheduler
 from models import build_model
 from optimizer import build_optimizer
 from state import Layout, TrainState
-from tests.helpers import DIGITS, TINY, arguments, folder, run, torchrun
+from tests.helpers import DIGITS, FAULTS, TINY, arguments, folder, run, torchrun
 
 CPU = torch.device("cpu")
 
@@ -161,7 +161,7 @@ def test_infinite_loss_with_a_finite_gradient_is_skipped():
 
 def test_too_many_skipped_updates_stop_the_run(tmp_path):
     """The count goes on over the end of an epoch, which is after 7 updates."""
-    result = run(["tests/faults.py", "bad_loss_at_steps", 5, 99, "--",
+    result = run([FAULTS, "bad_loss_at_steps", 5, 99, "--",
                   *arguments(tmp_path, "TRAIN.MAX_SKIPPED", 4, "PRINT_FREQ", 1)])
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "4 updates in a row were skipped" in result.stdout and "TRAIN.BASE_LR" in result.stdout
@@ -170,7 +170,7 @@ def test_too_many_skipped_updates_stop_the_run(tmp_path):
 
 def test_a_loss_that_is_bad_on_one_process_is_skipped_on_all(tmp_path):
     options = ("DATA.BATCH_SIZE", 100, "PRINT_FREQ", 1)
-    result = run([*torchrun(2), "tests/faults.py", "bad_loss_at_steps", 3, 4, 1, "--", *arguments(tmp_path, *options)])
+    result = run([*torchrun(2), FAULTS, "bad_loss_at_steps", 3, 4, 1, "--", *arguments(tmp_path, *options)])
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("1 of the last 1 updates were skipped") == 2
     assert "Best top-1" in result.stdout

@@ -16,6 +16,7 @@ from config import load_config, to_dict
 from models import build_model, to_released_state_dict
 from tests.helpers import (
     DIGITS,
+    FAULTS,
     ROOT,
     TINY,
     another_run,
@@ -406,7 +407,7 @@ def test_damaged_checkpoints_never_start_afresh(tmp_path, capsys):
 
 
 def test_disk_full_while_saving_does_not_stop_the_run(tmp_path):
-    result = run(["tests/faults.py", "disk_full_while_saving", 1, "--", *arguments(tmp_path)])
+    result = run([FAULTS, "disk_full_while_saving", 1, "--", *arguments(tmp_path)])
     assert result.returncode == 0, result.stderr
     assert "COULD NOT SAVE A CHECKPOINT" in result.stdout and "No space left" in result.stdout
     assert sorted(path.name for path in folder(tmp_path).glob("*.pth")) == ["best.pth", "ckpt_step_00000014.pth"]

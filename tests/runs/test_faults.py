@@ -18,7 +18,7 @@ from PIL import Image
 
 import checkpoint
 import main
-from tests.helpers import ROOT, arguments, environment, folder, run, torchrun
+from tests.helpers import FAULTS, ROOT, arguments, environment, folder, run, torchrun
 
 LONG = ("TRAIN.EPOCHS", 500, "TRAIN.WARMUP_EPOCHS", 1, "SAVE_FREQ", 1000)  # until something stops it
 
@@ -54,7 +54,7 @@ def start(output, *options):
 
 def start_and_hang(output, launcher, fault, *options):
     """A training with a fault that makes it wait, once it does."""
-    process = background([*launcher, "tests/faults.py", *fault, "--", *arguments(output, *options)])
+    process = background([*launcher, FAULTS, *fault, "--", *arguments(output, *options)])
     while "hangs" not in process.stdout.readline():  # two processes may say so in one line
         assert process.poll() is None
     return process
@@ -145,7 +145,7 @@ def test_signal_that_is_passed_on_is_no_second_one(tmp_path):
 
 def test_ctrl_c_while_evaluating(tmp_path):
     assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1)) == 0
-    result = run(["tests/faults.py", "interrupt_evaluation", "SIGINT", "--", *arguments(tmp_path, flags=["--eval"])])
+    result = run([FAULTS, "interrupt_evaluation", "SIGINT", "--", *arguments(tmp_path, flags=["--eval"])])
     assert result.returncode == 130
     assert result.stdout.splitlines()[-1].endswith("ERROR: interrupted") and result.stderr == ""
 
@@ -153,7 +153,7 @@ def test_ctrl_c_while_evaluating(tmp_path):
 @pytest.mark.parametrize("fault", [("kill_data_worker_at_step", 5), ("kill_data_worker_while_saving", 3)])
 def test_dead_data_worker_ends_the_run(tmp_path, fault):
     options = ("DATA.NUM_WORKERS", 2, "SAVE_STEPS", 2)
-    result = run(["tests/faults.py", *fault, "--", *arguments(tmp_path, *options)], timeout=120)
+    result = run([FAULTS, *fault, "--", *arguments(tmp_path, *options)], timeout=120)
     assert result.returncode == 1
     errors = [line for line in result.stdout.splitlines() if "ERROR" in line]
     assert len(errors) == 1 and "DataLoader worker" in errors[0] and "lower DATA.NUM_WORKERS" in errors[0]
@@ -165,7 +165,7 @@ def test_dead_data_worker_ends_the_run(tmp_path, fault):
 @pytest.mark.parametrize("fault", ["raise_at_step", "kill_at_step"])
 def test_all_processes_end_when_one_fails(tmp_path, fault):
     options = ("DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1)
-    process = background([*torchrun(2), "tests/faults.py", fault, 4, 1, "--", *arguments(tmp_path, *LONG, *options)])
+    process = background([*torchrun(2), FAULTS, fault, 4, 1, "--", *arguments(tmp_path, *LONG, *options)])
     process.communicate(timeout=120)
     assert process.returncode != 0
     wait_until_gone(tmp_path, seconds=15)
@@ -176,7 +176,7 @@ def test_all_processes_end_when_one_fails(tmp_path, fault):
 
 
 def test_full_disk_for_the_log(tmp_path):
-    result = run(["tests/faults.py", "full_disk_for_the_log", 8, "--", *arguments(tmp_path, "PRINT_FREQ", 1)])
+    result = run([FAULTS, "full_disk_for_the_log", 8, "--", *arguments(tmp_path, "PRINT_FREQ", 1)])
     assert result.returncode == 0, result.stderr
     assert "Best top-1" in result.stdout and "Traceback" not in result.stdout + result.stderr
     assert result.stdout.count("log_rank0.txt: [Errno 28] No space left on device; the run goes on") == 1

@@ -8,7 +8,7 @@ import pytest
 
 import checkpoint
 import main
-from tests.helpers import arguments, differences, digits_folder, folder, run, torchrun
+from tests.helpers import FAULTS, arguments, differences, digits_folder, folder, run, torchrun
 
 UPDATES = 14  # of the runs below: 2 epochs of 14 micro-batches of 100 images, two to an update
 OPTIONS = {
@@ -19,7 +19,7 @@ OPTIONS = {
 
 def command(script, processes, output):
     launcher = torchrun(processes) if processes > 1 else []
-    separator = ["--"] if "faults.py" in script[0] else []
+    separator = ["--"] if script[0] == FAULTS else []
     return [*launcher, *script, *separator, *arguments(output, *OPTIONS[processes])]
 
 
@@ -55,7 +55,7 @@ def references(tmp_path_factory):
 
 
 def kill_and_resume(output, processes, fault):
-    killed = run(command(["tests/faults.py", *fault], processes, output))
+    killed = run(command([FAULTS, *fault], processes, output))
     assert killed.returncode != 0, "the fault did not strike"
     assert "injected" not in killed.stderr
     resumed = run(command(["main.py"], processes, output))
@@ -86,7 +86,7 @@ def test_many_kills(references, tmp_path, seed):
     step = rng.randrange(0, UPDATES)
     kinds = [["kill_while_saving", rng.randrange(1, 5)], ["kill_at_step", step, rng.randrange(processes)]]
     first = kinds[0] if seed % 3 == 0 else kinds[1]
-    run(command(["tests/faults.py", *first], processes, tmp_path))
+    run(command([FAULTS, *first], processes, tmp_path))
     kill_and_resume(tmp_path, processes, ["kill_at_step", rng.randrange(step, UPDATES), rng.randrange(processes)])
     assert differences(references(processes), final_state(tmp_path)) == []
 
@@ -94,7 +94,7 @@ def test_many_kills(references, tmp_path, seed):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_preemption_signal(references, tmp_path, name):
     """The run finishes its update, saves and exits with status 75; the same command goes on."""
-    stopped = run(command(["tests/faults.py", "signal_at_step", 5, name], 1, tmp_path))
+    stopped = run(command([FAULTS, "signal_at_step", 5, name], 1, tmp_path))
     assert stopped.returncode == 75, stopped.stderr
     assert f"stopped by {name}" in stopped.stdout and "Traceback" not in stopped.stderr
     assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000006.pth"
@@ -104,7 +104,7 @@ def test_preemption_signal(references, tmp_path, name):
 
 
 def test_preemption_signal_to_one_of_two_processes(references, tmp_path):
-    stopped = run(command(["tests/faults.py", "signal_at_step", 4, "SIGTERM", 1], 2, tmp_path))
+    stopped = run(command([FAULTS, "signal_at_step", 4, "SIGTERM", 1], 2, tmp_path))
     assert stopped.returncode != 0
     assert "exitcode  : 75" in stopped.stderr
     newest = checkpoint.newest_checkpoint(folder(tmp_path))
@@ -119,7 +119,7 @@ def test_preemption_signal_to_one_of_two_processes(references, tmp_path):
 
 def test_launcher_restarts_a_killed_worker(references, tmp_path):
     """``torchrun --max-restarts``: the job goes on by itself."""
-    fault = ["tests/faults.py", "kill_once_at_step", 7, tmp_path / "marker", "--"]
+    fault = [FAULTS, "kill_once_at_step", 7, tmp_path / "marker", "--"]
     result = run([*torchrun(2, "--max-restarts", "1"), *fault, *arguments(tmp_path, *OPTIONS[2])])
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "marker").exists() and "updates done" in result.stdout

@@ -1,4 +1,4 @@
-"""main.py with one fault injected, for tests: ``python tests/faults.py FAULT [VALUE] -- ARGUMENTS OF MAIN``."""
+"""main.py with one fault injected, for tests: ``python tests/runs/faults.py FAULT [VALUE] -- ARGUMENTS OF MAIN``."""
 
 import gc
 import logging
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
