@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .strip_mlp import CGSMM, LSMM, StripMixingBlock, StripMLPNet
+from .windows import cut, merge
 
 
 class ParallelCGSMM(CGSMM):
@@ -20,9 +21,11 @@ class ParallelCGSMM(CGSMM):
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        row = self.row_strip(self.row_position(x))
-        y = F.gelu(self.norm(self.row_fuse(torch.cat([row, x], dim=1))))
-        column = self.column_strip(self.column_position(x))
+        windows = cut(x, self.size)
+        row = self.row_strip(self.row_position(windows))
+        y = F.gelu(self.norm(self.row_fuse(torch.cat([row, windows], dim=1))))
+        column = self.column_strip(self.column_position(windows))
+        y, column = (merge(part, x.shape[2:]) for part in (y, column))
         return self.column_fuse(torch.cat([y, column], dim=1))
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .strip_ops import strip_mix
+from .windows import cut, merge
 
 
 class FusedStripMixingBlock(nn.Module):
@@ -24,6 +25,7 @@ class FusedStripMixingBlock(nn.Module):
         cgsmm = block.cgsmm
         self.conv_norm, self.conv, self.lsmm = block.conv_norm, block.conv, block.lsmm
         self.requires_grad_(False)
+        self.size = cgsmm.size
         self.row_form, self.column_form = cgsmm.row_strip.form, cgsmm.column_strip.form
 
         scale, shift = _affine(block.proj_norm)
@@ -52,9 +54,11 @@ class FusedStripMixingBlock(nn.Module):
         x = self.conv(_gelu_(self.conv_norm(x)))
         first = _gelu_(F.conv2d(x, self.first_weight, self.first_bias))
         second = _gelu_(F.conv2d(x, self.second_weight, self.second_bias))
-        row = strip_mix(first, self.row_weight, None, "row", self.row_form).add_(self.row_map)
-        y = _gelu_(F.conv2d(torch.cat([row, first], dim=1), self.fuse_weight, self.fuse_bias))
+        windows = cut(first, self.size)
+        row = strip_mix(windows, self.row_weight, None, "row", self.row_form).add_(self.row_map)
+        y = _gelu_(F.conv2d(torch.cat([row, windows], dim=1), self.fuse_weight, self.fuse_bias))
         column = strip_mix(y, self.column_weight, None, "column", self.column_form).add_(self.column_map)
+        column = merge(column, first.shape[2:])
         return F.conv2d(torch.cat([first, column, self.lsmm(second)], dim=1), self.out_weight)
 
 

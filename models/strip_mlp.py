@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
 from torch import nn
@@ -17,6 +18,11 @@ from .errors import InputError
 from .fused import FusedChannelMixingBlock, FusedStripMixingBlock
 from .strip_ops import strip_mix, without_autocast
 from .timm_interface import TimmInterface
+from .windows import cut, merge
+
+# torch.fx keeps these calls whole: what they do depends on the input's size, type and device.
+for _name in ("_checked", "cut", "merge", "strip_mix"):
+    torch.fx.wrap(_name)
 
 
 class StripMLP(nn.Module):
@@ -90,7 +96,7 @@ class CGSMM(nn.Module):
 
     def __init__(self, dim: int, size: int | tuple[int, int], num_patches: int, strip_width: int = 3):
         super().__init__()
-        height, width = to_2tuple(size)
+        self.size = height, width = to_2tuple(size)
         self.row_position = RelativePosition(dim, size)
         self.row_strip = StripMLP(dim, width, num_patches, "row", strip_width)
         self.row_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
@@ -101,9 +107,10 @@ class CGSMM(nn.Module):
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        row = self.row_strip(self.row_position(x))
-        y = F.gelu(self.norm(self.row_fuse(torch.cat([row, x], dim=1))))
-        column = self.column_strip(self.column_position(y))
+        windows = cut(x, self.size)  # the map itself where it has the trained size
+        row = self.row_strip(self.row_position(windows))
+        y = F.gelu(self.norm(self.row_fuse(torch.cat([row, windows], dim=1))))
+        column = merge(self.column_strip(self.column_position(y)), x.shape[2:])
         return self.column_fuse(torch.cat([x, column], dim=1))
 
 
@@ -236,11 +243,12 @@ class Block(nn.Module):
 class StripMLPNet(TimmInterface, nn.Module):
     """Strip-MLP (figure 2a): four stages at 1/4, 1/8, 1/16 and 1/32 of the input size for ``patch_size`` 4.
 
-    The strip weights depend on the size of the feature maps, so a network serves one input size;
-    ``weights.adapt_size`` carries weights over to another.
+    The strip weights depend on the size of the feature maps, so a network is built for one input size. With
+    ``dynamic_img_size`` it takes images of any size; ``weights.adapt_size`` carries weights over to another size.
 
     Args:
         img_size: side of the square input in pixels, or its (height, width), multiples of ``8 * patch_size``.
+        dynamic_img_size: take images of any size, at least ``8 * patch_size`` pixels a side; ``windows.py`` says how.
         patch_size: kernel and stride of the stem.
         in_chans: channels of the input.
         num_classes: outputs of the head; 0 leaves the head out.
@@ -267,6 +275,7 @@ class StripMLPNet(TimmInterface, nn.Module):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
+        dynamic_img_size: bool = False,
         embed_dim: int = 80,
         depths: tuple[int, int, int, int] = (2, 2, 6, 2),
         num_patches: int = 2,
@@ -282,6 +291,7 @@ class StripMLPNet(TimmInterface, nn.Module):
         if drop_path_schedule not in ("constant", "linear"):
             raise InputError(f"drop_path_schedule {drop_path_schedule!r} is neither 'constant' nor 'linear'")
         self.in_chans = in_chans
+        self.dynamic_img_size = dynamic_img_size
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         dims = [embed_dim * 2**stage for stage in range(4)]
@@ -331,7 +341,7 @@ class StripMLPNet(TimmInterface, nn.Module):
 
     def _run_stages(self, x, count: int) -> list[torch.Tensor]:
         """The outputs of the first ``count`` stages."""
-        _check_images(x, self.img_size, self.feature_info[-1]["reduction"])
+        x = _checked(x, self.img_size, 8 * self.stem.stride[0], self.dynamic_img_size)
         outputs = [self._run_stage(0, self.stem(x))]
         if count > 1:
             m1 = self.merging[0](outputs[0])
@@ -388,14 +398,18 @@ def _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_wid
     return sides
 
 
-def _check_images(x, img_size: tuple[int, int], multiple: int) -> None:
-    """Raises InputError for images of another size than the network's."""
-    if x.ndim != 4 or x.shape[2:] != img_size:
-        legal = "; ".join(f"legal near {side}: {_legal_sizes(side, multiple)}" for side in dict.fromkeys(x.shape[-2:]))
-        raise InputError(
-            f"this network was built for images of {'x'.join(map(str, img_size))}, got a batch of shape "
-            f"{tuple(x.shape)}; resize the images, or build the network with another img_size ({legal})"
-        )
+def _checked(x, img_size: tuple[int, int], smallest: int, dynamic_img_size: bool):
+    """x; raises InputError where the network does not take images of its size."""
+    if x.ndim == 4 and (x.shape[2:] == img_size or (dynamic_img_size and min(x.shape[2:]) >= smallest)):
+        return x
+    got = f"got a batch of shape {tuple(x.shape)}"
+    if dynamic_img_size:
+        raise InputError(f"this network takes images (N, C, H, W) of at least {smallest}x{smallest} pixels, {got}")
+    legal = "; ".join(f"legal near {side}: {_legal_sizes(side, smallest)}" for side in dict.fromkeys(x.shape[-2:]))
+    raise InputError(
+        f"this network was built for images of {'x'.join(map(str, img_size))}, {got}; resize the images, build the "
+        f"network with their img_size ({legal}), or build it with dynamic_img_size=True, which takes any size"
+    )
 
 
 def _legal_sizes(size: int, multiple: int) -> str:

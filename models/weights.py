@@ -35,6 +35,7 @@ _RENAMES = (  # (ours, released); each applies to one place of a key
     (".token_mixing.cgsmm.norm.", ".token_mixing.smlp_block.BN."),
     (".token_mixing.cgsmm.column_position.table", ".token_mixing.smlp_block.relate_pos_w.embeddings_table"),
     (".token_mixing.cgsmm.column_strip.", ".token_mixing.smlp_block.proj_w."),
+    (".token_mixing.cgsmm.column_strip.", ".token_mixing.smlp_block.proh_w."),  # as MLP-DINO spells it; read only
     (".token_mixing.cgsmm.column_fuse.", ".token_mixing.smlp_block.fuse_w."),
     (".token_mixing.lsmm.row_conv.", ".token_mixing.smlp_block.fc_h."),
     (".token_mixing.lsmm.column_conv.", ".token_mixing.smlp_block.fc_w."),

@@ -1,0 +1,139 @@
+"""Images of any size: CGSMM in windows (models/windows.py), and the network around it."""
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from models import InputError, StripMLPNet, convert_released_state_dict, load_strict
+from models.windows import cut, merge
+from tests.models.test_fidelity import FLOAT32, FLOAT64, load_figures, relative_error, released_weights
+
+# ---- cutting and merging -------------------------------------------------------------------------
+
+def starts_of(side, length):
+    """Where windows start, as the design has it."""
+    if side <= length:
+        return [0]
+    n = round(side / length + 1 / 2)
+    overlap = round((n * length - side) / (n - 1) - 1 / 2)
+    return [min(i * (length - overlap), side - length) for i in range(n)]
+
+
+def merged(windows, starts):
+    """Windows along the last axis put together one after the other, halves where one overlaps what is there."""
+    whole = windows[0]
+    for window, start in zip(windows[1:], starts[1:], strict=True):
+        overlap = whole.shape[-1] - start
+        both = (whole[..., start:] + window[..., :overlap]) / 2
+        whole = torch.cat([whole[..., :start], both, window[..., overlap:]], dim=-1)
+    return whole
+
+
+def random_sizes(count):
+    rng = np.random.RandomState(0)
+    lengths = [(int(rng.choice([1, 2, 3, 7, 14])), int(rng.choice([1, 2, 5, 7]))) for _ in range(count)]
+    return [(length, tuple(map(int, rng.randint(1, 61, 2)))) for length in lengths]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_cut_and_merge(memory_format):
+    """On 40 random sizes, against the design's words written out."""
+    for (length_h, length_w), (height, width) in random_sizes(40):
+        tops, lefts = starts_of(height, length_h), starts_of(width, length_w)
+        x = torch.randn(2, 3, height, width, dtype=torch.float64).contiguous(memory_format=memory_format)
+        padded = F.pad(x, (0, max(length_w - width, 0), 0, max(length_h - height, 0)))
+        expected = [padded[:, :, i:i + length_h, j:j + length_w] for i in tops for j in lefts]
+        windows = cut(x, (length_h, length_w))
+        assert torch.equal(windows, torch.cat(expected))
+        assert windows.is_contiguous(memory_format=memory_format) or height == width == 1
+        windows = torch.randn_like(windows)
+        grid = windows.reshape(len(tops), len(lefts), 2, 3, length_h, length_w)
+        rows = [merged(list(row), lefts).mT for row in grid]
+        whole = merge(windows, (height, width))
+        torch.testing.assert_close(whole, merged(rows, tops).mT[:, :, :height, :width], rtol=1e-14, atol=1e-14)
+        assert whole.is_contiguous(memory_format=memory_format) or length_h == length_w == 1
+
+
+def test_a_map_of_the_trained_size_is_its_own_window():
+    x = torch.randn(2, 3, 4, 6)
+    assert cut(x, (4, 6)) is x
+    assert merge(x, (4, 6)) is x
+
+
+# ---- the released network ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, tolerance, inputs", [
+    (torch.float64, FLOAT64, [2, 4, 5]), (torch.float32, FLOAT32, [2]),
+    pytest.param(torch.float64, FLOAT64, [0, 1, 3], marks=pytest.mark.slow),
+    pytest.param(torch.float32, FLOAT32, [0, 1, 3, 4, 5], marks=pytest.mark.slow),
+])
+def test_fidelity(dtype, tolerance, inputs):
+    """Every stage's output and the last one normalised; the column strips are spelt ``proh_w`` in this file."""
+    figures = load_figures("windows_c80_224")
+    net = StripMLPNet(num_classes=0, embed_dim=figures["embed_dim"], depths=figures["layers"],
+                      num_patches=figures["num_patches"], dynamic_img_size=True).to(dtype).eval()
+    load_strict(net, convert_released_state_dict(released_weights(figures)))
+    for image in [figures["inputs"][i] for i in inputs]:
+        shape = (image["images"], 3, image["height"], image["width"])
+        x = torch.from_numpy(np.random.RandomState(image["image_seed"]).standard_normal(shape)).to(dtype)
+        with torch.no_grad():
+            features, outputs = net.forward_intermediates(x)
+        for expected, found in zip(image["outputs"], [*outputs, features], strict=True):
+            assert list(found.shape) == expected["shape"]
+            found = found.double()
+            samples = found.flatten()[torch.from_numpy(np.random.RandomState(7).randint(0, found.numel(), 48))]
+            assert relative_error(samples, expected["samples"]) < tolerance
+            assert relative_error(found.mean(), expected["mean"]) < tolerance
+            assert relative_error(found.square().mean().sqrt(), expected["rms"]) < tolerance
+
+
+# ---- the network ---------------------------------------------------------------------------------
+
+def tiny_net(**kwargs):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "num_classes": 5, "embed_dim": 8, "depths": (1, 1, 2, 1), "num_patches": 2}
+    return StripMLPNet(**(sizes | kwargs)).eval()
+
+
+def images(height, width, seed=1):
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_same_network_at_the_trained_size():
+    fixed, dynamic = tiny_net(), tiny_net(dynamic_img_size=True)
+    assert fixed.state_dict().keys() == dynamic.state_dict().keys()
+    assert torch.equal(fixed(images(32, 32)), dynamic(images(32, 32)))
+
+
+def test_messages():
+    with pytest.raises(InputError, match=r"built for images of 32x32, .* \(2, 3, 33, 70\); .* \(legal near 33: 32 and "
+                       r"64; legal near 70: 64 and 96\), or build it with dynamic_img_size=True"):
+        tiny_net()(images(33, 70))
+    net = tiny_net(dynamic_img_size=True)
+    for x in (images(31, 64), images(64, 31), images(64, 64)[0]):
+        with pytest.raises(InputError, match="takes images .N, C, H, W. of at least 32x32 pixels, got a batch"):
+            net(x)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (50, 33), (70, 100)])
+@torch.no_grad()
+def test_fused(size):
+    net = tiny_net(dynamic_img_size=True).double()
+    for norm in net.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 1.5)
+    x = images(*size).double()
+    torch.testing.assert_close(copy.deepcopy(net).fuse()(x), net(x), rtol=1e-10, atol=1e-10)
+
+
+def test_features_only():
+    """A detector's backbone: strides 4 to 32, sides rounded down."""
+    sizes = {"img_size": 32, "embed_dim": 8, "depths": (1, 1, 1, 1)}
+    backbone = timm.create_model("strip_mlp_tiny", features_only=True, dynamic_img_size=True, **sizes).eval()
+    found = [tuple(output.shape) for output in backbone(images(75, 110))]
+    assert found == [(2, 8, 18, 27), (2, 16, 9, 13), (2, 32, 4, 6), (2, 64, 2, 3)]
