@@ -11,6 +11,7 @@ one matrix product per channel of a patch, on tensor cores, accumulated in float
 of dy with the weight transposed and flipped. Nothing is added atomically, so results repeat bit for bit.
 """
 
+import functools
 import math
 
 import torch
@@ -93,8 +94,6 @@ MIX_BLOCKS = [
     for block, warps, stages in ((32, 4, 3), (64, 4, 3), (128, 4, 3), (128, 8, 3), (256, 8, 2))
 ]
 WEIGHT_GRAD_BLOCKS = MIX_BLOCKS[:3]
-if not isinstance(_mix_kernel, triton.JITFunction):  # interpreted, on the CPU, where there is nothing to tune
-    MIX_BLOCKS, WEIGHT_GRAD_BLOCKS = MIX_BLOCKS[:1], WEIGHT_GRAD_BLOCKS[:1]
 
 
 def worth_trying(configs: list[triton.Config], tensors: dict, PRECISION: str, **_) -> list[triton.Config]:
@@ -104,11 +103,18 @@ def worth_trying(configs: list[triton.Config], tensors: dict, PRECISION: str, **
     return configs[:1] if is_full or torch.are_deterministic_algorithms_enabled() else configs
 
 
-# What the best blocks depend on; D, P and the number of lines do not count, so networks share what was tuned.
-_TUNING = {"key": ["ACROSS", "LENGTH", "WIDTH", "STEP_ALONG", "PRECISION"],
-           "prune_configs_by": {"early_config_prune": worth_trying}}
-_mix_tuned = triton.autotune(MIX_BLOCKS, **_TUNING)(_mix_kernel)
-_weight_grad_tuned = triton.autotune(WEIGHT_GRAD_BLOCKS, **_TUNING)(_weight_grad_kernel)
+@functools.cache
+def _tuned(kernel):
+    """A kernel with the blocks that are fastest for its shape; in Triton's interpreter, on the CPU, with the smallest.
+
+    Made at the first launch, since Triton 3.2 looks for a GPU here.
+    """
+    blocks = {_mix_kernel: MIX_BLOCKS, _weight_grad_kernel: WEIGHT_GRAD_BLOCKS}[kernel]
+    if not isinstance(kernel, triton.JITFunction):
+        return triton.heuristics({"BLOCK_M": lambda arguments: blocks[0].kwargs["BLOCK_M"]})(kernel)
+    # What the best blocks depend on; D, P and the number of lines do not count, so networks share what was tuned.
+    return triton.autotune(blocks, key=["ACROSS", "LENGTH", "WIDTH", "STEP_ALONG", "PRECISION"],
+                           prune_configs_by={"early_config_prune": worth_trying})(kernel)
 
 
 @torch.library.custom_op("strip_mlp::mix", mutates_args=())
@@ -127,7 +133,7 @@ def mix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: 
     patches, lines, constants = _shape(x, channels, weight.shape[3], axis, tf32)
     packed = weight.permute(0, 3, 2, 1).to(x.dtype).contiguous()  # (D, K, L in, L out)
     # Without a bias the kernel reads none; the weight in its place is of the same type, so nothing is tuned anew.
-    _mix_tuned[lambda meta: (triton.cdiv(lines, meta["BLOCK_M"]), channels)](
+    _tuned(_mix_kernel)[lambda meta: (triton.cdiv(lines, meta["BLOCK_M"]), channels)](
         x, packed, weight if bias is None else bias.contiguous(), y, lines, patches, channels, **constants,
         HAS_BIAS=bias is not None,
     )
@@ -145,7 +151,7 @@ def weight_grad(
     parts = max(1, min(512 // (width * channels), lines // 128))
     dw = torch.empty(parts, channels, width, length, length, device=x.device, dtype=torch.float32)
     db = torch.empty(parts, channels, length, device=x.device, dtype=torch.float32)
-    _weight_grad_tuned[width, channels, parts](
+    _tuned(_weight_grad_kernel)[width, channels, parts](
         x, dy, dw, db, lines, patches, channels, PART_LINES=triton.cdiv(lines, parts), **constants,
     )
     return dw.sum(0).permute(0, 3, 2, 1), db.sum(0)
