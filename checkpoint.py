@@ -4,6 +4,7 @@ A checkpoint is a PyTorch file, whose zip form keeps a CRC-32 beside every recor
 sums first and then admits nothing but tensors and plain containers, so that no file can run code.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open  # which timm requires
 
+from models import InputError, MissingFileError
+
 logger = logging.getLogger("strip_mlp")
 
 BEST = "best.pth"
@@ -26,7 +29,7 @@ SAFETENSORS_ABOUT = ("config", "classes")  # entries of a checkpoint that a safe
 _NAME = re.compile(r"ckpt_step_(\d+)\.pth")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint file that cannot be used; the message names the file and the fault."""
 
 
@@ -38,12 +41,12 @@ def load_file(path: str | Path) -> dict:
     ``config`` and ``classes``.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        MissingFileError: there is no such file.
         CheckpointError: the file is damaged, is no checkpoint, or holds an object of a class that is not admitted.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+        raise MissingFileError(f"checkpoint {path} does not exist")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     try:
@@ -69,6 +72,15 @@ def load_file(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a mapping of checkpoint entries")
     return _plain(content)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path):
+    """Puts the name of a checkpoint before an error about its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def save_file(content: dict, path: str | Path) -> None:
@@ -130,8 +142,8 @@ def set_aside_after(step: int, folder: str | Path) -> None:
             logger.warning("the run goes on from step %s; set aside %s", step, aside)
 
 
-def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a run that can be loaded; damaged ones are skipped with a warning.
+def newest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint of a run that can be loaded, and its content; damaged ones are skipped with a warning.
 
     Returns:
         None where the folder holds no numbered checkpoint at all.
@@ -142,8 +154,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     paths = list_checkpoints(folder)
     for path in paths:
         try:
-            load_file(path)
-            return path
+            return path, load_file(path)
         except CheckpointError as error:
             logger.warning("skipping a checkpoint: %s", error)
     if paths:
@@ -160,8 +171,7 @@ def lock_folder(folder: str | Path):
     The lock is this process's alone, not its forked data workers': one left by a dead run does not block.
 
     Raises:
-        ValueError: another run holds it.
-        OSError: the file system knows no locks.
+        InputError: another run holds it, or the file system knows no locks.
     """
     file = open(Path(folder, ".lock"), "a+", encoding="utf-8")
     try:
@@ -171,8 +181,8 @@ def lock_folder(folder: str | Path):
         holder = file.read().strip()
         file.close()
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise ValueError(f"{folder} belongs to a run in progress ({holder}); give this one another --tag") from None
-        raise OSError(f"cannot lock {folder} ({error.strerror}); its file system must know locks") from None
+            raise InputError(f"{folder} belongs to a run in progress ({holder}); give this one another --tag") from None
+        raise InputError(f"cannot lock {folder} ({error.strerror}); its file system must know locks") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()

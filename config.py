@@ -10,6 +10,8 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
+from models import InputError, MissingFileError
+
 _C = CfgNode()
 
 _C.BASE = []  # config files merged before this one, in order, relative to it
@@ -29,7 +31,8 @@ _C.DATA.PIN_MEMORY = True  # page-locked batches, for copies to a GPU that do no
 
 # ---- model ---------------------------------------------------------------------------------------
 _C.MODEL = CfgNode()
-_C.MODEL.TYPE = "strip_mlp"  # strip_mlp | timm (MODEL.NAME is then a timm model, trained by the same recipe)
+_C.MODEL.TYPE = "strip_mlp"  # strip_mlp | timm (any of timm's models, trained by the same recipe)
+_C.MODEL.ARCH = ""  # timm: the model's name there, e.g. resnet50
 _C.MODEL.NAME = ""  # names the output folder; empty: the config file's name
 _C.MODEL.TIMM_KWARGS = ""  # timm: what timm.create_model is given besides, in YAML: "{stem_type: deep, stem_width: 32}"
 _C.MODEL.NUM_CLASSES = 1000  # checked against the data set
@@ -155,14 +158,14 @@ def load_config(path: str | Path = "", opts=()) -> CfgNode:
             as they come from the command line.
 
     Raises:
-        ValueError: an unknown key (the nearest known one is named), a value of the wrong type or out of range.
-        FileNotFoundError: ``path`` or one of its ``BASE`` files does not exist.
+        InputError: an unknown key (the nearest known one is named), a value of the wrong type or out of range.
+        MissingFileError: ``path`` or one of its ``BASE`` files does not exist.
     """
     config = _C.clone()
     if path:
         _merge_file(config, Path(path), ())
     if len(opts) % 2:
-        raise ValueError(f"--opts takes pairs of KEY VALUE; {opts[-1]!r} has no value")
+        raise InputError(f"--opts takes pairs of KEY VALUE; {opts[-1]!r} has no value")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         nested = value
         for part in reversed(key.split(".")):
@@ -183,7 +186,7 @@ def from_dict(values: dict, source: str) -> CfgNode:
         source: what to call them in errors.
 
     Raises:
-        ValueError: as ``load_config``.
+        InputError: as ``load_config``.
     """
     config = _C.clone()
     _merge(config, values, source)
@@ -215,20 +218,20 @@ def nearest(word: str, known) -> str:
 def _merge_file(config: CfgNode, path: Path, parents: tuple) -> None:
     path = path.resolve()
     if path in parents:
-        raise ValueError(f"{path}: its BASE files lead back to itself")
+        raise InputError(f"{path}: its BASE files lead back to itself")
     if not path.is_file():
-        known = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"config file {path} does not exist{nearest(str(path), known)}")
+        known = [str(other) for other in path.parent.rglob("*.yaml")] if path.parent.is_dir() else []
+        raise MissingFileError(f"config file {path} does not exist{nearest(str(path), known)}")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {error}") from None
+        raise InputError(f"{path} is not a YAML file: {error}") from None
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds {type(loaded).__name__}, not a mapping of config keys")
+        raise InputError(f"{path} holds {type(loaded).__name__}, not a mapping of config keys")
     base = loaded.pop("BASE", None) or []
     base = [base] if isinstance(base, str) else base
     if not isinstance(base, list) or not all(isinstance(name, str) for name in base):
-        raise ValueError(f"{path}: BASE takes a list of config files; got {base!r}")
+        raise InputError(f"{path}: BASE takes a list of config files; got {base!r}")
     for name in base:
         _merge_file(config, path.parent / name, (*parents, path))
     _merge(config, loaded, str(path))
@@ -241,11 +244,11 @@ def _merge(node: CfgNode, values: dict, source: str, prefix: str = "") -> None:
             known = flat_keys(_C)
             if isinstance(value, dict):
                 known = {leaf.rpartition(".")[0] for leaf in known}  # the groups
-            raise ValueError(f"{source}: unknown config key {name}{nearest(name, known)}")
+            raise InputError(f"{source}: unknown config key {name}{nearest(name, known)}")
         if isinstance(node[key], CfgNode):
             if not isinstance(value, dict):
                 first = next(iter(node[key]))
-                raise ValueError(f"{source}: {name} is a group of keys, not a value; set e.g. {name}.{first}")
+                raise InputError(f"{source}: {name} is a group of keys, not a value; set e.g. {name}.{first}")
             _merge(node[key], value, source, name + ".")
         else:
             # What is text stays as it is: a TAG may look like a number.
@@ -271,21 +274,21 @@ def _coerce(value, default, name: str, source: str):
     if type(value) is not type(default):
         expected, found = type(default).__name__, type(value).__name__
         hint = "; in YAML put it in quotes" if expected == "str" else ""
-        raise ValueError(f"{source}: {name} takes {expected}, e.g. {default!r}; got {value!r} ({found}){hint}")
+        raise InputError(f"{source}: {name} takes {expected}, e.g. {default!r}; got {value!r} ({found}){hint}")
     return value
 
 
 def _check(config: CfgNode) -> None:
-    """Raises ValueError for values that no run can use, naming the key."""
+    """Raises InputError for values that no run can use, naming the key."""
     values = flat_keys(config)
 
     def require(holds, key: str, rule: str) -> None:
         if not holds:
-            raise ValueError(f"{key} is {values[key]!r}; it must be {rule}")
+            raise InputError(f"{key} is {values[key]!r}; it must be {rule}")
 
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
-            raise ValueError(f"{key} is {values[key]!r}; it must be one of {', '.join(choices)}"
+            raise InputError(f"{key} is {values[key]!r}; it must be one of {', '.join(choices)}"
                              f"{nearest(str(values[key]), choices)}")
     for key in _AT_LEAST_ONE:
         require(values[key] >= 1, key, "at least 1")
@@ -294,6 +297,8 @@ def _check(config: CfgNode) -> None:
     for key in _SHARES:
         require(0 <= values[key] <= 1, key, "between 0 and 1")
     require(values["MODEL.DROP_PATH_RATE"] < 1, "MODEL.DROP_PATH_RATE", "below 1")
+    require(config.MODEL.TYPE != "timm" or config.MODEL.ARCH, "MODEL.ARCH",
+            "the name of a timm model, e.g. resnet50, where MODEL.TYPE is timm")
     depths = config.MODEL.STRIP_MLP.DEPTHS
     require(len(depths) == 4 and min(depths) >= 1, "MODEL.STRIP_MLP.DEPTHS", "four numbers, each at least 1")
     require(config.MODEL.STRIP_MLP.STRIP_WIDTH % 2 == 1, "MODEL.STRIP_MLP.STRIP_WIDTH", "odd")

@@ -107,6 +107,16 @@ def barrier() -> None:
         dist.barrier(group=_host_group)
 
 
+def once_per_machine(action) -> None:
+    """Calls ``action()`` in the first process and then, for machines that do not share its disk, in one of each."""
+    if rank() == 0:
+        action()
+    barrier()
+    if local_rank() == 0 and rank() != 0:
+        action()
+    barrier()
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums a tensor over all processes, in place."""
     if dist.is_initialized():

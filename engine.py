@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import distributed
 from models import set_train_mode
-from state import TrainState
+from train_state import TrainState
 
 logger = logging.getLogger("strip_mlp")
 
@@ -263,8 +263,9 @@ class _Progress:
         if skipped:
             logger.warning(f"{skipped} of the last {self.updates} updates were skipped: loss or gradient not finite")
         if self.metrics:
-            self.metrics.write("train", state.step, state.epoch, loss=loss, lr=lr, grad_norm=grad_norm, skipped=skipped,
-                               images_per_second=speed, data_share=data_seconds / seconds)
+            self.metrics.write("train", state.step, state.epoch, state.epoch + state.batch / self.batches, loss=loss,
+                               lr=lr, grad_norm=grad_norm, skipped=skipped, images_per_second=speed,
+                               data_share=data_seconds / seconds)
         if longest_row >= self.config.TRAIN.MAX_SKIPPED:
             raise FloatingPointError(
                 f"{longest_row} updates in a row were skipped because loss or gradient was not finite (the limit is "

@@ -1,19 +1,12 @@
-"""Random states, the count of operations, and the versions and machine behind a result."""
+"""Small things that have no better room: random states, and the count of operations."""
 
 import os
-import platform
 import random
-import subprocess
-from pathlib import Path
 
 import numpy as np
-import timm
 import torch
-import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
-from distributed import world_size
 
 
 def seed_everything(seed: int) -> None:
@@ -61,25 +54,3 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
         model(torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype))
     model.train(training)
     return counter.get_total_flops() // 2  # the counter takes a multiply-accumulate for two operations
-
-
-def git_commit() -> str:
-    """The commit of this code, with ``-dirty`` after it when files differ from it; ``unknown`` outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def describe_environment(device: torch.device) -> dict:
-    """Versions of what a run depends on, and the machine that it runs on."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "timm": timm.__version__,
-        "git_commit": git_commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
-        "world_size": world_size(),
-    }

@@ -46,23 +46,23 @@ def build_model(config) -> nn.Module:
         try:
             model.set_grad_checkpointing(True)
         except AssertionError as error:  # a timm model's
-            raise InputError(f"MODEL.NAME {config.MODEL.NAME}: {error}; set TRAIN.USE_CHECKPOINT False") from None
+            raise InputError(f"MODEL.ARCH {config.MODEL.ARCH}: {error}; set TRAIN.USE_CHECKPOINT False") from None
     freeze_stages(model, config.TRAIN.FREEZE_STAGES)
     return model
 
 
 def _build_timm_model(config) -> nn.Module:
-    name = config.MODEL.NAME
+    name = config.MODEL.ARCH
     if not timm.is_model(name):
         similar = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise InputError(f"MODEL.NAME {name!r} is not a timm model; similar ones: {', '.join(similar) or 'none'}")
+        raise InputError(f"MODEL.ARCH {name!r} is not a timm model; similar ones: {', '.join(similar) or 'none'}")
     kwargs = {"num_classes": config.MODEL.NUM_CLASSES, "drop_path_rate": config.MODEL.DROP_PATH_RATE or None}
     if timm.get_pretrained_cfg(name).fixed_input_size:
         kwargs["img_size"] = config.DATA.IMG_SIZE
     try:
         model = timm.create_model(name, **kwargs | _timm_kwargs(config.MODEL.TIMM_KWARGS))
     except TypeError as error:
-        raise InputError(f"MODEL.NAME {name}: {error}; where it has no drop path set MODEL.DROP_PATH_RATE 0") from None
+        raise InputError(f"MODEL.ARCH {name}: {error}; where it has no drop path set MODEL.DROP_PATH_RATE 0") from None
     if config.MODEL.DROP_PATH_RATE == 0:  # not passed on, for models that know none; others have a rate by default
         for module in model.modules():
             if isinstance(module, DropPath):

@@ -98,12 +98,6 @@ def another_run(run_folder):
         holder.wait()
 
 
-def uninstall(monkeypatch, module) -> None:
-    """For the rest of a test, importing a module or a part of it fails as if it were not installed."""
-    for name in {module, *(name for name in sys.modules if name.startswith(f"{module}."))}:
-        monkeypatch.setitem(sys.modules, name, None)
-
-
 def differences(a, b, path="") -> list[str]:
     """Where two nested contents differ, tensors compared bit for bit."""
     if isinstance(a, dict) and isinstance(b, dict):

@@ -13,8 +13,8 @@ from engine import Precision, evaluate, measure_throughput
 from lr_scheduler import LRScheduler
 from models import build_model
 from optimizer import build_optimizer
-from state import Layout, TrainState
 from tests.helpers import DIGITS, FAULTS, TINY, arguments, folder, run, torchrun
+from train_state import Layout, TrainState
 
 CPU = torch.device("cpu")
 

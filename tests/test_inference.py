@@ -82,7 +82,7 @@ def test_faults(entries, message, tmp_path):
 
 def test_a_network_of_another_kind_fills_no_screen(tmp_path):
     save_network(tmp_path / "a.pth", *tiny_network())
-    other = load_config(ROOT / "configs/smlp_nano_alpha3_patch2_32_cifar10.yaml")
+    other = load_config(ROOT / "configs/small/smlp_nano_alpha3_patch2_32_cifar10.yaml")
     with pytest.raises(ValueError, match="the weights do not fit") as caught:
         load_network(tmp_path / "a.pth", other)
     lines = str(caught.value).splitlines()

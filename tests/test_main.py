@@ -27,7 +27,6 @@ from tests.helpers import (
     folder,
     run,
     torchrun,
-    uninstall,
 )
 
 
@@ -88,14 +87,6 @@ def test_a_run_ends_with_its_curves_and_where_everything_is(trained):
     assert named == {what: str(folder(trained) / name) for what, name in {
         "best checkpoint": "best.pth", "newest checkpoint": "ckpt_step_00000014.pth", "log": "log_rank0.txt",
         "metrics": "metrics.jsonl", "curves": "curves.png", "TensorBoard events": "tensorboard"}.items()}
-
-
-def test_a_run_without_matplotlib_says_so_and_succeeds(tmp_path, monkeypatch):
-    uninstall(monkeypatch, "matplotlib")
-    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1)) == 0
-    log = (folder(tmp_path) / "log_rank0.txt").read_text()
-    assert "WARNING: the curves were not drawn: drawing needs matplotlib" in log and "pip install matplotlib" in log
-    assert not (folder(tmp_path) / "curves.png").exists() and "curves    " not in log and "  metrics   " in log
 
 
 def test_the_same_command_again_trains_nothing(trained):
@@ -174,7 +165,7 @@ def test_save_minutes(tmp_path):
 
 
 def test_a_timm_model_trains_by_the_same_recipe(tmp_path):
-    options = ("MODEL.TYPE", "timm", "MODEL.NAME", "test_resnet", "DATA.IMG_SIZE", 32)
+    options = ("MODEL.TYPE", "timm", "MODEL.ARCH", "test_resnet", "DATA.IMG_SIZE", 32)
     assert main.main(arguments(tmp_path, *options)) == 0
     lines = (tmp_path / "test_resnet" / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [record["loss"] for record in map(json.loads, lines) if record["kind"] == "eval"]

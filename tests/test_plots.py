@@ -3,20 +3,21 @@
 import json
 import math
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import plots
-from logger import MetricsWriter
+from metrics import MetricsWriter
+from models import InputError
 
 
-def train(step, epoch, loss=1.0, lr=0.1, **figures):
-    return {"kind": "train", "step": step, "epoch": epoch, "loss": loss, "lr": lr, **figures}
+def train(step, epoch, loss=1.0, lr=0.1):
+    return {"kind": "train", "step": step, "epoch": epoch, "epochs": step / 6, "loss": loss, "lr": lr}
 
 
 def evaluation(step, epoch, acc1, loss=0.5, kind="eval"):
-    return {"kind": kind, "step": step, "epoch": epoch, "acc1": acc1, "acc5": 100.0, "loss": loss, "images": 9}
+    return {"kind": kind, "step": step, "epoch": epoch, "epochs": epoch + 1, "acc1": acc1, "acc5": 100.0,
+            "loss": loss, "images": 9}
 
 
 RUN = [train(3, 0, 2.0, 0.1), train(6, 0, 1.5, 0.2),
@@ -60,22 +61,30 @@ def test_runs_of_other_batch_sizes_share_the_axis():
     assert colours[0] == colours[1] == colours[2] != colours[3] == colours[5]
 
 
-def test_the_axis_is_updates_until_every_run_has_finished_an_epoch():
-    loss, accuracy, _ = plots.draw_curves({"a": RUN, "b": RUN[:2]}).axes
-    assert loss.get_xlabel() == "update"
-    assert drawn(loss)[0][0] == [3, 6, 9, 12, 15] and drawn(loss)[3] == ([3, 6], [2.0, 1.5])
-    assert drawn(accuracy)[0] == ([6, 12], [40.0, 70.0])
-    assert run_legend(loss.figure) == ["a: best 60.00 %", "b"]
+def test_a_run_resumed_with_a_larger_batch_goes_on_along_the_axis(tmp_path):
+    """Six updates an epoch, then three: the steps fall back from 9 to 6, the epochs go on."""
+    writer = MetricsWriter(tmp_path, epochs=0, step=0)
+    for record in [*RUN[:3], train(9, 1)]:
+        writer.write(**record)
+    writer.close()
+    writer = MetricsWriter(tmp_path, epochs=1.5, step=4)
+    writer.write(**train(5, 1) | {"epochs": 1 + 2 / 3})
+    writer.write(**evaluation(6, 1, 50.0))
+    writer.close()
+    loss, accuracy, _ = plots.draw_curves({"run": plots.read_metrics(tmp_path)}).axes
+    assert drawn(loss)[0][0] == [0.5, 1, 1.5, 1 + 2 / 3]
+    assert drawn(accuracy)[0] == ([1, 2], [40.0, 50.0])
 
 
-def test_epochs_follow_a_batch_size_that_changed_on_the_way():
-    records = [evaluation(10, 0, 1.0), evaluation(20, 1, 2.0), evaluation(25, 2, 3.0)]
-    assert plots.epochs_at(records, np.array([5, 10, 15, 22.5, 25, 30])).tolist() == [0.5, 1, 1.5, 2.5, 3, 4]
+def test_records_of_older_runs_get_their_epochs_from_the_evaluations(tmp_path):
+    old = [{key: value for key, value in record.items() if key != "epochs"} for record in RUN]
+    assert plots.read_metrics(write(tmp_path / "metrics.jsonl", old)) == RUN
+    assert plots.read_metrics(write(tmp_path / "metrics.jsonl", old[:2]))[1]["epochs"] == 0  # no evaluation yet
 
 
 def test_a_run_resumed_in_the_middle_has_each_step_once(tmp_path):
     """Broken off after update 9 of epoch 1, resumed from the checkpoint of update 6, which drops what came after."""
-    writer = MetricsWriter(tmp_path, epoch=0, step=0)
+    writer = MetricsWriter(tmp_path, epochs=0, step=0)
     before = [*RUN[:4], train(9, 1, 3.0)]
     for record in before:
         writer.write(**record)
@@ -83,12 +92,12 @@ def test_a_run_resumed_in_the_middle_has_each_step_once(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "tra')  # killed while writing
     assert plots.read_metrics(tmp_path) == before
-    writer = MetricsWriter(tmp_path, epoch=1, step=6)
+    writer = MetricsWriter(tmp_path, epochs=1, step=6)
     for record in RUN[4:]:
         writer.write(**(record | {"loss": 7.0}))
     writer.close()
-    steps, losses = plots.select(plots.read_metrics(tmp_path), "train", "loss")
-    assert steps.tolist() == [3, 6, 9, 12, 15] and losses.tolist() == [2.0, 1.5, 7.0, 7.0, 7.0]
+    epochs, losses = plots.select(plots.read_metrics(tmp_path), "train", "loss")
+    assert epochs.tolist() == [0.5, 1, 1.5, 2, 2.5] and losses.tolist() == [2.0, 1.5, 7.0, 7.0, 7.0]
 
 
 def test_best_accuracy():
@@ -132,5 +141,5 @@ def test_saving(tmp_path):
     assert b"<svg" in (tmp_path / "a.svg").read_bytes()[:500]
     with pytest.raises(ValueError, match=r"a\.xyz: .*xyz"):
         plots.save_figure(figure, tmp_path / "a.xyz")
-    with pytest.raises(OSError, match="cannot write .*gone"):
+    with pytest.raises(InputError, match="cannot write .*gone"):
         plots.save_figure(figure, tmp_path / "gone" / "a.png")

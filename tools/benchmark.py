@@ -31,11 +31,11 @@ import torch
 from PIL import Image
 
 import models  # noqa: F401  registers Strip-MLP with timm
-import utils
 from config import load_config
 from data import build_train_loader
 from engine import Precision
 from models.strip_mlp import VARIANTS, StripMLP
+from report import describe_environment
 from tools.published import GroupedConvolution, published_formulation
 
 PEERS = ["convnext_tiny", "swin_tiny_patch4_window7_224", "resnet50"]
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * (args.minutes - 1)  # the last minute is the input pipeline's
     torch.backends.cudnn.benchmark = True
     result = {
-        "environment": utils.describe_environment(device),
+        "environment": describe_environment(device),
         "date": datetime.date.today().isoformat(),
         "command": "python tools/benchmark.py " + " ".join(sys.argv[1:] if argv is None else argv),
         "settings": {"batch_size": args.batch_size, "img_size": args.img_size, "repeats": args.repeats,

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -94,7 +95,6 @@ def draw_confusion(matrix: np.ndarray, names: list[str]):
     """
     classes, accuracies = len(matrix), class_accuracies(matrix)
     figure, (left, right) = new_figure(1, 2, size=(10, 5.4), width_ratios=(1.7, 1))
-    from matplotlib.colors import PowerNorm
     step = -(-classes // _CELLS)
     cells = _largest_of_blocks(_percent(matrix, matrix.sum(axis=1, keepdims=True)), step)
     edge = len(cells) * step - 0.5

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: E402
 from engine import Precision, measure_throughput  # noqa: E402
 from models import build_model  # noqa: E402
+from report import describe_environment  # noqa: E402
 from tools.tables import TABLES, Row, choose, final_results, flat_config, read_tables  # noqa: E402
 
 MISSING = "not measured yet"
@@ -243,7 +244,7 @@ def measure_rows(rows: list[Row], batch_size: int) -> dict[str, dict[str, str]]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = Precision("auto", device)
-    column = f"images/s ({utils.describe_environment(device)['device']}, {precision.name}, batch {batch_size})"
+    column = f"images/s ({describe_environment(device)['device']}, {precision.name}, batch {batch_size})"
     torch.backends.cudnn.benchmark = True  # as main.py has it
     cells = {row.key: {column: ""} for row in rows}
     for row in rows:

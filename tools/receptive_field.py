@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.colors import LogNorm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -88,7 +89,6 @@ def draw_fields(fields: list[torch.Tensor], titles: list[str]):
     height, width = fields[0].shape
     size = (2.5 * columns + 0.7, (2.5 * height / width + 0.5) * rows)
     figure, panels = new_figure(rows, columns, size, squeeze=False)
-    from matplotlib.colors import LogNorm
     for panel in panels.flat[len(fields):]:
         panel.set_visible(False)
     for panel, field, title in zip(panels.flat, fields, titles, strict=False):

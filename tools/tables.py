@@ -58,10 +58,16 @@ def _read_row(key: str, row: dict) -> Row:
     return Row(
         key=key,
         name=row["name"],
-        path=None if config == "none" else ROOT / "configs" / f"{config}.yaml",
+        path=None if config == "none" else _find_config(config),
         opts=tuple(map(str, row.get("opts", []))),
         paper=dict(zip(("acc1", "acc5"), paper if isinstance(paper, list) else [paper], strict=False)),
     )
+
+
+def _find_config(name: str) -> Path:
+    """The config file of that name, in whichever folder of configs/ it is."""
+    found = sorted((ROOT / "configs").rglob(f"{name}.yaml"))
+    return found[0] if found else ROOT / "configs" / f"{name}.yaml"
 
 
 def choose(names: list[str], known, what: str) -> list[str]:

@@ -57,7 +57,7 @@ def test_drop_path(schedule, expected):
 def test_gradient_checkpointing():
     assert build().grad_checkpointing is False
     assert build("TRAIN.USE_CHECKPOINT", True).grad_checkpointing is True
-    timm_model = build("TRAIN.USE_CHECKPOINT", True, "MODEL.TYPE", "timm", "MODEL.NAME", "resnet18")
+    timm_model = build("TRAIN.USE_CHECKPOINT", True, "MODEL.TYPE", "timm", "MODEL.ARCH", "resnet18")
     assert timm_model.grad_checkpointing is True
 
 
@@ -75,7 +75,7 @@ def test_sizes_that_do_not_fit():
     ("swin_tiny_patch4_window7_224", 28_288_354 - 769 * 1000, 0.1),
 ])
 def test_timm_models(name, parameters, rate):
-    model = build("MODEL.TYPE", "timm", "MODEL.NAME", name, "MODEL.NUM_CLASSES", 10, "DATA.IMG_SIZE", 224)
+    model = build("MODEL.TYPE", "timm", "MODEL.ARCH", name, "MODEL.NUM_CLASSES", 10, "DATA.IMG_SIZE", 224)
     features = model.get_classifier().in_features
     assert sum(p.numel() for p in model.parameters()) == parameters + (features + 1) * 10
     assert model(torch.zeros(2, 3, 224, 224, device="meta")).shape == (2, 10)
@@ -94,14 +94,14 @@ def test_no_drop_path_where_a_timm_model_has_some_by_default(name):
 
 
 def test_timm_model_of_a_fixed_size_is_built_for_the_config_s():
-    model = build("MODEL.TYPE", "timm", "MODEL.NAME", "swin_tiny_patch4_window7_224", "DATA.IMG_SIZE", 256)
+    model = build("MODEL.TYPE", "timm", "MODEL.ARCH", "swin_tiny_patch4_window7_224", "DATA.IMG_SIZE", 256)
     assert model(torch.zeros(1, 3, 256, 256, device="meta")).shape == (1, 5)
     assert model.patch_embed.img_size == (256, 256)
 
 
 def test_strip_mlp_by_its_timm_name_is_the_same_network():
     ours = build("MODEL.STRIP_MLP.EMBED_DIM", 80, "MODEL.STRIP_MLP.DEPTHS", [2, 2, 6, 2])
-    by_name = build("MODEL.TYPE", "timm", "MODEL.NAME", "strip_mlp_tiny_light")
+    by_name = build("MODEL.TYPE", "timm", "MODEL.ARCH", "strip_mlp_tiny_light")
     assert isinstance(by_name, StripMLPNet)
     assert shapes(ours) == shapes(by_name)
 
@@ -111,25 +111,25 @@ def test_strip_mlp_by_its_timm_name_is_the_same_network():
     ("strip_mlp_tinylight", "strip_mlp_tiny_light"), ("smlp_tiny_alpha3", None), ("", None),
 ])
 def test_unknown_timm_name(name, suggestion):
-    with pytest.raises(ValueError, match=f"^MODEL.NAME '{name}' is not a timm model; similar ones: ") as error:
-        build("MODEL.TYPE", "timm", "MODEL.NAME", name)
+    with pytest.raises(ValueError, match=f"^MODEL.ARCH '{name}' is not a timm model; similar ones: ") as error:
+        build("MODEL.TYPE", "timm", "MODEL.ARCH", name)
     similar = str(error.value).partition("similar ones: ")[2].split(", ")
     assert suggestion is None or suggestion in similar
     assert all(timm.is_model(other) for other in similar) or similar == ["none"]
 
 
 def test_timm_model_without_drop_path():
-    opts = ["MODEL.TYPE", "timm", "MODEL.NAME", "vgg11"]
-    with pytest.raises(ValueError, match=re.escape("MODEL.NAME vgg11: ") + ".*drop_path.*MODEL.DROP_PATH_RATE 0"):
+    opts = ["MODEL.TYPE", "timm", "MODEL.ARCH", "vgg11"]
+    with pytest.raises(ValueError, match=re.escape("MODEL.ARCH vgg11: ") + ".*drop_path.*MODEL.DROP_PATH_RATE 0"):
         build(*opts)
     assert build(*opts, "MODEL.DROP_PATH_RATE", 0).get_classifier().out_features == 5
 
 
 def test_timm_kwargs():
-    opts = ["MODEL.TYPE", "timm", "MODEL.NAME", "resnet18", "MODEL.TIMM_KWARGS"]
+    opts = ["MODEL.TYPE", "timm", "MODEL.ARCH", "resnet18", "MODEL.TIMM_KWARGS"]
     parameters = shapes(build(*opts, "{channels: [8, 16, 32, 64], stem_type: deep, stem_width: 4}"))
     assert parameters["conv1.0.weight"] == (4, 3, 3, 3) and parameters["fc.weight"] == (5, 64)
-    with pytest.raises(ValueError, match="MODEL.NAME resnet18: .*'chanels'"):
+    with pytest.raises(ValueError, match="MODEL.ARCH resnet18: .*'chanels'"):
         build(*opts, "{chanels: [8, 16, 32, 64]}")
     for text in ("channels", "[1, 2]", "{channels", "{1: 2}"):
         with pytest.raises(ValueError, match=re.escape(f"MODEL.TIMM_KWARGS is '{text}'; it must name arguments")):
@@ -143,7 +143,7 @@ def test_timm_checkpointing_counts_a_batch_once(backend):
     def train(checkpointing, once):
         torch.manual_seed(0)
         model = build_model(load_config("", [
-            *TINY, "MODEL.TYPE", "timm", "MODEL.NAME", "resnet18", "TRAIN.USE_CHECKPOINT", checkpointing,
+            *TINY, "MODEL.TYPE", "timm", "MODEL.ARCH", "resnet18", "TRAIN.USE_CHECKPOINT", checkpointing,
             "MODEL.TIMM_KWARGS", "{channels: [8, 16, 16, 16], layers: [1, 1, 1, 1], stem_type: deep, stem_width: 4}",
         ]))
         if once:
@@ -166,6 +166,6 @@ def test_timm_checkpointing_counts_a_batch_once(backend):
 
 
 def test_timm_model_without_checkpointing():
-    opts = ["MODEL.TYPE", "timm", "MODEL.NAME", "vgg11", "MODEL.DROP_PATH_RATE", 0, "TRAIN.USE_CHECKPOINT", True]
-    with pytest.raises(ValueError, match="MODEL.NAME vgg11: .*checkpointing.*; set TRAIN.USE_CHECKPOINT False"):
+    opts = ["MODEL.TYPE", "timm", "MODEL.ARCH", "vgg11", "MODEL.DROP_PATH_RATE", 0, "TRAIN.USE_CHECKPOINT", True]
+    with pytest.raises(ValueError, match="MODEL.ARCH vgg11: .*checkpointing.*; set TRAIN.USE_CHECKPOINT False"):
         build(*opts)

@@ -95,7 +95,7 @@ def test_to_the_released_format_and_back(network, tmp_path):
 
 
 def test_timm_models(tmp_path, capsys):
-    config = load_config(opts=["MODEL.TYPE", "timm", "MODEL.NAME", "test_resnet", "MODEL.NUM_CLASSES", "10",
+    config = load_config(opts=["MODEL.TYPE", "timm", "MODEL.ARCH", "test_resnet", "MODEL.NUM_CLASSES", "10",
                                "MODEL.DROP_PATH_RATE", "0", "DATA.IMG_SIZE", "32"])
     path = save_network(tmp_path / "a.pth", config, build_model(config).eval())
     assert export.main([str(path), str(tmp_path / "a.pt2")]) == 0

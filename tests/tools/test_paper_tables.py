@@ -20,7 +20,7 @@ ROWS = {
     "second": {"name": "Second", "config": DIGITS.stem, "opts": [*TINY, "MODEL.STRIP_MLP.STRIP_WIDTH", 1], "paper": 80},
     "foreign": {"name": "Foreign", "config": "none", "paper": 70.25},
     "baseline": {"name": "ResNet", "config": DIGITS.stem, "opts": [
-        *TINY, "MODEL.TYPE", "timm", "MODEL.NAME", "resnet18", "MODEL.TIMM_KWARGS", "{channels: [8, 8, 8, 8]}"]},
+        *TINY, "MODEL.TYPE", "timm", "MODEL.ARCH", "resnet18", "MODEL.TIMM_KWARGS", "{channels: [8, 8, 8, 8]}"]},
 }
 HEADER = ("| network | params (M) | MACs (G) | top-1 | paper's top-1 | top-1 difference | top-5 | paper's top-5 | "
           "top-5 difference | best | seeds | batch | commit |")

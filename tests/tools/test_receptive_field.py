@@ -10,7 +10,7 @@ from torch import nn
 from config import load_config
 from models import build_model
 from models.strip_mlp import StripMLP
-from tests.helpers import DIGITS, TINY, uninstall
+from tests.helpers import DIGITS, TINY
 from tools import receptive_field
 from tools.receptive_field import areas, centre_of, effective_fields
 
@@ -137,12 +137,6 @@ def test_command_line_on_a_fresh_network(tmp_path, capsys):
         printed = [float(word) for word in lines[1 + stage].split()[4:]]
         assert printed == pytest.approx([100 * share for share in areas(field, centre_of(field, size))], abs=0.0051)
     assert (tmp_path / "field.png").stat().st_size > 10_000
-
-
-def test_without_matplotlib(monkeypatch):
-    uninstall(monkeypatch, "matplotlib")
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        receptive_field.draw_fields([torch.ones(4, 4)], ["a"])
 
 
 def test_errors_are_one_line(tmp_path, capsys):

@@ -68,7 +68,7 @@ def test_command_line(trained, tmp_path, capsys):
 
 def test_errors_are_one_line(trained, tmp_path, capsys):
     _, path = trained
-    timm = load_config("", ["MODEL.TYPE", "timm", "MODEL.NAME", "test_resnet"])
+    timm = load_config("", ["MODEL.TYPE", "timm", "MODEL.ARCH", "test_resnet"])
     torch.save({"model": build_model(timm).state_dict(), "config": to_dict(timm)}, tmp_path / "timm.pth")
     for argv, message in [
         ([tmp_path / "gone.pth"], "gone.pth does not exist"),

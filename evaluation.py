@@ -1,0 +1,115 @@
+"""The evaluation of a checkpoint: results of the network and of its averaged weights, ``eval.json``, predictions."""
+
+import csv
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import checkpoint
+import distributed
+from config import to_dict
+from data import build_val_loader, prepare_data
+from engine import Precision, evaluate
+from models import InputError, MissingFileError, adapt_size, build_model, load_strict, model_state_dict
+from report import describe_environment
+
+logger = logging.getLogger("strip_mlp")
+
+
+def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
+    """Evaluates a checkpoint on the validation set and writes ``eval.json`` into ``folder``.
+
+    Raises:
+        InputError: there is no checkpoint, or it does not fit the config or the data set.
+    """
+    path = Path(config.MODEL.RESUME or config.MODEL.PRETRAINED or folder / checkpoint.BEST)
+    if not path.is_file():
+        raise MissingFileError(f"no checkpoint to evaluate at {path}; name one with --resume")
+    logger.info(f"evaluating {path}")
+    content = checkpoint.load_file(path)
+    distributed.once_per_machine(lambda: prepare_data(config))
+    loader = build_val_loader(config, distributed.rank(), distributed.world_size())
+    with checkpoint.naming(path):
+        _check_classes(content.get("classes"), loader.dataset.classes)
+        model, ema = build_model(config).to(device, memory_format=torch.channels_last), None
+        load_strict(model, adapt_size(model_state_dict(content), model))
+        if content.get("model_ema"):
+            ema = ModelEmaV3(model)
+            load_strict(ema.module, adapt_size(content["model_ema"], model, warn=False))
+            inference_form(config, ema.module)
+    inference_form(config, model)
+    predictions = [] if config.TEST.PREDICTIONS else None
+    results = evaluate_all(model, ema, loader, Precision(config.AMP_DTYPE, device), predictions)
+    log_results(results)
+    if distributed.rank() == 0:
+        report = results | {
+            "checkpoint": str(path),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "environment": describe_environment(device),
+            "config": to_dict(config),
+        }
+        (folder / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
+        logger.info(f"results written to {folder / 'eval.json'}")
+    if config.TEST.PREDICTIONS:
+        _write_predictions(folder / "predictions.csv", loader.dataset, predictions)
+
+
+def inference_form(config, model: nn.Module) -> nn.Module:
+    """The network fused (TEST.FUSE) and compiled (COMPILE), where the config says so."""
+    if config.TEST.FUSE:
+        if not hasattr(model, "fuse"):
+            raise InputError(f"TEST.FUSE is True, but {config.MODEL.NAME} has no inference form; set it False")
+        model.fuse()
+    if config.COMPILE:
+        model.compile()
+    return model
+
+
+def evaluate_all(model: nn.Module, ema: ModelEmaV3 | None, loader, precision: Precision, predictions=None) -> dict:
+    """The results of the network and, last, of its average where there is one, whose predictions are then recorded."""
+    if ema is None:
+        return {"eval": evaluate(model, loader, precision, predictions)}
+    return {
+        "eval": evaluate(model, loader, precision),
+        "eval_ema": evaluate(ema.module, loader, precision, predictions),
+    }
+
+
+def log_results(results: dict, before: str = "", after: str = "") -> None:
+    """A log line for each network evaluated."""
+    for name, result in results.items():
+        logger.info(f"{name}: {before}top-1 {result['acc1']:.3f}  top-5 {result['acc5']:.3f}  "
+                    f"loss {result['loss']:.4f}  ({result['images']} images){after}")
+
+
+def _check_classes(saved: list[str] | None, found: list[str]) -> None:
+    """Raises InputError where the data set's classes have other names than those the network was trained on."""
+    labels = [str(label) for label in range(len(found))]  # the names where a data set gives none
+    if saved and len(saved) == len(found) and list(saved) not in (labels, list(found)) and list(found) != labels:
+        label = next(i for i, (one, other) in enumerate(zip(saved, found, strict=True)) if one != other)
+        raise InputError(
+            f"it was trained on other classes than the data set's: label {label} is {saved[label]!r} in the checkpoint "
+            f"and {found[label]!r} in the data set; check --data-path, or rename the class folders"
+        )
+
+
+def _write_predictions(path: Path, dataset, predictions: list) -> None:
+    """A line per validation image, in the data set's order, from every process's share of the predictions."""
+    shares = distributed.gather_objects(predictions)
+    if distributed.rank() != 0:
+        return
+    classes, paths = dataset.classes, getattr(dataset.images, "samples", None)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "image", "target", "prediction", "probability", "target_label", "prediction_label"])
+        for index in range(len(dataset)):
+            target, prediction, probability = shares[index % len(shares)][index // len(shares)]
+            image = paths[index][0] if paths else ""
+            names = classes[target], classes[prediction]
+            writer.writerow([index, image, *names, f"{probability:.6f}", target, prediction])
+    logger.info(f"predictions written to {path}")

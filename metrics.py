@@ -1,0 +1,107 @@
+"""The figures of a run: ``metrics.jsonl``, TensorBoard, Weights & Biases."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import uuid
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from models import InputError
+
+logger = logging.getLogger("strip_mlp")
+
+
+def start_wandb(project: str, name: str, config: dict, folder: Path):
+    """Starts the Weights & Biases run of an output folder, or goes on with it.
+
+    Its id is kept in ``wandb_id.txt``. Logging in, ``WANDB_MODE=offline`` and all else is as Weights & Biases documents
+    it; an offline run is sent with ``wandb sync``.
+
+    Raises:
+        InputError: wandb is not installed, or cannot start.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(f"WANDB_PROJECT is {project!r} but wandb is not there ({error}); pip install wandb, or leave "
+                         "WANDB_PROJECT empty") from error
+    id_file = folder / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex + "\n")
+    try:
+        return wandb.init(project=project, name=name, config=config, dir=str(folder), id=id_file.read_text().strip(),
+                          resume="allow", settings=wandb.Settings(console="off"))
+    except wandb.errors.Error as error:
+        raise InputError(f"Weights & Biases cannot start: {str(error).rstrip('.')}; or set WANDB_MODE=offline in the "
+                         "environment, or leave WANDB_PROJECT empty") from error
+
+
+class MetricsWriter:
+    """``metrics.jsonl``, one record a line, and the same figures as TensorBoard events and in Weights & Biases.
+
+    A record's ``epochs`` are those done, with fractions: it places a record on one axis for every batch size, while the
+    steps count updates of the batch size of that time.
+
+    Args:
+        folder: the run's output folder.
+        epochs: the epochs done where the run resumes, with fractions. Later records, which a run that broke off had
+            written, are dropped.
+        step: the updates done there.
+        wandb_run: what ``start_wandb`` returned, or None. Weights & Biases itself drops what it already has.
+    """
+
+    def __init__(self, folder: Path, epochs: float, step: int, wandb_run=None):
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if _is_before(line, epochs)]
+        temporary = path.with_name(".metrics.jsonl.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.file = open(path, "a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.wandb_run = wandb_run
+        self.failing = set()
+
+    def write(self, kind: str, step: int, epoch: int, epochs: float, **figures: float) -> None:
+        """Records figures of ``kind`` (``train``, ``eval``, ``eval_ema``) after update ``step``, in epoch ``epoch``."""
+        record = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        with self._going_on("metrics.jsonl"):
+            self.file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, "epochs": epochs, **record}) + "\n")
+            self.file.flush()
+        with self._going_on("TensorBoard's events"):
+            for name, value in figures.items():
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self.wandb_run:
+            with self._going_on("Weights & Biases' log", Exception):
+                self.wandb_run.log({f"{kind}/{name}": value for name, value in figures.items()}, step=step)
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        with self._going_on("metrics.jsonl"):
+            self.file.close()
+        with self._going_on("TensorBoard's events"):
+            self.tensorboard.close()
+        if self.wandb_run:
+            with self._going_on("Weights & Biases' log", Exception):
+                self.wandb_run.finish()
+
+    @contextlib.contextmanager
+    def _going_on(self, name: str, failures: type[Exception] = OSError):
+        """Says once that something cannot be written, on a full disk, and lets the run go on."""
+        try:
+            yield
+        except failures as error:
+            if name not in self.failing:
+                self.failing.add(name)
+                logger.error("cannot write %s: %s; the run goes on", name, error)
+
+
+def _is_before(line: str, epochs: float) -> bool:
+    try:
+        return json.loads(line)["epochs"] <= epochs
+    except (ValueError, KeyError, TypeError):  # a line that a killed run left unfinished, or somebody else's
+        return False

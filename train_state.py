@@ -1,0 +1,232 @@
+"""What a training saves and restores, and when: its state, and the Checkpointer that writes it."""
+
+import logging
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import checkpoint
+import distributed
+import utils
+from config import to_dict
+from lr_scheduler import LRScheduler
+from models import InputError, load_strict, model_state_dict
+
+logger = logging.getLogger("strip_mlp")
+
+PREEMPTED = 75  # exit status (EX_TEMPFAIL) of a run that a signal stopped after it saved itself
+NO_ACCURACY = -1.0  # below any, so that the first evaluation is the best so far even at 0 %
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SAME_SIGNAL = 5  # seconds
+_NOTHING, _SAVE, _STOP = 0, 1, 2
+
+
+# ---- what is saved and restored ------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Layout:
+    """Which images an epoch has, in what order, and how it is cut into updates."""
+
+    dataset: str
+    training_images: int
+    num_classes: int
+    seed: int
+    is_sharded: bool  # every process draws from its own shard of the images
+    batch_size: int  # images per process and micro-batch
+    world_size: int
+    accumulation_steps: int
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of a micro-batch over all processes."""
+        return self.batch_size * self.world_size
+
+
+@dataclass
+class TrainState:
+    """A training between two updates."""
+
+    layout: Layout
+    model: nn.Module  # bare: not wrapped for distribution
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LRScheduler
+    scaler: torch.amp.GradScaler  # disabled but for fp16
+    ema: ModelEmaV3 | None
+    epoch: int = 0  # the epoch in progress, or next
+    batch: int = 0  # micro-batches of that epoch already trained, per process
+    step: int = 0  # updates done
+    max_accuracy: float = NO_ACCURACY  # best top-1 so far, in percent
+    skipped_in_row: torch.Tensor | int = 0  # updates skipped since the last good one; on the device while training
+
+    def state_dict(self) -> dict:
+        """Plain containers and tensors, for ``load_state_dict``. Called by all processes together."""
+        return {
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),  # for Swin-Transformer's code; here the step says it all
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "max_accuracy": self.max_accuracy,
+            "skipped_in_row": int(self.skipped_in_row),
+            "rng": distributed.gather_objects(utils.get_rng_state()),
+            "layout": vars(self.layout),
+        }
+
+    def load_state_dict(self, content: dict) -> None:
+        """Restores what ``state_dict`` returned, to the bit where the layout is the same.
+
+        With another world size, batch size, accumulation or seed the position in the epoch is recomputed from the
+        images seen, and the run goes on with other random numbers. Hyperparameters follow this run's config.
+
+        Raises:
+            InputError: the checkpoint holds no whole training, as a released one does not, or one that cannot go on
+                here: another data set, network or optimiser.
+        """
+        missing = self.state_dict().keys() - content.keys()
+        if missing:
+            raise InputError(
+                f"the checkpoint cannot be resumed, it lacks {', '.join(sorted(missing))}; to start a new training "
+                "from its weights use --pretrained, to evaluate it --eval"
+            )
+        saved, own = content["layout"], vars(self.layout)
+        if saved.keys() != own.keys():
+            raise InputError("the checkpoint was written by another version of this code; use --pretrained")
+        changed = {key: f"{key} {saved[key]} -> {own[key]}" for key in own if saved[key] != own[key]}
+        if changed.keys() & {"dataset", "training_images", "num_classes"}:
+            raise InputError(
+                f"the checkpoint was trained on another data set ({', '.join(changed.values())}); to train its weights "
+                "on this one use --pretrained and another --tag"
+            )
+        if changed and content["batch"] and (saved["is_sharded"] or own["is_sharded"]):
+            raise InputError(
+                f"the checkpoint is from the middle of an epoch over shards of the images, which changed "
+                f"({', '.join(changed.values())}), so that what is left of the epoch is not defined; resume as before, "
+                "or from a checkpoint at the end of an epoch"
+            )
+        groups = self.optimizer.state_dict()["param_groups"]
+        saved_groups = content["optimizer"]["param_groups"]
+        if groups[0].keys() != saved_groups[0].keys():
+            raise InputError(
+                "the checkpoint was written with another optimiser, or by another version of this code; set "
+                "TRAIN.OPTIMIZER.NAME to it, or start from its weights with --pretrained"
+            )
+        if self.ema and content["model_ema"] is None:
+            raise InputError("TRAIN.EMA.ENABLED is True but the checkpoint holds no average; resume with it False")
+
+        load_strict(self.model, model_state_dict(content))
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
+            raise InputError(
+                "the checkpoint was written with other parameter groups; set TRAIN.FREEZE_STAGES as it was, and "
+                "TRAIN.LAYER_DECAY to 1 where it was 1, below where it was below"
+            )
+        if self.ema:
+            load_strict(self.ema.module, content["model_ema"])
+        self.optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": groups})
+        if content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
+        self.epoch, self.batch, self.step = content["epoch"], content["batch"], content["step"]
+        self.max_accuracy, self.skipped_in_row = content["max_accuracy"], content["skipped_in_row"]
+        if changed:
+            self._move_to(self.batch * Layout(**saved).images_per_batch)
+            logger.warning(
+                "resumed with %s: the run goes on after as many images, at epoch %s batch %s, but its bits will differ "
+                "from a run without a break", ", ".join(changed.values()), self.epoch, self.batch,
+            )
+        else:
+            utils.set_rng_state(content["rng"][distributed.rank()])
+        self.lr_scheduler.step_update(self.step)
+
+    def _move_to(self, images_seen: int) -> None:
+        """Goes to the last update of this layout at or before an image of the epoch."""
+        accumulation = self.layout.accumulation_steps
+        batches = self.layout.training_images // self.layout.images_per_batch
+        updates = images_seen // self.layout.images_per_batch // accumulation
+        self.batch = updates * accumulation
+        self.step = self.epoch * -(-batches // accumulation) + updates
+        utils.seed_everything(torch.initial_seed() + self.step)
+
+
+# ---- when ---------------------------------------------------------------------------------------
+
+class Preempted(Exception):
+    """The run has saved itself, as far as it could, and stops because of a signal."""
+
+
+class Checkpointer:
+    """Saves a run into its folder. All processes call every method together; rank 0 writes.
+
+    While it is entered as a context, the first SIGTERM, SIGUSR1 or SIGINT to reach any process makes all of them finish
+    their update, save and stop. One that comes over 5 seconds after it acts as it always does; sooner, it is the same
+    signal again, which launchers pass on to processes that got it already.
+
+    Args:
+        config: the run's config, saved along.
+        folder: where the checkpoints go.
+
+    ``about`` holds what a checkpoint says of the network for those who read it, beside what resume restores.
+    """
+
+    def __init__(self, config, folder: Path):
+        self.config, self.folder = config, folder
+        self.about = {"config": to_dict(config)}
+        self.signal: signal.Signals | None = None
+        self.saved_at = time.monotonic()
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def is_due(self, state: TrainState) -> bool:
+        """Whether to save after this update, agreed by all processes."""
+        steps, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
+        wish = _NOTHING
+        overdue = minutes and time.monotonic() - self.saved_at > 60 * minutes
+        if overdue or steps and state.step % steps == 0:
+            wish = _SAVE
+        if self.signal:
+            wish = _STOP
+        return distributed.agree_on_largest(wish) != _NOTHING
+
+    def save(self, state: TrainState, is_best: bool = False) -> bool:
+        """Saves the run. A failure to write is logged and the run goes on; older checkpoints stay as they are.
+
+        Returns:
+            Whether it was saved.
+
+        Raises:
+            Preempted: a signal has reached any of the processes.
+        """
+        is_saved = True
+        content = state.state_dict() | self.about
+        if distributed.rank() == 0:
+            try:
+                path = checkpoint.save_checkpoint(content, self.folder, is_best, self.config.KEEP_CHECKPOINTS)
+                logger.info(f"saved {path}{' (best)' if is_best else ''}")
+            except OSError as error:
+                is_saved = False
+                logger.error("COULD NOT SAVE A CHECKPOINT: %s. Older ones are untouched and the run goes on; make "
+                             "room, or what comes after them may be lost", error)
+        is_saved = distributed.broadcast_object(is_saved)
+        self.saved_at = time.monotonic()
+        if distributed.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP:
+            raise Preempted(self.signal.name if self.signal else "signal to another process")
+        return is_saved
+
+    def _receive(self, number: int, frame) -> None:
+        if self.signal is None:
+            self.signal, self.received_at = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self.received_at > _SAME_SIGNAL:
+            signal.signal(number, self.handlers[number])
+            signal.raise_signal(number)
