@@ -200,11 +200,11 @@ def test_damaged_newest_checkpoint_is_skipped(tmp_path, caplog, monkeypatch, dam
         os.rename(tmp_path / "ckpt_step_00000001.pth", tmp_path / f"ckpt_step_{step:08d}.pth")
     os.utime(tmp_path / "ckpt_step_00000009.pth")
     newest = tmp_path / "ckpt_step_00000100.pth"
-    assert checkpoint.newest_checkpoint(tmp_path) == newest
+    assert checkpoint.newest_checkpoint(tmp_path)[0] == newest
     damage(newest)
     with pytest.raises(checkpoint.CheckpointError, match="ckpt_step_00000100.pth"):
         checkpoint.load_file(newest)
-    assert checkpoint.newest_checkpoint(tmp_path).name == "ckpt_step_00000010.pth"
+    assert checkpoint.newest_checkpoint(tmp_path)[0].name == "ckpt_step_00000010.pth"
     assert "skipping a checkpoint" in caplog.text and "ckpt_step_00000100.pth" in caplog.text
 
 

@@ -92,7 +92,8 @@ def test_baseline_configs_change_the_network_alone(variant, features, parameters
     assert sum(p.numel() for p in model.parameters()) == parameters + (features + 1) * (CLASSES[data] - 1000)
     ours = flat_keys(load_config(config_path("tiny_light", data)))
     differing = {key for key, value in flat_keys(config).items() if value != ours[key]}
-    assert differing <= {"MODEL.TYPE", "MODEL.ARCH", "MODEL.NAME", "MODEL.STRIP_MLP.EMBED_DIM", "MODEL.STRIP_MLP.DEPTHS"}
+    assert differing <= {"MODEL.TYPE", "MODEL.ARCH", "MODEL.NAME", "MODEL.STRIP_MLP.EMBED_DIM",
+                         "MODEL.STRIP_MLP.DEPTHS"}
 
 
 def test_every_config_loads_builds_and_holds_no_absolute_path():

@@ -126,7 +126,8 @@ def test_offline_runs_of_the_real_module(tmp_path):
              "folder = pathlib.Path(sys.argv[1])\n"
              "wandb_run = start_wandb('strips', 'net/run', {'TRAIN': {'EPOCHS': 2}}, folder)\n"
              "metrics = MetricsWriter(folder, first // 2, first, wandb_run)\n"
-             "for step in first + 1, first + 2: metrics.write('train', step, first // 2, step / 2, loss=1 / step, lr=0.1)\n"
+             "for step in first + 1, first + 2:\n"
+             "    metrics.write('train', step, first // 2, step / 2, loss=1 / step, lr=0.1)\n"
              "metrics.write('eval', first + 2, first // 2, first // 2 + 1, acc1=50.0 + first)\n"
              "metrics.close()")
     for first in (0, 2):

@@ -85,7 +85,7 @@ def test_timm_models(name, parameters, rate):
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "smlpnet_small"])
 def test_no_drop_path_where_a_timm_model_has_some_by_default(name):
-    opts = ["MODEL.TYPE", "timm", "MODEL.NAME", name, "MODEL.DROP_PATH_RATE"]
+    opts = ["MODEL.TYPE", "timm", "MODEL.ARCH", name, "MODEL.DROP_PATH_RATE"]
 
     def highest(rate):
         return max((m.drop_prob for m in build(*opts, rate).modules() if isinstance(m, DropPath)), default=0.0)

@@ -94,7 +94,7 @@ def test_signal_to_a_whole_process_group(tmp_path, number):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
     assert f"stopped by {number.name}" in output and "Traceback" not in output
-    step = checkpoint.load_file(checkpoint.newest_checkpoint(folder(tmp_path)))["step"]
+    step = checkpoint.newest_checkpoint(folder(tmp_path))[1]["step"]
     assert main.main(arguments(tmp_path, *options, "TRAIN.EPOCHS", 1 + step)) == 0
     assert f"{step} updates done" in (folder(tmp_path) / "log_rank0.txt").read_text()
 
@@ -105,7 +105,7 @@ def test_signal_while_data_workers_start(tmp_path, number):
     os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75 and "Traceback" not in output, output
-    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000001.pth"
+    assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000001.pth"
 
 
 def test_ctrl_c_under_the_launcher(tmp_path):
@@ -115,7 +115,7 @@ def test_ctrl_c_under_the_launcher(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and "stopped by SIGINT" in output and "[rank" not in output
-    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000004.pth"
+    assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000004.pth"
     wait_until_gone(tmp_path, seconds=15)
 
 
@@ -140,7 +140,7 @@ def test_signal_that_is_passed_on_is_no_second_one(tmp_path):
         time.sleep(1)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
-    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000004.pth"
+    assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000004.pth"
 
 
 def test_ctrl_c_while_evaluating(tmp_path):
@@ -158,7 +158,7 @@ def test_dead_data_worker_ends_the_run(tmp_path, fault):
     errors = [line for line in result.stdout.splitlines() if "ERROR" in line]
     assert len(errors) == 1 and "DataLoader worker" in errors[0] and "lower DATA.NUM_WORKERS" in errors[0]
     assert "Traceback" not in result.stdout + result.stderr
-    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000004.pth"
+    assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000004.pth"
     assert not list(folder(tmp_path).glob(".*.tmp"))
 
 
@@ -181,7 +181,7 @@ def test_full_disk_for_the_log(tmp_path):
     assert "Best top-1" in result.stdout and "Traceback" not in result.stdout + result.stderr
     assert result.stdout.count("log_rank0.txt: [Errno 28] No space left on device; the run goes on") == 1
     assert result.stdout.count("cannot write metrics.jsonl: [Errno 28] No space left on device; the run goes on") == 1
-    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000014.pth"
+    assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000014.pth"
 
 
 def test_no_standard_output_at_all(tmp_path):

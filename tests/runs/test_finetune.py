@@ -103,7 +103,7 @@ def test_frozen_on_three_processes(pretrained, tmp_path):
     result = run([*torchrun(3), "main.py", *arguments(tmp_path, *OPTIONS, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 150,
                                                       flags=["--pretrained", pretrained])])
     assert result.returncode == 0, result.stderr
-    check_frozen(checkpoint.load_file(checkpoint.newest_checkpoint(folder(tmp_path))), pretrained)
+    check_frozen(checkpoint.newest_checkpoint(folder(tmp_path))[1], pretrained)
 
 
 def test_freezing_new_weights_is_warned_of(tmp_path, capsys):
@@ -140,11 +140,11 @@ def test_another_size_on_a_trained_network(tmp_path):
         results = command(tag, "DATA.IMG_SIZE", size, flags=["--eval", "--resume", str(path)])
         return json.loads((results / "eval.json").read_text())["eval"]["acc1"]
 
-    trained = checkpoint.newest_checkpoint(command("trained", "TRAIN.EPOCHS", 8))
+    trained = checkpoint.newest_checkpoint(command("trained", "TRAIN.EPOCHS", 8))[0]
     at_32, at_48 = accuracy("at_32", 32, trained), accuracy("at_48", 48, trained)
     finetuned = command("finetuned", "DATA.IMG_SIZE", 48, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0,
                         "TRAIN.BASE_LR", 5e-4, flags=["--pretrained", str(trained)])
-    recovered = accuracy("recovered", 48, checkpoint.newest_checkpoint(finetuned))
+    recovered = accuracy("recovered", 48, checkpoint.newest_checkpoint(finetuned)[0])
 
     net = StripMLPNet((32, 48), 2, num_classes=10, embed_dim=32, depths=(1, 1, 2, 1)).eval()
     net.load_state_dict(checkpoint.load_file(trained)["model"])

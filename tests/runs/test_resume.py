@@ -26,7 +26,7 @@ def command(script, processes, output):
 def final_state(output):
     """Everything the run computed: its newest and best checkpoints, and its metrics without the clock's."""
     run_folder = folder(output)
-    newest = checkpoint.newest_checkpoint(run_folder)
+    newest = checkpoint.newest_checkpoint(run_folder)[0]
     state = {"newest": checkpoint.load_file(newest), "best": checkpoint.load_file(run_folder / "best.pth")}
     for content in state.values():
         content["config"].pop("OUTPUT")
@@ -97,7 +97,7 @@ def test_preemption_signal(references, tmp_path, name):
     stopped = run(command([FAULTS, "signal_at_step", 5, name], 1, tmp_path))
     assert stopped.returncode == 75, stopped.stderr
     assert f"stopped by {name}" in stopped.stdout and "Traceback" not in stopped.stderr
-    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000006.pth"
+    assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000006.pth"
     resumed = run(command(["main.py"], 1, tmp_path))
     assert resumed.returncode == 0 and "6 updates done" in resumed.stdout
     assert differences(references(1), final_state(tmp_path)) == []
@@ -107,7 +107,7 @@ def test_preemption_signal_to_one_of_two_processes(references, tmp_path):
     stopped = run(command([FAULTS, "signal_at_step", 4, "SIGTERM", 1], 2, tmp_path))
     assert stopped.returncode != 0
     assert "exitcode  : 75" in stopped.stderr
-    newest = checkpoint.newest_checkpoint(folder(tmp_path))
+    newest = checkpoint.newest_checkpoint(folder(tmp_path))[0]
     assert newest.name == "ckpt_step_00000005.pth"
     resumed = run(command(["main.py"], 2, tmp_path))
     assert resumed.returncode == 0 and "5 updates done" in resumed.stdout
@@ -138,7 +138,7 @@ def test_resume_with_another_world_size_and_batch_size(tmp_path):
     log = (target / "log_rank0.txt").read_text()
     assert "resumed with batch_size 100 -> 50: the run goes on after as many images" in log
     assert "epoch 0, 4 updates done" in log
-    newest = checkpoint.load_file(checkpoint.newest_checkpoint(target))
+    newest = checkpoint.newest_checkpoint(target)[1]
     assert newest["step"] == 14 and newest["epoch"] == 1  # 1437 images: 28 micro-batches of 50, two to an update
 
 
@@ -164,10 +164,10 @@ def test_checkpoints_of_another_step_count_are_set_aside(tmp_path):
     """Larger batches make fewer updates: the run's own later checkpoints must not pass for newer than the next ones."""
     assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 2, "DATA.BATCH_SIZE", 100)) == 0
     run_folder = folder(tmp_path)
-    assert checkpoint.newest_checkpoint(run_folder).name == "ckpt_step_00000028.pth"
+    assert checkpoint.newest_checkpoint(run_folder)[0].name == "ckpt_step_00000028.pth"
     for epochs in (3, 4):
         assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", epochs, "DATA.BATCH_SIZE", 200)) == 0
-        newest = checkpoint.newest_checkpoint(run_folder)
+        newest = checkpoint.newest_checkpoint(run_folder)[0]
         assert newest.name == f"ckpt_step_{7 * epochs:08d}.pth" and checkpoint.load_file(newest)["epoch"] == epochs
     assert (run_folder / "ckpt_step_00000028.pth.aside").exists() or "set aside" in (
         run_folder / "log_rank0.txt").read_text()
@@ -181,5 +181,5 @@ def test_a_damaged_newer_checkpoint_does_not_crowd_out_good_ones(tmp_path):
     damaged = folder(tmp_path) / "ckpt_step_00000099.pth"
     damaged.write_bytes(b"damaged")
     assert main.main(arguments(tmp_path, *options, "TRAIN.EPOCHS", 3)) == 0
-    assert checkpoint.newest_checkpoint(folder(tmp_path)).name == "ckpt_step_00000021.pth"
+    assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000021.pth"
     assert not damaged.exists() and damaged.with_name(damaged.name + ".aside").exists()

@@ -39,7 +39,7 @@ def test_preempted_job_saves_itself_and_is_requeued(tmp_path):
     output = job.communicate(timeout=60)[0]
     assert log.read_text() == "--signal=TERM 42.0\nrequeue 42\n", output
     assert "stopped by SIGTERM" in output
-    newest = checkpoint.newest_checkpoint(folder(tmp_path))
+    newest = checkpoint.newest_checkpoint(folder(tmp_path))[0]
     step = checkpoint.load_file(newest)["step"]
     again = run([*torchrun(2), "main.py", *arguments(tmp_path, *options, "TRAIN.EPOCHS", 1 + step // 14)])
     assert again.returncode == 0 and f"{step} updates done" in again.stdout
