@@ -21,6 +21,7 @@ _C.DATA = CfgNode()
 _C.DATA.DATASET = "imagenet"  # imagenet | cifar10 | cifar100 | caltech101 | imagefolder (one's own) | digits (bundled)
 _C.DATA.DATA_PATH = ""  # the data set's folder; may stay empty for digits
 _C.DATA.IMG_SIZE = 224  # side of the square input, in pixels
+_C.DATA.HOLD_OUT = 0.0  # share of the training set left out of training and evaluated on instead of the test set; 0: none
 _C.DATA.BATCH_SIZE = 128  # images per process and micro-batch
 _C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (evaluation then takes bicubic)
 _C.DATA.ZIP_MODE = False  # imagenet and imagefolder: read train.zip + train_map.txt, val.zip + val_map.txt
@@ -145,7 +146,7 @@ _AT_LEAST_ZERO = (
 ).split()
 _SHARES = (
     "MODEL.LABEL_SMOOTHING MODEL.DROP_PATH_RATE TRAIN.EMA.DECAY TRAIN.LR_SCHEDULER.DECAY_RATE AUG.HFLIP AUG.REPROB "
-    "AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB"
+    "AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB DATA.HOLD_OUT"
 ).split()
 
 
@@ -296,7 +297,8 @@ def _check(config: CfgNode) -> None:
         require(values[key] >= 0, key, "at least 0")
     for key in _SHARES:
         require(0 <= values[key] <= 1, key, "between 0 and 1")
-    require(values["MODEL.DROP_PATH_RATE"] < 1, "MODEL.DROP_PATH_RATE", "below 1")
+    for key in ("MODEL.DROP_PATH_RATE", "DATA.HOLD_OUT"):
+        require(values[key] < 1, key, "below 1")
     require(config.MODEL.TYPE != "timm" or config.MODEL.ARCH, "MODEL.ARCH",
             "the name of a timm model, e.g. resnet50, where MODEL.TYPE is timm")
     depths = config.MODEL.STRIP_MLP.DEPTHS

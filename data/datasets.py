@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from models import InputError
+
 from .cifar import read_cifar
 from .images import load_image
 from .zipped import ZipDataset, read_map
@@ -46,6 +48,7 @@ def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Dat
         ValueError: files are damaged, the classes of the two splits differ, or there are not ``MODEL.NUM_CLASSES``.
     """
     name, num_classes = config.DATA.DATASET, config.MODEL.NUM_CLASSES
+    part, split = split, "train" if config.DATA.HOLD_OUT else split
     where = DIGITS_FILE.parent if name == "digits" else data_path(config)
     if config.DATA.ZIP_MODE:
         if name not in FOLDER_SETS:
@@ -64,7 +67,21 @@ def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Dat
             f"the data set in {where} has {found} classes but MODEL.NUM_CLASSES is {num_classes}; "
             f"add --opts MODEL.NUM_CLASSES {found}"
         )
-    return dataset
+    return hold_out(dataset, config.DATA.HOLD_OUT, part) if config.DATA.HOLD_OUT else dataset
+
+
+def hold_out(dataset: Dataset, share: float, part: str) -> ArrayDataset:
+    """The ``"val"`` part of a training set, a random ``share`` that is always the same, or the rest, ``"train"``.
+
+    Raises:
+        InputError: the data set is not held in memory.
+    """
+    if not isinstance(dataset, ArrayDataset):
+        raise InputError("DATA.HOLD_OUT is for cifar10, cifar100 and digits; set it to 0 and keep a val/ folder of your "
+                         "own instead")
+    order, cut = np.random.RandomState(0).permutation(len(dataset)), round(share * len(dataset))
+    chosen = np.sort(order[:cut] if part == "val" else order[cut:])
+    return ArrayDataset(dataset.images[chosen], [dataset.labels[i] for i in chosen], dataset.classes)
 
 
 def data_path(config) -> Path:
