@@ -10,6 +10,8 @@ import yaml
 
 from config import flat_keys, load_config, nearest, to_dict
 from models import build_model
+from tools.tables import read_tables
+from utils import count_macs
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -83,7 +85,23 @@ def test_recipe():
     ("resnet50", 2048, 25_557_032), ("resnet101", 2048, 44_549_160), ("resnet152", 2048, 60_192_808),
     ("swin_tiny", 768, 28_288_354), ("swin_small", 768, 49_606_258), ("swin_base", 1024, 87_768_224),
 ])
-def test_baseline_configs_change_the_network_alone(variant, features, parameters, data):
+def test_baseline_configs(variant, features, parameters, data):
+    check_baseline(variant, features, parameters, data)
+
+
+@pytest.mark.parametrize("variant, features, parameters, data", [
+    *(("smlpnet_tiny", 640, 24_123_584, data) for data in CLASSES),
+    *(("wave_mlp_small", 512, 30_708_040, data) for data in CLASSES),
+    ("smlpnet_small", 768, 48_558_136, "imagenet1k"), ("smlpnet_base", 896, 65_880_408, "imagenet1k"),
+    ("wave_mlp_tiny", 512, 17_193_160, "imagenet1k"), ("wave_mlp_medium", 512, 44_056_632, "imagenet1k"),
+    ("wave_mlp_base", 768, 63_586_360, "imagenet1k"),
+])
+def test_mlp_baseline_configs(variant, features, parameters, data):
+    check_baseline(variant, features, parameters, data)
+
+
+def check_baseline(variant, features, parameters, data):
+    """A baseline's config changes the network alone, and the network has the published size but for its head."""
     path = CONFIGS / "baselines" / f"{variant}_224_{data}.yaml"
     assert yaml.safe_load(path.read_text()).keys() == {"BASE"}
     config = load_config(path)
@@ -92,8 +110,22 @@ def test_baseline_configs_change_the_network_alone(variant, features, parameters
     assert sum(p.numel() for p in model.parameters()) == parameters + (features + 1) * (CLASSES[data] - 1000)
     ours = flat_keys(load_config(config_path("tiny_light", data)))
     differing = {key for key, value in flat_keys(config).items() if value != ours[key]}
-    assert differing <= {"MODEL.TYPE", "MODEL.ARCH", "MODEL.NAME", "MODEL.STRIP_MLP.EMBED_DIM",
-                         "MODEL.STRIP_MLP.DEPTHS"}
+    network = {"MODEL.TYPE", "MODEL.ARCH", "MODEL.STRIP_MLP.EMBED_DIM", "MODEL.STRIP_MLP.DEPTHS"}
+    assert differing <= {"MODEL.NAME", *network}
+
+
+def test_the_small_comparison_is_fair():
+    """Its networks differ by at most 10 % in multiply-accumulates, their configs in network and learning rate alone."""
+    table = read_tables()["cifar10_small"][1]
+    macs, configs = [], [row.recipe for row in table]
+    for row in table:
+        with torch.device("meta"):
+            macs.append(count_macs(build_model(row.config()), (3, 64, 64)))
+    assert len(table) == 5 and max(macs) < 1.1 * min(macs)
+    differing = {key for config in configs for key, value in config.items() if value != configs[0][key]}
+    assert {key for key in differing if not key.startswith("MODEL.STRIP_MLP.")} <= {
+        "MODEL.TYPE", "MODEL.ARCH", "MODEL.NAME", "MODEL.TIMM_KWARGS", "TRAIN.BASE_LR",
+    }
 
 
 def test_every_config_loads_builds_and_holds_no_absolute_path():

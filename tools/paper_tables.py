@@ -35,14 +35,14 @@ METRICS = {"acc1": "top-1", "acc5": "top-5"}
 # Keys that change neither the network nor what it learns: where, how fast and in what portions a run computes.
 # The batch has a column of its own.
 FREE_KEYS = {
-    "BASE", "OUTPUT", "TAG", "SEED", "PRINT_FREQ", "SAVE_FREQ", "SAVE_STEPS", "SAVE_MINUTES", "KEEP_CHECKPOINTS",
-    "AMP_DTYPE", "COMPILE", "DETERMINISTIC", "DATA.DATA_PATH", "DATA.BATCH_SIZE", "DATA.ZIP_MODE", "DATA.CACHE_MODE",
-    "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.SKIP_BAD_IMAGES", "MODEL.RESUME", "TRAIN.ACCUMULATION_STEPS",
-    "TRAIN.AUTO_RESUME", "TRAIN.USE_CHECKPOINT", "TRAIN.MAX_SKIPPED", "TEST.PREDICTIONS", "TEST.FUSE", "WANDB_PROJECT",
-    "MODEL.STRIP_MLP.FORM",
+    "BASE", "MODEL.NAME", "OUTPUT", "TAG", "SEED", "PRINT_FREQ", "SAVE_FREQ", "SAVE_STEPS", "SAVE_MINUTES",
+    "KEEP_CHECKPOINTS", "AMP_DTYPE", "COMPILE", "DETERMINISTIC", "DATA.DATA_PATH", "DATA.BATCH_SIZE",
+    "DATA.ZIP_MODE", "DATA.CACHE_MODE", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.SKIP_BAD_IMAGES",
+    "MODEL.RESUME", "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_RESUME", "TRAIN.USE_CHECKPOINT", "TRAIN.MAX_SKIPPED",
+    "TEST.PREDICTIONS", "TEST.FUSE", "WANDB_PROJECT", "MODEL.STRIP_MLP.FORM",
 }
 # What an evaluation depends on.
-EVALUATION_KEYS = ("MODEL.", "DATA.DATASET", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
+EVALUATION_KEYS = ("MODEL.", "DATA.DATASET", "DATA.HOLD_OUT", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,6 @@ class Run:
         """Where the run's config is not the row's."""
         wanted = row.recipe
         keys = wanted.keys() - FREE_KEYS
-        if wanted["MODEL.TYPE"] == "strip_mlp":
-            keys.remove("MODEL.NAME")  # only names the folder
         if self.checkpoint:
             keys = {key for key in keys if key.startswith(EVALUATION_KEYS)} - {"MODEL.PRETRAINED"}
         differing = sorted(key for key in keys if self.config[key] != wanted[key])
@@ -88,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         placed = set()
         for name in choose(args.table, tables, "table"):
             title, rows = tables[name]
-            found = {row.key: [run for run in runs if row.path and not run.differences(row)] for row in rows}
+            found = {row.key: [run for run in runs if not run.differences(row)] for row in rows}
             placed |= {run.folder for row_runs in found.values() for run in row_runs}
             table = make_table(rows, found, measure_rows(rows, args.batch_size) if args.throughput else {})
             if args.write:
@@ -167,7 +165,7 @@ def one_of_each_seed(runs: list[Run]) -> list[Run]:
 
 def report_strays(runs: list[Run], tables: dict) -> None:
     """Says of runs that belong to no row what keeps them out of the nearest one."""
-    rows = [row for _, rows in tables.values() for row in rows if row.path]
+    rows = [row for _, rows in tables.values() for row in rows]
     for run in runs:
         row = min(rows, key=lambda row: len(run.differences(row)))
         differences = ", ".join(run.differences(row))
@@ -200,24 +198,19 @@ def make_table(rows: list[Row], found: dict[str, list[Run]], speeds: dict[str, d
 
 def describe(row: Row, speeds: dict[str, dict[str, str]]) -> dict[str, str]:
     """The cells on the network itself."""
-    if not row.path:
-        cells = {"params (M)": "", "MACs (G)": ""}
-    else:
-        config = row.config()
-        with torch.device("meta"):
-            model = build_model(config)
-        macs = utils.count_macs(model, (3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
-        parameters = sum(p.numel() for p in model.parameters())
-        cells = {"params (M)": f"{parameters / 1e6:.2f}", "MACs (G)": f"{macs / 1e9:#.3g}"}
-    return cells | speeds.get(row.key, {})
+    config = row.config()
+    with torch.device("meta"):
+        model = build_model(config)
+    macs = utils.count_macs(model, (3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"params (M)": f"{parameters / 1e6:.2f}", "MACs (G)": f"{macs / 1e9:#.3g}"} | speeds.get(row.key, {})
 
 
 def compare(row: Row, runs: list[Run], metric: str, has_paper: bool) -> dict[str, str]:
     """The cells on one figure: this repository's, the paper's, and what the first has above the second."""
     label = METRICS[metric]
     here = [run.result[metric] for run in runs]
-    nothing = MISSING if row.path else "no such network here"
-    cells = {label: spread(here) if here else nothing}
+    cells = {label: spread(here) if here else MISSING}
     if has_paper:
         paper = row.paper.get(metric)
         cells[f"paper's {label}"] = "" if paper is None else f"{paper:.2f}"
@@ -248,12 +241,11 @@ def measure_rows(rows: list[Row], batch_size: int) -> dict[str, dict[str, str]]:
     torch.backends.cudnn.benchmark = True  # as main.py has it
     cells = {row.key: {column: ""} for row in rows}
     for row in rows:
-        if row.path:
-            config = row.config()
-            images = torch.randn(batch_size, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=device)
-            images = images.contiguous(memory_format=torch.channels_last)
-            model = build_model(config).to(device, memory_format=torch.channels_last)
-            cells[row.key][column] = f"{measure_throughput(model, images, precision, repeats=5):.0f}"
+        config = row.config()
+        images = torch.randn(batch_size, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        model = build_model(config).to(device, memory_format=torch.channels_last)
+        cells[row.key][column] = f"{measure_throughput(model, images, precision, repeats=5):.0f}"
     return cells
 
 

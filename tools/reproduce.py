@@ -58,7 +58,7 @@ def launch(args: argparse.Namespace, flags: list[str]) -> int:
     """Runs what is not finished yet, all rows with the first seed first."""
     tables = read_tables(args.tables)
     _, rows = tables[choose([args.table], tables, "table")[0]]
-    rows = {row.key: row for row in rows if row.path}
+    rows = {row.key: row for row in rows}
     for flag in flags:
         name = flag.split("=")[0]
         if name in ("--cfg", "--tag"):

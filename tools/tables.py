@@ -22,7 +22,7 @@ class Row:
 
     key: str
     name: str
-    path: Path | None  # of its config; None: the repository lacks the network
+    path: Path  # of its config
     opts: tuple[str, ...]  # config keys and values set on top
     paper: dict[str, float]  # the paper's figures in percent, by acc1 and acc5
 
@@ -58,7 +58,7 @@ def _read_row(key: str, row: dict) -> Row:
     return Row(
         key=key,
         name=row["name"],
-        path=None if config == "none" else _find_config(config),
+        path=_find_config(config),
         opts=tuple(map(str, row.get("opts", []))),
         paper=dict(zip(("acc1", "acc5"), paper if isinstance(paper, list) else [paper], strict=False)),
     )

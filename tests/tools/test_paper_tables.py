@@ -18,7 +18,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = {
     "first": {"name": "First", "config": DIGITS.stem, "opts": TINY, "paper": [90.5, 99]},
     "second": {"name": "Second", "config": DIGITS.stem, "opts": [*TINY, "MODEL.STRIP_MLP.STRIP_WIDTH", 1], "paper": 80},
-    "foreign": {"name": "Foreign", "config": "none", "paper": 70.25},
     "baseline": {"name": "ResNet", "config": DIGITS.stem, "opts": [
         *TINY, "MODEL.TYPE", "timm", "MODEL.ARCH", "resnet18", "MODEL.TIMM_KWARGS", "{channels: [8, 8, 8, 8]}"]},
 }
@@ -89,13 +88,11 @@ def test_without_any_run_every_cell_says_so(tables):
     status, output, error = tables()
     assert (status, error) == (0, "")
     assert output.startswith(f"## A title\n\n{HEADER}\n| --- | --- |")
-    assert output.count("not measured yet") == 6
+    assert output.count("not measured yet") == 6  # top-1 and top-5 of three networks
     first = cells(output, "First")
     assert (first["params (M)"], first["top-1"], first["paper's top-1"], first["paper's top-5"]) == (
         statistics("first"), "not measured yet", "90.50", "99.00")
     assert first["top-1 difference"] == first["best"] == first["seeds"] == first["commit"] == ""
-    assert cells(output, "Foreign")["top-1"] == "no such network here"
-    assert cells(output, "Foreign")["paper's top-1"] == "70.25"
 
 
 def test_seeds_are_averaged(tables, tmp_path):
@@ -163,7 +160,7 @@ def test_files_and_export(tables, tmp_path):
     status, output, _ = tables("tiny", "--write", "docs/results", "--export", "records")
     assert status == 0 and "docs/results/tiny.csv" in output
     lines = list(csv.DictReader((tmp_path / "docs/results/tiny.csv").open(encoding="utf-8")))
-    assert [line["network"] for line in lines] == ["First", "Second", "Foreign", "ResNet"]
+    assert [line["network"] for line in lines] == ["First", "Second", "ResNet"]
     assert lines[0]["top-1"] == "91.00 ± 1.41" and lines[1]["top-1"] == "not measured yet"
     markdown = (tmp_path / "docs/results/tiny.md").read_text()
     assert markdown.startswith(f"A title\n\n{HEADER}\n") and cells(markdown, "First")["top-1"] == "91.00 ± 1.41"

@@ -23,7 +23,6 @@ def table(tmp_path, monkeypatch):
     rows = {
         "first": {"name": "A", "config": DIGITS.stem, "opts": TINY},
         "second": {"name": "B", "config": DIGITS.stem, "opts": [*TINY, "MODEL.STRIP_MLP.STRIP_WIDTH", 1]},
-        "elsewhere": {"name": "C", "config": "none", "paper": 99.0},
     }
     path = tmp_path / "tables.yaml"
     path.write_text(yaml.safe_dump({"tiny": {"title": "tiny", "rows": rows}}))
