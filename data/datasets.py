@@ -77,7 +77,7 @@ def hold_out(dataset: Dataset, share: float, part: str) -> ArrayDataset:
         InputError: the data set is not held in memory.
     """
     if not isinstance(dataset, ArrayDataset):
-        raise InputError("DATA.HOLD_OUT is for cifar10, cifar100 and digits; set it to 0 and make a val/ folder instead")
+        raise InputError("DATA.HOLD_OUT is for cifar10, cifar100 and digits; set it to 0 and make a val/ folder")
     order, cut = np.random.RandomState(0).permutation(len(dataset)), round(share * len(dataset))
     chosen = np.sort(order[:cut] if part == "val" else order[cut:])
     return ArrayDataset(dataset.images[chosen], [dataset.labels[i] for i in chosen], dataset.classes)

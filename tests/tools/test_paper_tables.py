@@ -179,7 +179,7 @@ def test_throughput(tables, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back afterwards
     _, output, _ = tables("--throughput", "--batch-size", "2")
     column = f"images/s (CPU, {os.cpu_count()} cores, fp32, batch 2)"
-    assert float(cells(output, "First")[column]) > 0 and cells(output, "Foreign")[column] == ""
+    assert float(cells(output, "First")[column]) > 0
 
 
 def test_bad_input(tables, tmp_path):
