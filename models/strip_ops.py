@@ -52,7 +52,8 @@ def strip_mix(
         bias: (D, L) or None.
         axis: ``"row"`` or ``"column"``.
         form: ``"plain"``, ``"matmul"``, ``"triton"``, or ``"auto"``: Triton's kernels where tensor cores multiply,
-            which is on CUDA in 16 bits, or in TF32 where it is allowed, with L up to 128; else the matrix product.
+            which is on CUDA from compute capability 8.0 on, in 16 bits, or in TF32 where it is allowed, with L up to
+            128; else the matrix product.
 
     Returns:
         (N, C, H, W); channels last where x is.
@@ -63,7 +64,7 @@ def strip_mix(
     if _is_autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if form == "auto":
-        has_tensor_cores = x.is_cuda and (x.dtype != torch.float32 or _allows_tf32())
+        has_tensor_cores = x.is_cuda and _is_ampere() and (x.dtype != torch.float32 or allows_tf32())
         form = "triton" if has_tensor_cores and not _triton_lacks(x, weight) else "matmul"
     y = _FORMS[form](x, weight, bias, axis)
     return y.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else y
@@ -119,16 +120,22 @@ def _triton(x, weight, bias, axis):
     lack = _triton_lacks(x, weight)
     if lack:
         raise InputError(f"the strip layers' form 'triton' {lack}; let 'auto' choose (MODEL.STRIP_MLP.FORM auto)")
-    tf32 = x.is_cuda and x.dtype == torch.float32 and _allows_tf32()
+    tf32 = x.is_cuda and x.dtype == torch.float32 and allows_tf32()
     return strip_triton.mix(x.contiguous(), weight, bias, axis, tf32)
 
 
 @torch.compiler.assume_constant_result
-def _allows_tf32() -> bool:
+def allows_tf32() -> bool:
     """Whether float32 products on CUDA may be multiplied in TF32."""
     backend = torch.backends.cuda.matmul
     # Since PyTorch 2.9 `allow_tf32` raises where the newer `fp32_precision` was set.
     return backend.fp32_precision == "tf32" if hasattr(backend, "fp32_precision") else backend.allow_tf32
+
+
+@torch.compiler.assume_constant_result
+def _is_ampere() -> bool:
+    """Whether the GPU is of Ampere's generation or later; for older ones Triton makes no tensor-core instructions."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _triton_lacks(x, weight) -> str:

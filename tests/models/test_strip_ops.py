@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import strip_ops
 from models.strip_ops import strip_mix, strip_mix_plain
@@ -199,12 +200,26 @@ def float32_products():
 def test_tf32_is_read_where_the_newer_setting_was_used(float32_products, precision, expected):
     """``torch.backends.fp32_precision`` makes PyTorch's own ``allow_tf32`` raise; a compiled network reads it too."""
     float32_products.fp32_precision = precision
-    assert strip_ops._allows_tf32() is expected
-    compiled = torch.compile(lambda x: x + strip_ops._allows_tf32(), backend="eager", fullgraph=True)
+    assert strip_ops.allows_tf32() is expected
+    compiled = torch.compile(lambda x: x + strip_ops.allows_tf32(), backend="eager", fullgraph=True)
     assert compiled(torch.zeros(())) == expected
 
 
 @pytest.mark.parametrize("is_allowed", [True, False])
 def test_tf32_is_read_where_the_older_setting_was_used(float32_products, is_allowed):
     float32_products.allow_tf32 = is_allowed
-    assert strip_ops._allows_tf32() is is_allowed
+    assert strip_ops.allows_tf32() is is_allowed
+
+
+@pytest.mark.parametrize("capability, form", [((7, 5), "matmul"), ((8, 0), "triton")])
+def test_triton_is_chosen_from_ampere_on(monkeypatch, capability, form):
+    """On a tensor that only pretends to be on a GPU; a T4, 7.5, would take minutes to compile slow kernels."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(strip_ops, "strip_triton", object())
+    chosen = []
+    for name in ("matmul", "triton"):
+        monkeypatch.setitem(strip_ops._FORMS, name, lambda x, *args, name=name: chosen.append(name) or x)
+    with FakeTensorMode():
+        x = torch.empty(1, 4, 3, 3, device="cuda", dtype=torch.float16)
+        strip_mix(x, torch.empty(2, 3, 3, 3, device="cuda"), None, "row")
+    assert chosen == [form]

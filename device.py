@@ -1,0 +1,215 @@
+"""Where a run computes: the device, the arithmetic that it has, and whether Triton's kernels work there."""
+
+import contextlib
+import logging
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import distributed
+from models import InputError
+from models.strip_ops import allows_tf32, strip_mix, strip_mix_plain
+
+logger = logging.getLogger("strip_mlp")
+
+_OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}  # NVIDIA's, for each CUDA major version; newer ones run all of these
+_BUILDS = "https://pytorch.org/get-started/locally lists the builds"
+_GPU_FILE = Path("/dev/nvidia0")
+_TENSOR_CORES = (8, 0)  # the compute capability from which on bf16 is multiplied, and by Triton on tensor cores
+
+
+# ---- the device ----------------------------------------------------------------------------------
+
+def choose_device(name: str = "", index: int = 0) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"mps"`` or what else ``torch.accelerator`` reports; empty for a CUDA GPU if there
+            is one, else the CPU.
+        index: which of several CUDA GPUs.
+
+    Raises:
+        InputError: there is no such device; PyTorch cannot use the machine's NVIDIA GPU and ``name`` is not ``"cpu"``.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if name in ("", "cuda") and torch.cuda.is_available():
+        if index >= torch.cuda.device_count():
+            raise InputError(f"process {index} of this machine has no GPU: {torch.cuda.device_count()} found; lower "
+                             "--nproc_per_node")
+        _check_machine_code(index)
+        return torch.device("cuda", index)
+    if name in ("", "cuda"):
+        _check_unused_gpu()
+    accelerator = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else ""
+    if name in ("", accelerator):
+        if not name and accelerator:
+            logger.info(f"running on the CPU; --device {accelerator} selects this machine's accelerator, on which this "
+                        "code has not been tried")
+        return torch.device(name or "cpu")
+    raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no such device here; it finds "
+                     f"{' and '.join(filter(None, ['cpu', accelerator]))}")
+
+
+def _check_machine_code(index: int) -> None:
+    """Raises InputError where this build of PyTorch has no code for the GPU, on which every operation would fail."""
+    if torch.version.hip:
+        return
+    major, minor = torch.cuda.get_device_capability(index)
+    built_for = torch.cuda.get_arch_list()
+    for kind, digits in (re.match(r"(sm|compute)_(\d+)", name).groups() for name in built_for):
+        version = divmod(int(digits), 10)
+        # Machine code runs on later GPUs of its generation; PTX, named "compute", on all later GPUs.
+        if version <= (major, minor) and (kind == "compute" or version[0] == major):
+            return
+    raise InputError(
+        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, for which PyTorch "
+        f"{torch.__version__} has no code (only {', '.join(built_for)}); install a build for another CUDA version "
+        f"({_BUILDS}; CUDA 12.6 covers 5.0 to 9.0), or use --device cpu"
+    )
+
+
+def _check_unused_gpu() -> None:
+    """Raises InputError where there is an NVIDIA GPU, nobody has hidden it, and PyTorch cannot use it."""
+    found = _find_nvidia_gpu()
+    if not found or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    gpu, driver = found
+    built_for = torch.version.cuda
+    if not built_for:
+        advice = f"it is built without CUDA. Install a CUDA build ({_BUILDS})"
+    else:
+        oldest = _OLDEST_DRIVERS.get(int(built_for.split(".")[0]))
+        advice = f"it is built for CUDA {built_for}. "
+        if oldest and driver.split(".")[0].isdecimal() and int(driver.split(".")[0]) < oldest:
+            advice += (f"That needs driver {oldest} or newer: update the driver, or install a build for an older CUDA "
+                       f"({_BUILDS}; driver {_OLDEST_DRIVERS[12]} runs CUDA 12)")
+        else:
+            advice += f"CUDA does not start: {_cuda_error()}. Check that nvidia-smi works here"
+    raise InputError(f"this machine has an NVIDIA GPU ({gpu}, driver {driver}), but PyTorch {torch.__version__} cannot "
+                     f"use it; {advice}, or insist on the CPU with --device cpu")
+
+
+def _find_nvidia_gpu() -> tuple[str, str] | None:
+    """Name and driver version of the machine's first NVIDIA GPU, whether or not PyTorch can use it."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+        name, _, driver = listed[0].rpartition(", ")
+        return name, driver
+    except (OSError, subprocess.SubprocessError, IndexError):
+        if not _GPU_FILE.exists():
+            return None
+    version = Path("/proc/driver/nvidia/version")
+    match = re.search(r"Module\D*(\d[\d.]*)", version.read_text()) if version.is_file() else None
+    return "nvidia-smi fails", match[1] if match else "unknown"
+
+
+def _cuda_error() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return _first_line(error)
+    return "PyTorch finds no GPU"
+
+
+# ---- the arithmetic ------------------------------------------------------------------------------
+
+def choose_precision(device: torch.device) -> tuple[str, str]:
+    """``"bf16"``, ``"fp16"`` or ``"fp32"`` for the forward pass, and why."""
+    if device.type == "cpu":
+        return "fp32", "a CPU gains nothing from less"
+    if device.type != "cuda":
+        return "fp32", f"16 bits have not been tried on {device.type}"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if torch.version.hip or capability >= _TENSOR_CORES:
+        return "bf16", f"{name} multiplies it"
+    version = ".".join(map(str, capability))
+    if capability >= (7, 0):
+        return "fp16", f"{name}, compute capability {version}, has no bf16; gradients are scaled"
+    return "fp32", f"{name}, compute capability {version}, has no tensor cores"
+
+
+# ---- the form of the strip layers ----------------------------------------------------------------
+
+def settle_form(config, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Has the strip layers compute by matrix products, on all processes, where Triton's kernels do not work on one.
+
+    Runs the kernels once, and only where FORM auto or triton would use them: on CUDA.
+
+    Args:
+        config: the run's config; MODEL.STRIP_MLP.FORM says who chooses the form.
+        model: the network; its strip layers are the modules that have a ``form``.
+        device: where it is.
+        dtype: of the forward pass.
+
+    Raises:
+        InputError: FORM triton was set by hand and the kernels do not work.
+    """
+    form = config.MODEL.STRIP_MLP.FORM
+    layers = [module for module in model.modules() if hasattr(module, "form")]
+    if device.type != "cuda" or form not in ("auto", "triton") or not layers:
+        return
+    if form == "auto" and dtype == torch.float32 and not allows_tf32():
+        return
+    reasons = distributed.gather_objects(why_not_triton(device, dtype))
+    rank, reason = next(((rank, reason) for rank, reason in enumerate(reasons) if reason), (0, ""))
+    if not reason:
+        return
+    failure = f"Triton's kernels do not work{f' on rank {rank}' if len(reasons) > 1 else ''}: {reason}"
+    if form == "triton":
+        raise InputError(f"MODEL.STRIP_MLP.FORM is triton, but {failure}; set it to auto")
+    logger.warning(f"the strip layers compute by matrix products, which is slower: {failure}")
+    for layer in layers:
+        layer.form = "matmul"
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
+    """Runs the kernels once, forward and backward, against the formula on the CPU; empty where all is well."""
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < _TENSOR_CORES:
+        version = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"compute capability {version} is below 8.0, from which on they use tensor cores"
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 4, 6, 5), (2, 5, 5, 3), (2, 5)  # x, weight, bias; no network has this size, so none is tuned by it
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    grad = torch.randn(shapes[0], generator=generator)
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # of 16 bits; TF32 is rounded to 10
+    expected = _results(strip_mix_plain, [t.double() for t in tensors], grad.double())
+    try:
+        with _smallest_blocks():
+            found = _results(lambda *args: strip_mix(*args, "triton"), [t.to(device) for t in tensors],
+                             grad.to(device), dtype)
+    except Exception as error:  # a compiler, a driver, a file system: each fails in its own way
+        advice = "; TRITON_CACHE_DIR sets where they are compiled to" if isinstance(error, OSError) else ""
+        return f"{type(error).__name__}: {_first_line(error)}{advice}"
+    for name, value, reference in zip(("result", "gradient of x", "of the weight", "of the bias"), found, expected,
+                                      strict=True):
+        error = float((value.cpu().double() - reference).norm() / reference.norm())
+        if not error < tolerance:
+            return f"their {name} differs from the formula's by {error:.1e} of its size"
+    return ""
+
+
+def _results(mix, tensors, grad, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    x, *parameters = (t.requires_grad_() for t in tensors)
+    y = mix(x.to(dtype or x.dtype), *parameters, "row")
+    return [y.detach(), *torch.autograd.grad(y, (x, *parameters), grad.to(y.dtype))]
+
+
+@contextlib.contextmanager
+def _smallest_blocks():
+    """Has one block size compiled instead of several: the kernels' choice for runs that must repeat."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
