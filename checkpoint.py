@@ -1,7 +1,7 @@
 """Checkpoint files: save, verify, load safely, find the newest good one.
 
 A checkpoint is a PyTorch file, whose zip form keeps a CRC-32 beside every record. Saving is atomic; loading checks the
-sums first and then admits nothing but tensors and plain containers, so that no file can run code.
+sums first and then admits nothing but tensors and plain containers (see trust.py), so that no file can run code.
 """
 
 import contextlib
@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open  # which timm requires
 
+from files import move, replacing
 from models import InputError, MissingFileError
+from safe_text import printable
+from trust import plain
 
 logger = logging.getLogger("strip_mlp")
 
@@ -45,33 +48,27 @@ def load_file(path: str | Path) -> dict:
         CheckpointError: the file is damaged, is no checkpoint, or holds an object of a class that is not admitted.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise MissingFileError(f"checkpoint {path} does not exist")
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
+    if not path.is_file():  # to open a pipe could take for ever
+        raise CheckpointError(f"{path} is not a regular file")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise CheckpointError(f"{path} is damaged: the checksum of its record {damaged} does not match")
-        torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+        content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+        if not isinstance(content, dict):
+            raise InputError(f"it holds {type(content).__name__}, not a mapping of checkpoint entries")
+        return plain(content, tensor_bytes=2 * path.stat().st_size)  # an entry may share its numbers with another one
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise CheckpointError(
-                f"{path} holds a pickled {refused[1]}; only tensors and plain containers are loaded, since unpickling "
-                "anything else could run code"
+                f"{path} holds a pickled {printable(refused[1])}; only tensors and plain containers are loaded, since "
+                "unpickling anything else could run code"
             ) from error
         raise CheckpointError(f"{path} is not a PyTorch file, or a damaged one") from error
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file can fail in any way inside the reader
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, not a mapping of checkpoint entries")
-    return _plain(content)
 
 
 @contextlib.contextmanager
@@ -90,19 +87,13 @@ def save_file(content: dict, path: str | Path) -> None:
         OSError: it could not be written; ``path`` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _replace(temporary, path)
     except RuntimeError as error:  # what PyTorch's writer makes of a full disk
         if "DataLoader worker" in str(error):  # the news of one that died, which comes in the middle of anything
             raise
         raise OSError(f"cannot write {path}: {_first_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -120,12 +111,13 @@ def save_checkpoint(content: dict, folder: str | Path, is_best: bool, keep: int)
         temporary.unlink(missing_ok=True)
         try:
             os.link(path, temporary)
-            _replace(temporary, path.with_name(BEST))
+            move(temporary, path.with_name(BEST))
         except OSError:  # a file system without hard links
             save_file(content, path.with_name(BEST))
     others = [other for other in list_checkpoints(folder) if other != path]
     for old in others[keep - 1:]:
-        old.unlink()
+        if old.is_file() or old.is_symlink():
+            old.unlink()
     return path
 
 
@@ -155,7 +147,7 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
     for path in paths:
         try:
             return path, load_file(path)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             logger.warning("skipping a checkpoint: %s", error)
     if paths:
         raise CheckpointError(
@@ -171,14 +163,17 @@ def lock_folder(folder: str | Path):
     The lock is this process's alone, not its forked data workers': one left by a dead run does not block.
 
     Raises:
-        InputError: another run holds it, or the file system knows no locks.
+        InputError: another run holds it, a link is in its place, or the file system knows no locks.
     """
-    file = open(Path(folder, ".lock"), "a+", encoding="utf-8")
+    path = Path(folder, ".lock")
+    if path.is_symlink():
+        raise InputError(f"{path} is a link, which a run does not write through; remove it")
+    file = open(path, "a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
-        holder = file.read().strip()
+        holder = printable(file.read(200).strip())
         file.close()
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise InputError(f"{folder} belongs to a run in progress ({holder}); give this one another --tag") from None
@@ -189,13 +184,18 @@ def lock_folder(folder: str | Path):
     return file
 
 
-def _replace(temporary: Path, path: Path) -> None:
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the renaming itself last
-    finally:
-        os.close(folder)
+def _load_torch(path: Path):
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            is_stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+            if not is_stored or sum(record.file_size for record in records) > path.stat().st_size:
+                raise InputError("its records are compressed or overlap, which PyTorch's are not")
+            damaged = archive.testzip()
+        if damaged:
+            raise InputError(f"it is damaged: the checksum of its record {printable(damaged)} does not match")
+    torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _load_safetensors(path: Path) -> dict:
@@ -203,18 +203,9 @@ def _load_safetensors(path: Path) -> dict:
         with safe_open(path, "pt") as file:
             about = {key: json.loads(text) for key, text in (file.metadata() or {}).items() if key in SAFETENSORS_ABOUT}
             return {"model": {key: file.get_tensor(key) for key in file.keys()}} | about
-    except (SafetensorError, ValueError) as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from error
 
 
-def _plain(value):
-    """The same content with plain dictionaries in place of the stand-in for CfgNode and other mappings."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_plain(item) for item in value)
-    return value
-
-
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return printable(next(iter(str(error).splitlines()), type(error).__name__))[:300]

@@ -38,9 +38,10 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
         _check_classes(content.get("classes"), loader.dataset.classes)
         model, ema = build_model(config).to(device, memory_format=torch.channels_last), None
         load_strict(model, adapt_size(model_state_dict(content), model))
-        if content.get("model_ema"):
+        if content.get("model_ema") is not None:
             ema = ModelEmaV3(model)
-            load_strict(ema.module, adapt_size(content["model_ema"], model, warn=False))
+            average = model_state_dict({"model": content["model_ema"]})
+            load_strict(ema.module, adapt_size(average, model, warn=False))
             inference_form(config, ema.module)
     inference_form(config, model)
     predictions = [] if config.TEST.PREDICTIONS else None

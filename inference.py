@@ -10,14 +10,18 @@ from torch import nn
 from yacs.config import CfgNode
 
 from checkpoint import load_file
-from config import from_dict
-from models import adapt_size, build_model, load_strict, model_state_dict
+from models import InputError, adapt_size, build_model, check_fit, load_strict, model_state_dict
+from safe_text import printable
+from trust import architecture, check_size, class_names
 
 
 def load_network(
     checkpoint: str | Path, config: CfgNode | None = None, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, CfgNode, list[str]]:
     """Builds the network that a checkpoint holds, with its weights, or with their average where it has one.
+
+    The checkpoint may come from anybody. Its config decides on the network and on how images are prepared, nothing
+    else: what is returned has defaults for the rest.
 
     Args:
         checkpoint: a file of this project or a released one.
@@ -31,35 +35,50 @@ def load_network(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, holds no config while none is given, its weights do not fit the config, or
-            there is no such device.
+        InputError: it is no checkpoint, holds no config while none is given, its weights do not fit the config or are
+            not finite, its config asks for more than a network of bounded size, or there is no such device.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("PyTorch finds no GPU here; choose the device cpu")
+        raise InputError("PyTorch finds no GPU here; choose the device cpu")
     content = load_file(checkpoint)
     try:
-        state_dict = model_state_dict({"model": content["model_ema"]} if content.get("model_ema") else content)
+        has_average = content.get("model_ema") is not None
+        state_dict = model_state_dict({"model": content["model_ema"]} if has_average else content)
         config = config or _own_config(content)
-        classes = content.get("classes") or [str(label) for label in range(config.MODEL.NUM_CLASSES)]
-        if len(classes) != config.MODEL.NUM_CLASSES:
-            raise ValueError(f"it has {len(classes)} classes but MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}")
+        classes = class_names(content.get("classes"), config.MODEL.NUM_CLASSES)
+        outline = _outline(config)
+        state_dict = adapt_size(state_dict, outline)
+        check_fit(outline, state_dict)
         model = build_model(config)
-        load_strict(model, adapt_size(state_dict, model))
-    except ValueError as error:
-        lines = str(error).splitlines()
+        load_strict(model, state_dict)
+    except InputError as error:
+        lines = [printable(line)[:300] for line in str(error).splitlines()]
         if len(lines) > 10:
             lines[10:] = [f"  ... and {len(lines) - 10} more"]
-        raise ValueError(f"{checkpoint}: " + "\n".join(lines)) from error
+        raise InputError(f"{checkpoint}: " + "\n".join(lines)) from error
     return model.to(device).eval(), config, classes
 
 
 def _own_config(content: dict) -> CfgNode:
     if not isinstance(content.get("config"), dict):
-        raise ValueError("it holds no config; name the one that it was trained with by --cfg")
+        raise InputError("it holds no config; name the one that it was trained with by --cfg")
     try:
-        return from_dict(content["config"], "its config")
-    except ValueError as error:
-        raise ValueError(f"{error}; name the config that it was trained with by --cfg") from error
+        return architecture(content["config"], "its config")
+    except InputError as error:
+        raise InputError(f"{error}; name the config that it was trained with by --cfg") from error
+
+
+def _outline(config: CfgNode) -> nn.Module:
+    """The network on the meta device, where it takes no memory, so that one that does not fit is never built."""
+    try:
+        with torch.device("meta"):
+            outline = build_model(config)
+    except InputError:
+        raise
+    except Exception as error:  # sizes from a file can fail anywhere in a timm model
+        raise InputError(f"its network cannot be built ({type(error).__name__}: {error})") from error
+    check_size(outline)
+    return outline
 
 
 def image_shape(config) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from .strip_mlp import StripMLPNet
 from .wavemlp import WaveMLP
 from .weights import (
     adapt_size,
+    check_fit,
     convert_released_state_dict,
     load_pretrained,
     load_strict,
@@ -28,6 +29,7 @@ __all__ = [
     "WaveMLP",
     "adapt_size",
     "build_model",
+    "check_fit",
     "convert_released_state_dict",
     "count_batches_once",
     "freeze_stages",

@@ -51,6 +51,7 @@ _RENAMES = (  # (ours, released); each applies to one place of a key
     ("shortcut_s.", "conv_s1_14."),
     ("shortcut_m2.", "conv_s2_14."),
 )
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before a key
 
 # timm reads checkpoints with torch.load, which would refuse the pickled config in a released one.
@@ -66,14 +67,14 @@ def convert_released_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str
             if released in key:
                 key = key.replace(released, ours, 1)
                 break
-        if key.endswith("_strip.weight"):  # (D*L, L, 1, K) -> (D, L, L, K)
-            length, width = value.shape[1], value.shape[3]
-            value = value.reshape(-1, length, length, width)
+        length = value.shape[1] if value.ndim == 4 else 0
+        if key.endswith("_strip.weight") and length and value.shape[0] % length == 0:  # else it fits no network
+            value = value.squeeze(2).unflatten(0, (value.shape[0] // length, length))  # (D*L, L, 1, K) -> (D, L, L, K)
         converted[key] = value
     for key, value in converted.items():
         weight = converted.get(key.removesuffix("bias") + "weight")
-        if key.endswith("_strip.bias") and weight is not None:  # (D*L) -> (D, L)
-            converted[key] = value.reshape(weight.shape[:2])
+        if key.endswith("_strip.bias") and weight is not None and value.numel() == weight.shape[:2].numel():
+            converted[key] = value.reshape(weight.shape[:2])  # (D*L) -> (D, L)
     return converted
 
 
@@ -98,11 +99,15 @@ def model_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
     """The network's weights in a checkpoint of either kind, or in a bare state dict, under this project's keys.
 
     Raises:
-        InputError: there are no weights in it.
+        InputError: there are no weights in it, or entries among them that are none.
     """
     state_dict = checkpoint.get("model", checkpoint)
     if not isinstance(state_dict, dict) or not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise InputError(f"no weights under 'model'; the entries are: {', '.join(map(str, checkpoint)) or 'none'}")
+        entries = ", ".join(map(str, list(checkpoint)[:20])) or "none"
+        raise InputError(f"no weights under 'model'; the entries are: {entries}")
+    for key, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"the entry {key} among the weights is no tensor but {type(value).__name__}")
     return _under_own_keys(state_dict)
 
 
@@ -162,6 +167,8 @@ def _map_size(weights: dict[str, torch.Tensor], cgsmm: str) -> tuple[int, int] |
     if [len(shape) for shape in shapes] != [4, 4, 2, 2, 2, 2]:
         return None
     (d, width, _, k), (_, height, _, _), *_, (_, c) = shapes
+    if 0 in (d, width, height, k, c):
+        return None
     expected = [(d, width, width, k), (d, height, height, k), (d, width), (d, height), *[(height + width + 1, c)] * 2]
     return (height, width) if shapes == expected else None
 
@@ -193,7 +200,7 @@ def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
         The head's keys that were left out; empty when everything was loaded.
 
     Raises:
-        InputError: anything else is missing, unexpected or of another shape; every such key is listed.
+        InputError: as ``check_fit``.
     """
     state_dict = adapt_size(model_state_dict(checkpoint), model)
     own = model.state_dict()
@@ -207,21 +214,42 @@ def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
 
 
 def load_strict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """``model.load_state_dict`` whose error lists every missing key, unexpected key and differing shape.
+    """``model.load_state_dict`` for weights that ``check_fit`` finds nothing wrong with.
 
     Raises:
-        InputError: the state dict does not fit; the model is left as it was.
+        InputError: as ``check_fit``; the model is left as it was.
+    """
+    check_fit(model, state_dict)
+    model.load_state_dict(state_dict)
+
+
+def check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Checks that a state dict is one of this model's; the model may be on the meta device.
+
+    Raises:
+        InputError: it does not fit, and every missing key, unexpected key and differing shape is listed; or a tensor is
+            not of floating point where the model's is, or holds a value that is not finite.
     """
     own = model.state_dict()
     problems = [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state_dict]
     problems += [f"unexpected: {key}" for key in state_dict if key not in own]
+    shared = [key for key in own if key in state_dict]
+    problems += [f"not a tensor: {key}" for key in shared if not isinstance(state_dict[key], torch.Tensor)]
     problems += [
-        f"shape: {key} is {tuple(state_dict[key].shape)} in the file, {tuple(value.shape)} in the model"
-        for key, value in own.items() if key in state_dict and state_dict[key].shape != value.shape
+        f"shape: {key} is {tuple(state_dict[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key in shared if isinstance(state_dict[key], torch.Tensor) and state_dict[key].shape != own[key].shape
     ]
     if problems:
         raise InputError(
             f"the weights do not fit the model in {len(problems)} places; check MODEL.STRIP_MLP.*, MODEL.NUM_CLASSES "
             "and DATA.IMG_SIZE against the run that wrote them:\n  " + "\n  ".join(problems)
         )
-    model.load_state_dict(state_dict)
+    for key, value in state_dict.items():
+        if own[key].is_floating_point():
+            if value.dtype not in _FLOATS:
+                raise InputError(f"the weights are not numbers of floating point: {key} is of the type {value.dtype}")
+            if not value.to(own[key].dtype).isfinite().all():
+                raise InputError(f"the weights are not finite: {key} holds nan or inf; take an earlier checkpoint")
+        elif value.dtype != own[key].dtype:
+            raise InputError(f"the weights do not fit the model: {key} is of the type {value.dtype}, not "
+                             f"{own[key].dtype}")

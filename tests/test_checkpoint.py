@@ -13,7 +13,7 @@ import torch
 from yacs.config import CfgNode
 
 import checkpoint
-from models import model_state_dict
+from models import InputError, model_state_dict
 from tests.helpers import ROOT, another_run, environment
 
 
@@ -206,6 +206,52 @@ def test_damaged_newest_checkpoint_is_skipped(tmp_path, caplog, monkeypatch, dam
         checkpoint.load_file(newest)
     assert checkpoint.newest_checkpoint(tmp_path)[0].name == "ckpt_step_00000010.pth"
     assert "skipping a checkpoint" in caplog.text and "ckpt_step_00000100.pth" in caplog.text
+
+
+ODD_FILES = {
+    "folder": lambda path: path.mkdir(),
+    "pipe": os.mkfifo,
+    "link to nothing": lambda path: path.symlink_to("gone.pth"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "link to a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("make", ODD_FILES.values(), ids=ODD_FILES.keys())
+def test_what_is_no_regular_file_is_skipped(tmp_path, caplog, monkeypatch, make):
+    monkeypatch.setattr(checkpoint.logger, "propagate", True)
+    checkpoint.save_checkpoint(content(9), tmp_path, is_best=False, keep=9)
+    make(tmp_path / "ckpt_step_00000100.pth")
+    make(tmp_path / "ckpt_step_00000001.pth")
+    assert checkpoint.newest_checkpoint(tmp_path)[0].name == "ckpt_step_00000009.pth"
+    assert "skipping a checkpoint" in caplog.text and "ckpt_step_00000100.pth is not a regular file" in caplog.text
+    checkpoint.set_aside_after(9, tmp_path)
+    checkpoint.save_checkpoint(content(10), tmp_path, is_best=True, keep=1)  # pruning too
+    assert checkpoint.newest_checkpoint(tmp_path)[0].name == "ckpt_step_00000010.pth"
+
+
+def test_a_link_in_the_place_of_a_new_file_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("best.pth", ".best.pth.tmp", "ckpt_step_00000001.pth", ".ckpt_step_00000001.pth.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    checkpoint.save_checkpoint(content(1), tmp_path, is_best=True, keep=1)
+    assert victim.read_text() == "mine"
+    (tmp_path / ".lock").symlink_to(victim)
+    with pytest.raises(InputError, match=r"\.lock is a link"):
+        checkpoint.lock_folder(tmp_path)
+    assert victim.read_text() == "mine"
+
+
+def test_compressed_records_are_refused(tmp_path):
+    """A few bytes of them could hold gigabytes."""
+    checkpoint.save_file(content(), tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as source:
+        with zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as target:
+            for name in source.namelist():
+                target.writestr(name, source.read(name))
+    with pytest.raises(checkpoint.CheckpointError, match=r"b\.pth: its records are compressed"):
+        checkpoint.load_file(tmp_path / "b.pth")
 
 
 def test_no_good_checkpoint_is_an_error(tmp_path):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models import (
+    InputError,
     StripMLPNet,
     adapt_size,
     convert_released_state_dict,
@@ -265,3 +266,49 @@ def test_load_pretrained_of_a_timm_model():
     after, head = copies(target), ("fc.weight", "fc.bias")
     assert same(after, weights | {key: after[key] for key in head})
     assert after["fc.weight"].shape == (3, 512)
+
+
+# ---- weights that mean nothing -------------------------------------------------------------------
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda value: value * torch.nan, "not finite: head.weight"),
+    (lambda value: value.double() * 1e300, "not finite: head.weight"),  # finite there, infinite in float32
+    (lambda value: value.to(torch.int8), "head.weight is of the type torch.int8"),
+    (lambda value: value > 0, "head.weight is of the type torch.bool"),
+    (lambda value: value.to(torch.complex64), "head.weight is of the type torch.complex64"),
+    (lambda value: value.to(torch.float8_e5m2), "head.weight is of the type torch.float8_e5m2"),
+    (lambda value: value.tolist(), "head.weight"),
+])
+def test_meaningless_weights_are_refused(spoil, message):
+    model = tiny_model(0)
+    before = copies(model)
+    weights = copies(tiny_model(1))
+    weights["head.weight"] = spoil(weights["head.weight"])
+    with pytest.raises(InputError, match=message):
+        load_strict(model, weights)
+    assert same(copies(model), before)
+
+
+def test_counts_of_another_type_are_refused():
+    model = tiny_model(0)
+    weights = {key: value.float() for key, value in copies(model).items()}
+    with pytest.raises(InputError, match="num_batches_tracked is of the type torch.float32, not torch.int64"):
+        load_strict(model, weights)
+
+
+def test_half_precision_weights_are_loaded():
+    source, target = tiny_model(0), tiny_model(1)
+    weights = {key: value.half() if value.is_floating_point() else value for key, value in copies(source).items()}
+    load_strict(target, weights)
+    assert same(copies(target), {key: value.to(source.state_dict()[key].dtype) for key, value in weights.items()})
+
+
+@pytest.mark.parametrize("shape", [
+    (0, 8, 1, 3), (16, 0, 1, 3), (15, 8, 1, 3), (16, 8, 2, 3), (16, 8), (), (16, 8, 1, 0),
+])
+def test_released_strips_of_odd_shapes_are_named(shape):
+    model = tiny_model(0)
+    released = to_released_state_dict(copies(model))
+    released["blocks1.0.token_mixing.smlp_block.proj_h.weight"] = torch.zeros(shape)
+    with pytest.raises(InputError, match=r"shape: stages\.0\.0\.token_mixing\.cgsmm\.row_strip\.weight is "):
+        load_pretrained(model, released)

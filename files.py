@@ -1,0 +1,40 @@
+"""Writing a file whole: whoever reads it finds the old one or the new one, and a link in its place is not followed."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "wb", **options):
+    """Opens a new file, as ``open`` does, which takes the place of ``path`` on disk when the block ends well.
+
+    Raises:
+        OSError: it could not be written; ``path`` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, mode.replace("w", "x"), **options) as file:  # x: through no link that somebody put there
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        move(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Puts a text, in UTF-8, in the place of a file."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def move(source: Path, target: Path) -> None:
+    """Gives a file on disk another name in the same folder, in place of what has that name."""
+    os.replace(source, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # makes the renaming itself last
+    finally:
+        os.close(folder)
