@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
 from .fused import FusedChannelMixingBlock, FusedStripMixingBlock
+from .response_norm import grn, grn_linear
 from .strip_ops import strip_mix, without_autocast
 from .timm_interface import TimmInterface
 from .windows import cut, merge
 
 # torch.fx keeps these calls whole: what they do depends on the input's size, type and device.
-for _name in ("_checked", "cut", "merge", "strip_mix"):
+for _name in ("_checked", "cut", "grn", "grn_linear", "merge", "strip_mix"):
     torch.fx.wrap(_name)
 
 
@@ -170,20 +171,9 @@ class GRN(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
-    def scale(self, norm):
-        """What each channel is multiplied by, from its norm: (N, 1, 1, C) -> (N, 1, 1, C)"""
-        return 1 + self.gamma * norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
-
-    def norm(self, x):
-        """The L2 norm of each channel over H and W, in at least 32 bits: (N, H, W, C) -> (N, 1, 1, C)"""
-        with without_autocast(x):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
-
     def forward(self, x):
         """(N, H, W, C) -> (N, H, W, C)"""
-        scale = self.scale(self.norm(x)).to(x.dtype)
-        return torch.addcmul(self.beta.to(x.dtype), x, scale)  # gamma * (x * response) + beta + x in one pass
+        return grn(x, self.gamma, self.beta)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -210,7 +200,8 @@ class ChannelMixingBlock(nn.Module):
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
         x = self.conv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-        x = self.fc2(self.grn(F.gelu(self.fc1(self.norm(x)))))
+        x = F.gelu(self.fc1(self.norm(x)))
+        x = grn_linear(x, self.grn.gamma, self.grn.beta, self.fc2.weight, self.fc2.bias)  # fc2(grn(x))
         return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.strip_mlp import GRN, LSMM, LayerNorm, RelativePosition, StripMLP
+from models.response_norm import grn_plain
+from models.strip_mlp import LSMM, ChannelMixingBlock, LayerNorm, RelativePosition, StripMLP
 
 
 def published_formulation(model: nn.Module) -> nn.Module:
@@ -66,15 +67,14 @@ class _SummedBranches(LSMM):
         return column * weights[:, :, 0] + row * weights[:, :, 1] + x * weights[:, :, 2]
 
 
-class _ThreePassNormalisation(GRN):
+class _NormalisedThenLinear(ChannelMixingBlock):
     def forward(self, x):
-        """(N, H, W, C) -> (N, H, W, C)"""
-        response = x.norm(dim=(1, 2), keepdim=True)
-        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-        return self.gamma * (x * response) + self.beta + x
+        """(N, C, H, W) -> (N, C, H, W)"""
+        x = F.gelu(self.fc1(self.norm(self.conv(x).permute(0, 2, 3, 1))))
+        return self.fc2(grn_plain(x, self.grn.gamma, self.grn.beta)).permute(0, 3, 1, 2)
 
 
 _PUBLISHED = {
     StripMLP: GroupedConvolution, RelativePosition: _GatheredPosition, LSMM: _SummedBranches,
-    GRN: _ThreePassNormalisation, LayerNorm: nn.LayerNorm,
+    ChannelMixingBlock: _NormalisedThenLinear, LayerNorm: nn.LayerNorm,
 }
