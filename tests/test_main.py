@@ -167,8 +167,7 @@ def test_save_minutes(tmp_path):
 def test_a_timm_model_trains_by_the_same_recipe(tmp_path):
     options = ("MODEL.TYPE", "timm", "MODEL.ARCH", "test_resnet", "DATA.IMG_SIZE", 32)
     assert main.main(arguments(tmp_path, *options)) == 0
-    lines = (tmp_path / "test_resnet" / "run" / "metrics.jsonl").read_text().splitlines()
-    losses = [record["loss"] for record in map(json.loads, lines) if record["kind"] == "eval"]
+    losses = [record["loss"] for record in records(tmp_path) if record["kind"] == "eval"]
     assert losses[1] < losses[0]
 
 
@@ -258,7 +257,7 @@ def test_pretrained_with_another_number_of_classes(tmp_path):
     options = ("TRAIN.EPOCHS", 1, "TRAIN.BASE_LR", 1e-12, "TRAIN.WARMUP_LR", 0.0, "TRAIN.MIN_LR", 0.0)
     assert main.main(arguments(tmp_path, *options, flags=["--pretrained", str(tmp_path / "seven.pth")])) == 0
     log = (folder(tmp_path) / "log_rank0.txt").read_text()
-    assert "drawn anew: head.weight, head.bias" in log
+    assert "re-initialised: head.weight, head.bias" in log
     after = checkpoint.load_file(folder(tmp_path) / "ckpt_step_00000007.pth")["model"]
     for key, value in source.items():
         if not key.startswith("head.") and "running" not in key and "num_batches" not in key:

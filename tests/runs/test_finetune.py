@@ -63,7 +63,7 @@ def test_frozen_stages_and_layer_decay(pretrained, finetuned):
     scales = {group["lr_scale"] for group in content["optimizer"]["param_groups"]}
     assert scales == {1.0, 0.5, 0.25}  # head, stage 4, stage 3; the rest is frozen
     log = (folder(finetuned) / "log_rank0.txt").read_text()
-    assert "weights are for another input size" in log and "drawn anew: head.weight, head.bias" in log
+    assert "weights are for another input size" in log and "re-initialised: head.weight, head.bias" in log
     assert "freezes newly drawn weights" not in log
     frozen = sum(value.numel() for key, value in expected_weights(pretrained).items()
                  if key.startswith(FROZEN) and "running" not in key and "batches" not in key)
