@@ -31,7 +31,8 @@ def test_two_commands_set_everything_up():
 
 def test_every_file_that_it_names_exists():
     names = set(re.findall(r"`((?:tests|configs|tools|data)/[\w./]+)`", README))
-    names |= set(re.findall(r"configs/(?:small/)?smlp_\w+\.yaml", README)) | set(re.findall(r"\]\((?!http)([^)]+)\)", README))
+    names |= set(re.findall(r"configs/(?:small/)?smlp_\w+\.yaml", README))
+    names |= set(re.findall(r"\]\((?!http)([^)]+)\)", README))
     assert len(names) > 10
     assert [name for name in names if not (ROOT / name).exists()] == []
 
