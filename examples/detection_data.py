@@ -1,0 +1,119 @@
+"""The scenes that detection.py trains on: made from the bundled digits, or read from a folder in COCO's format.
+
+A scene is ``(image, target)``: image float32 (3, H, W) in 0..1; target holds ``boxes``, float32 (n, 4) as x1, y1, x2,
+y2 in pixels, ``labels``, int64 (n,) from 0, and ``image_id``.
+"""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torch.utils.data import Dataset
+from torchvision.datasets import CocoDetection
+from torchvision.transforms.functional import to_tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.datasets import read_digits  # noqa: E402
+from models import MissingFileError  # noqa: E402
+
+
+class DigitScenes(Dataset):
+    """Training scenes hold training digits, test scenes test digits. A scene depends on its split and index alone.
+
+    Args:
+        split: ``"train"`` or ``"val"``.
+        count: scenes.
+
+    Up to eight digits of random sizes, places and brightness lie on coloured, textured ground of 96 to 160 pixels a
+    side.
+    """
+
+    def __init__(self, split: str, count: int):
+        self.split, self.count = split, count
+        self.digits, self.labels, self.classes = read_digits(split)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        rng = np.random.default_rng((self.split == "val", index))
+        height, width = rng.integers(96, 161, 2)
+        canvas = _ground(rng, height, width)
+        boxes, labels = [], []
+        for _ in range(rng.integers(3, 9)):
+            side = int(rng.integers(18, 49))
+            x, y = int(rng.integers(0, width - side + 1)), int(rng.integers(0, height - side + 1))
+            if any(x < box[2] and box[0] < x + side and y < box[3] and box[1] < y + side for box in boxes):
+                continue
+            number = rng.integers(len(self.digits))
+            ink = np.asarray(Image.fromarray(self.digits[number]).resize((side, side), Image.BICUBIC), np.float32) / 255
+            canvas[y:y + side, x:x + side] += ink * rng.uniform(0.5, 0.9) * rng.choice([-1, 1])
+            boxes.append((x, y, x + side, y + side))
+            labels.append(self.labels[number])
+        image = torch.from_numpy(canvas.clip(0, 1).astype(np.float32)).permute(2, 0, 1)
+        boxes = torch.tensor(boxes, dtype=torch.float32)
+        return image, {"boxes": boxes, "labels": torch.tensor(labels), "image_id": index}
+
+
+def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A mid-grey ground with a coloured texture of two scales: float64 (height, width, 3) in 0..1."""
+    ground = rng.uniform(0.35, 0.65, 3)
+    for side, strength in ((6, 0.12), (24, 0.06)):
+        noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        ground = ground + strength * (np.asarray(noise.resize((width, height), Image.BICUBIC)) / 127.5 - 1)
+    return ground
+
+
+class CocoScenes(Dataset):
+    """One split of a folder in COCO's format, its labels in the order of the category ids."""
+
+    def __init__(self, root: Path, split: str):
+        annotations = root / "annotations" / f"instances_{split}2017.json"
+        if not annotations.is_file():
+            raise MissingFileError(f"{annotations} does not exist; --data takes 'digits' or a folder in COCO's format")
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.coco = CocoDetection(str(root / f"{split}2017"), str(annotations))
+        self.categories = sorted(self.coco.coco.getCatIds())
+        self.classes = [category["name"] for category in self.coco.coco.loadCats(self.categories)]
+        if split == "train":  # images without an object teach nothing
+            annotated = {annotation["image_id"] for annotation in self.coco.coco.anns.values()}
+            self.coco.ids = [index for index in self.coco.ids if index in annotated]
+
+    def __len__(self) -> int:
+        return len(self.coco)
+
+    def __getitem__(self, index: int):
+        image, objects = self.coco[index]
+        objects = [o for o in objects if not o.get("iscrowd") and min(o["bbox"][2:]) > 0]
+        boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]  # x, y, width, height -> x1, y1, x2, y2
+        labels = torch.tensor([self.categories.index(o["category_id"]) for o in objects], dtype=torch.long)
+        return to_tensor(image), {"boxes": boxes, "labels": labels, "image_id": self.coco.ids[index]}
+
+
+def truth(dataset: Dataset) -> COCO:
+    """The boxes of a data set, as pycocotools takes them."""
+    if isinstance(dataset, CocoScenes):
+        return dataset.coco.coco
+    coco = COCO()
+    images, annotations = [], []
+    for image, target in dataset:
+        images.append({"id": target["image_id"], "height": image.shape[1], "width": image.shape[2]})
+        for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": target["image_id"], "category_id": label, "iscrowd": 0,
+                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1),
+            })
+    categories = [{"id": label, "name": name} for label, name in enumerate(dataset.classes)]
+    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco

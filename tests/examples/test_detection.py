@@ -1,0 +1,130 @@
+"""The detector example: scenes, mixed image sizes, mAP, resuming."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from config import load_config
+from engine import Precision
+from models import build_model
+from tests.helpers import DIGITS, ROOT, save_network
+
+pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install pycocotools")
+sys.path.insert(0, str(ROOT / "examples"))
+
+import detection  # noqa: E402
+from detection_data import CocoScenes, DigitScenes, truth  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    """The config of a network of a few thousand parameters."""
+    path = tmp_path_factory.mktemp("cfg") / "tiny.yaml"
+    path.write_text(f"BASE: [{DIGITS}]\nDATA: {{IMG_SIZE: 32}}\nMODEL: {{STRIP_MLP: {{PATCH_SIZE: 4, EMBED_DIM: 8, "
+                    "DEPTHS: [1, 1, 1, 1]}}\n")
+    return path
+
+
+def test_scenes_are_the_same_each_time_and_boxes_hold_their_digits():
+    scenes, again = DigitScenes("train", 20), DigitScenes("train", 20)
+    sizes = set()
+    for (image, target), (other, _) in zip(scenes, again, strict=True):
+        assert torch.equal(image, other) and 0 <= image.min() and image.max() <= 1
+        height, width = image.shape[1:]
+        sizes.add((height, width))
+        x1, y1, x2, y2 = target["boxes"].unbind(1)
+        assert (x1 >= 0).all() and (y1 >= 0).all() and (x2 <= width).all() and (y2 <= height).all()
+        assert (x2 - x1 >= 18).all() and len(target["labels"]) == len(x1) >= 1
+    assert len(sizes) > 10
+    assert not torch.equal(DigitScenes("val", 1)[0][0][:, :90, :90], scenes[0][0][:, :90, :90])
+
+
+def test_retinanet_on_images_of_two_sizes(config_file, tmp_path):
+    """Losses and gradients reach the stem, from the weights of a classification run of other classes."""
+    config = load_config(config_file)
+    net = build_model(config)
+    weights = save_network(tmp_path / "best.pth", config, net)
+    args = detection.parse_arguments(["--cfg", str(config_file), "--data", "digits", "--weights", str(weights),
+                                      "--channels", "8", "--min-size", "64", "--max-size", "128"])
+    detector = detection.build_detector(args, config, num_classes=3).train()
+    assert torch.equal(detector.backbone.net.stem.weight, net.stem.weight)
+    images = [torch.rand(3, 64, 90), torch.rand(3, 70, 64)]
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([label])} for label in (0, 2)]
+    sum(detector(images, targets).values()).backward()
+    assert detector.backbone.net.stem.weight.grad.abs().sum() > 0
+
+
+def test_frozen_norms_stay_as_loaded(config_file):
+    config = load_config(config_file)
+    backbone = detection.Backbone(config, channels=8, freeze_norm=True).train()
+    before = backbone.net.stages[0][0].token_mixing.conv_norm.running_mean.clone()
+    backbone(torch.rand(2, 3, 64, 48))
+    assert torch.equal(backbone.net.stages[0][0].token_mixing.conv_norm.running_mean, before)
+    assert not backbone.net.stages[0][0].token_mixing.conv_norm.weight.requires_grad
+
+
+class Oracle(torch.nn.Module):
+    """Knows the boxes; gives every second one another label."""
+
+    def __init__(self, dataset, errs):
+        super().__init__()
+        self.targets, self.errs = iter([target for _, target in dataset]), errs
+
+    def forward(self, images):
+        found = []
+        for target in (next(self.targets) for _ in images):
+            labels = (target["labels"] + self.errs * (torch.arange(len(target["labels"])) % 2)) % 10
+            found.append({"boxes": target["boxes"].clone(), "labels": labels, "scores": torch.ones(len(labels))})
+        return found
+
+
+@pytest.mark.parametrize("errs, low, high", [(0, 100, 100), (1, 1, 80)])
+def test_map_of_known_detections(errs, low, high):
+    dataset = DigitScenes("val", 12)
+    loader = torch.utils.data.DataLoader(dataset, 5, collate_fn=detection.unzip)
+    mean, half = detection.evaluate(Oracle(dataset, errs), loader, truth(dataset), Precision("fp32", CPU), CPU)
+    assert low <= mean <= high + 1e-9 and half == pytest.approx(mean)  # every box is exact
+
+
+def test_a_folder_in_coco_s_format(tmp_path):
+    """Category ids with gaps, a crowd, an image without objects."""
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / f"{split}2017").mkdir()
+        for number in (1, 2):
+            Image.new("RGB", (40, 30)).save(tmp_path / f"{split}2017" / f"{number}.png")
+        content = {
+            "images": [{"id": n, "file_name": f"{n}.png", "width": 40, "height": 30} for n in (1, 2)],
+            "categories": [{"id": 7, "name": "cup"}, {"id": 3, "name": "cat"}],
+            "annotations": [
+                {"id": 1, "image_id": 2, "category_id": 7, "bbox": [1, 2, 10, 20], "area": 200, "iscrowd": 0},
+                {"id": 2, "image_id": 2, "category_id": 3, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 1}],
+        }
+        (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    train, val = CocoScenes(tmp_path, "train"), CocoScenes(tmp_path, "val")
+    assert (len(train), len(val)) == (1, 2) and val.classes == ["cat", "cup"]
+    image, target = train[0]
+    assert image.shape == (3, 30, 40) and target["image_id"] == 2
+    assert target["boxes"].tolist() == [[1, 2, 11, 22]] and target["labels"].tolist() == [1]
+
+
+def test_training_resumes(config_file, tmp_path, capsys):
+    command = ["--cfg", str(config_file), "--data", "digits", "--output", str(tmp_path), "--channels", "8", "--scenes",
+               "4", "--batch-size", "2", "--min-size", "64", "--max-size", "64", "--device", "cpu"]
+    assert detection.main([*command, "--epochs", "2"]) == 0
+    whole = torch.load(tmp_path / "last.pth", weights_only=True)
+    assert whole["epoch"] == 2 and "epoch 2  loss" in capsys.readouterr().out
+    assert detection.main([*command, "--epochs", "3"]) == 0
+    log = capsys.readouterr().out
+    assert "after epoch 2" in log and "epoch 3  loss" in log and "epoch 2  loss" not in log
+
+
+def test_bad_input_is_one_line(config_file, capsys, tmp_path):
+    assert detection.main(["--cfg", str(config_file), "--data", str(tmp_path)]) == 2
+    assert "instances_train2017.json does not exist; --data takes 'digits' or a folder" in capsys.readouterr().out
+
