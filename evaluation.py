@@ -15,6 +15,7 @@ import distributed
 from config import to_dict
 from data import build_val_loader, prepare_data
 from engine import Precision, evaluate
+from hub import weights_file
 from models import InputError, MissingFileError, adapt_size, build_model, load_strict, model_state_dict
 from report import describe_environment
 
@@ -27,7 +28,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     Raises:
         InputError: there is no checkpoint, or it does not fit the config or the data set.
     """
-    path = Path(config.MODEL.RESUME or config.MODEL.PRETRAINED or folder / checkpoint.BEST)
+    path = weights_file(config.MODEL.RESUME or config.MODEL.PRETRAINED or folder / checkpoint.BEST)
     if not path.is_file():
         raise MissingFileError(f"no checkpoint to evaluate at {path}; name one with --resume")
     logger.info(f"evaluating {path}")

@@ -10,6 +10,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from checkpoint import load_file
+from hub import weights_file
 from models import InputError, adapt_size, build_model, check_fit, load_strict, model_state_dict
 from safe_text import printable
 from trust import architecture, check_size, class_names
@@ -24,7 +25,7 @@ def load_network(
     else: what is returned has defaults for the rest.
 
     Args:
-        checkpoint: a file of this project or a released one.
+        checkpoint: a file of this project or a released one, or what else ``hub.weights_file`` takes.
         config: describes the network where the checkpoint does not, as a released one, or for another input size, to
             which the weights are then adapted; else the checkpoint's own is taken.
         device: where the network goes.
@@ -40,6 +41,7 @@ def load_network(
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise InputError("PyTorch finds no GPU here; choose the device cpu")
+    checkpoint = weights_file(checkpoint)
     content = load_file(checkpoint)
     try:
         has_average = content.get("model_ema") is not None

@@ -34,6 +34,7 @@ from config import load_config, nearest, to_dict
 from data import build_mixup, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, measure_throughput, train_one_epoch
 from evaluation import evaluate_all, evaluate_checkpoint, inference_form, log_results
+from hub import weights_file
 from inference import image_shape
 from logger import add_log_file, setup_console
 from lr_scheduler import LRScheduler
@@ -73,8 +74,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per process and micro-batch")
     parser.add_argument("--zip", action="store_true", default=None, help="read train.zip and val.zip, not folders")
     parser.add_argument("--cache-mode", metavar="MODE", help="of --zip, in memory: no, part (each its share), full")
-    parser.add_argument("--pretrained", metavar="CKPT", help="start from these weights")
-    parser.add_argument("--resume", metavar="CKPT", help="go on from this checkpoint, or evaluate it")
+    parser.add_argument("--pretrained", metavar="CKPT",
+                        help="start from these weights: a file, an exported folder, or hf-hub:USER/NAME")
+    parser.add_argument("--resume", metavar="CKPT", help="go on from this checkpoint, or evaluate it; likewise")
     parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches per update")
     parser.add_argument("--use-checkpoint", action="store_true", default=None, help="gradient checkpointing")
     parser.add_argument("--amp-dtype", metavar="TYPE", help="bf16, fp16, fp32 or auto (bf16 on CUDA, fp32 on the CPU)")
@@ -268,7 +270,7 @@ def _open_output_folder(config) -> Path:
 
 
 def _load_pretrained(config, model: nn.Module) -> None:
-    content = checkpoint.load_file(config.MODEL.PRETRAINED)
+    content = checkpoint.load_file(weights_file(config.MODEL.PRETRAINED))
     with checkpoint.naming(config.MODEL.PRETRAINED):
         skipped = load_pretrained(model, content)
     logger.info(f"loaded the weights of {config.MODEL.PRETRAINED}")
@@ -294,7 +296,7 @@ def _find_resume(config, folder: Path) -> tuple[Path | None, dict | None]:
     path = distributed.broadcast_object(path)
     if path and config.MODEL.RESUME:
         logger.info(f"this run has its own checkpoints; {config.MODEL.RESUME} is not used")
-    return path or (Path(config.MODEL.RESUME) if config.MODEL.RESUME else None), content
+    return path or (weights_file(config.MODEL.RESUME) if config.MODEL.RESUME else None), content
 
 
 def _resume(path: Path, content: dict | None, state: TrainState, checkpointer: Checkpointer, folder: Path) -> None:

@@ -4,7 +4,7 @@
 """
 
 from . import registry  # noqa: F401, registers the variants with timm
-from .build import build_model
+from .build import build_model, timm_arguments
 from .errors import InputError, MissingFileError
 from .freeze import freeze_stages, set_train_mode
 from .recomputation import count_batches_once
@@ -37,5 +37,6 @@ __all__ = [
     "load_strict",
     "model_state_dict",
     "set_train_mode",
+    "timm_arguments",
     "to_released_state_dict",
 ]

@@ -10,7 +10,9 @@ from torch import nn
 from .ablations import build_ablated
 from .errors import InputError
 from .freeze import freeze_stages
-from .strip_mlp import StripMLP, StripMLPNet
+from .strip_mlp import VARIANTS, StripMLP, StripMLPNet
+
+WHOLE = ("both", True, True)  # the network with nothing ablated
 
 
 def build_model(config) -> nn.Module:
@@ -23,25 +25,15 @@ def build_model(config) -> nn.Module:
     if config.MODEL.TYPE == "timm":
         model = _build_timm_model(config)
     else:
-        strip_mlp = config.MODEL.STRIP_MLP
-        kwargs = {
-            "img_size": config.DATA.IMG_SIZE,
-            "patch_size": strip_mlp.PATCH_SIZE,
-            "in_chans": strip_mlp.IN_CHANS,
-            "num_classes": config.MODEL.NUM_CLASSES,
-            "embed_dim": strip_mlp.EMBED_DIM,
-            "depths": strip_mlp.DEPTHS,
-            "num_patches": strip_mlp.NUM_PATCHES,
-            "strip_width": strip_mlp.STRIP_WIDTH,
-            "mlp_ratio": strip_mlp.MLP_RATIO,
+        kwargs = _strip_mlp_arguments(config) | {
             "drop_path_rate": config.MODEL.DROP_PATH_RATE,
             "drop_path_schedule": config.MODEL.DROP_PATH_SCHEDULE,
         }
-        choices = strip_mlp.TOKEN_MIXERS, strip_mlp.CASCADE, strip_mlp.SHORTCUTS
-        model = StripMLPNet(**kwargs) if choices == ("both", True, True) else build_ablated(*choices, **kwargs)
+        choices = _ablations(config)
+        model = StripMLPNet(**kwargs) if choices == WHOLE else build_ablated(*choices, **kwargs)
         for module in model.modules():
             if isinstance(module, StripMLP):
-                module.form = strip_mlp.FORM
+                module.form = config.MODEL.STRIP_MLP.FORM
     if config.TRAIN.USE_CHECKPOINT:
         try:
             model.set_grad_checkpointing(True)
@@ -51,16 +43,51 @@ def build_model(config) -> nn.Module:
     return model
 
 
+def timm_arguments(config) -> tuple[str, dict]:
+    """The name and arguments by which ``timm.create_model`` makes a config's network, regularisation left out.
+
+    Raises:
+        InputError: an ablated Strip-MLP, which timm cannot make.
+    """
+    if config.MODEL.TYPE == "timm":
+        size = {"img_size": config.DATA.IMG_SIZE} if timm.get_pretrained_cfg(config.MODEL.ARCH).fixed_input_size else {}
+        return config.MODEL.ARCH, {"num_classes": config.MODEL.NUM_CLASSES} | size | _timm_kwargs(config)
+    if _ablations(config) != WHOLE:
+        raise InputError("an ablated Strip-MLP (MODEL.STRIP_MLP.TOKEN_MIXERS, CASCADE, SHORTCUTS) has no name in timm")
+    kwargs = _strip_mlp_arguments(config)
+    sizes = kwargs["embed_dim"], tuple(kwargs["depths"])
+    alike = [name for name, variant in VARIANTS.items() if (variant["embed_dim"], variant["depths"]) == sizes]
+    return (alike or list(VARIANTS))[0], kwargs
+
+
+def _strip_mlp_arguments(config) -> dict:
+    strip_mlp = config.MODEL.STRIP_MLP
+    return {
+        "img_size": config.DATA.IMG_SIZE,
+        "patch_size": strip_mlp.PATCH_SIZE,
+        "in_chans": strip_mlp.IN_CHANS,
+        "num_classes": config.MODEL.NUM_CLASSES,
+        "embed_dim": strip_mlp.EMBED_DIM,
+        "depths": strip_mlp.DEPTHS,
+        "num_patches": strip_mlp.NUM_PATCHES,
+        "strip_width": strip_mlp.STRIP_WIDTH,
+        "mlp_ratio": strip_mlp.MLP_RATIO,
+    }
+
+
+def _ablations(config) -> tuple[str, bool, bool]:
+    strip_mlp = config.MODEL.STRIP_MLP
+    return strip_mlp.TOKEN_MIXERS, strip_mlp.CASCADE, strip_mlp.SHORTCUTS
+
+
 def _build_timm_model(config) -> nn.Module:
     name = config.MODEL.ARCH
     if not timm.is_model(name):
         similar = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise InputError(f"MODEL.ARCH {name!r} is not a timm model; similar ones: {', '.join(similar) or 'none'}")
-    kwargs = {"num_classes": config.MODEL.NUM_CLASSES, "drop_path_rate": config.MODEL.DROP_PATH_RATE or None}
-    if timm.get_pretrained_cfg(name).fixed_input_size:
-        kwargs["img_size"] = config.DATA.IMG_SIZE
+    _, kwargs = timm_arguments(config)
     try:
-        model = timm.create_model(name, **kwargs | _timm_kwargs(config.MODEL.TIMM_KWARGS))
+        model = timm.create_model(name, **{"drop_path_rate": config.MODEL.DROP_PATH_RATE or None} | kwargs)
     except TypeError as error:
         raise InputError(f"MODEL.ARCH {name}: {error}; where it has no drop path set MODEL.DROP_PATH_RATE 0") from None
     if config.MODEL.DROP_PATH_RATE == 0:  # not passed on, for models that know none; others have a rate by default
@@ -70,8 +97,9 @@ def _build_timm_model(config) -> nn.Module:
     return model
 
 
-def _timm_kwargs(text: str) -> dict:
+def _timm_kwargs(config) -> dict:
     """MODEL.TIMM_KWARGS as a dictionary."""
+    text = config.MODEL.TIMM_KWARGS
     try:
         kwargs = yaml.safe_load(text) or {}
     except yaml.YAMLError:

@@ -5,10 +5,15 @@
     python tools/export.py best.pth model.safetensors                                 # weights, config, class names
     python tools/export.py best.pth released_keys.pth --format released               # for the released code
     python tools/export.py released.pth ours.pth --format native --cfg configs/X.yaml # for this code, alone
+    python tools/export.py output/NAME/TAG/best.pth DIR --format hub                  # a folder to share
 
 ONNX and torch.export files take batches of any size: images (N, 3, S, S), float32, resized and normalised as for an
 evaluation (their metadata says how, and names the classes), and give logits (N, classes). The weights are the average
 where the checkpoint has one.
+
+A folder to share holds the weights, timm's config.json, and a model card (README.md) filled from the run's own folder.
+timm.create_model("local-dir:DIR", pretrained=True) loads it once models/ is imported, and so does what takes a
+checkpoint here. `hf upload USER/NAME DIR` puts it on Hugging Face's Hub; from then on hf-hub:USER/NAME is its name.
 """
 
 import argparse
@@ -24,18 +29,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
+import timm
 import torch
 from torch import nn
+from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import checkpoint
 from config import load_config, to_dict
 from data.transforms import build_transform
+from hub import WEIGHTS
 from inference import image_shape, load_network
 from models import StripMLPNet, to_released_state_dict
+from tools.model_card import model_card, timm_config
+from trust import architecture
 
 TOLERANCE = 1e-4  # of the outputs, against the largest logit or 1
+
+
+class Network(NamedTuple):
+    """What is written: a network in evaluation mode, its config, the names of its classes, and where it came from."""
+
+    model: nn.Module
+    config: CfgNode
+    classes: list[str]
+    source: Path
 
 
 def export(source: Path, target: Path, format: str, config=None, fuse: bool = False) -> float:
@@ -43,7 +62,7 @@ def export(source: Path, target: Path, format: str, config=None, fuse: bool = Fa
 
     Args:
         source: the checkpoint.
-        target: a new file, its name ending as ``FORMATS`` says.
+        target: a new file, its name ending as ``FORMATS`` says, or a new folder.
         format: a key of ``FORMATS``.
         config: the network's config; needed where the checkpoint holds none.
         fuse: write the network's inference form, see ``StripMLPNet.fuse``.
@@ -57,7 +76,7 @@ def export(source: Path, target: Path, format: str, config=None, fuse: bool = Fa
         OSError: ``target`` exists already or cannot be written.
     """
     suffix, write, packages, has_weights_only = FORMATS[format]
-    if target.suffix != suffix:
+    if suffix and target.suffix != suffix:
         raise ValueError(f"{target}: the name of a file in the format {format} must end in {suffix}")
     if fuse and has_weights_only:
         raise ValueError(f"--fuse is for onnx and torch-export; {format} holds the weights as they were trained")
@@ -70,15 +89,15 @@ def export(source: Path, target: Path, format: str, config=None, fuse: bool = Fa
             importlib.import_module(package)
         except ImportError as error:
             raise ValueError(f"{format} needs more packages ({error}): pip install {' '.join(packages)}") from None
-    model, config, classes = load_network(source, config)
-    written = model
+    network = Network(*load_network(source, config), source)
+    model, written = network.model, network
     if fuse:
         if not isinstance(model, StripMLPNet):
             raise ValueError(f"--fuse knows Strip-MLP only; this network is a {type(model).__name__}")
-        written = copy.deepcopy(model).fuse()
+        written = network._replace(model=copy.deepcopy(model).fuse())
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as unfinished, torch.no_grad():
         path = Path(unfinished, target.name)
-        difference = largest_difference(model, write(written, config, classes, path), image_shape(config))
+        difference = largest_difference(model, write(written, path), image_shape(network.config))
         if not difference <= TOLERANCE:
             raise ValueError(f"{target} was not written: its outputs differ from the network's by {difference:.1e}")
         os.replace(path, target)
@@ -101,33 +120,43 @@ def largest_difference(model: nn.Module, other: Callable, shape: tuple[int, ...]
 
 # ---- the formats: each function writes a file and returns the network as it reads back -----------
 
-def _write_onnx(model: nn.Module, config, classes: list[str], path: Path) -> Callable:
+def _write_onnx(network: Network, path: Path) -> Callable:
     import onnxruntime
 
     names = {"input_names": ["images"], "output_names": ["logits"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own internals
-        program = torch.onnx.export(_trace(model, config), dynamo=True, verbose=False, **names)
-    program.model.metadata_props.update(_metadata(config, classes))
+        program = torch.onnx.export(_trace(network), dynamo=True, verbose=False, **names)
+    program.model.metadata_props.update(_metadata(network))
     program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _write_torch_export(model: nn.Module, config, classes: list[str], path: Path) -> Callable:
+def _write_torch_export(network: Network, path: Path) -> Callable:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as above
-        torch.export.save(_trace(model, config), path, extra_files=_metadata(config, classes))
+        torch.export.save(_trace(network), path, extra_files=_metadata(network))
         return torch.export.load(path).module()
 
 
-def _write_safetensors(model: nn.Module, config, classes: list[str], path: Path) -> Callable:
-    about = {"config": json.dumps(to_dict(config)), "classes": json.dumps(classes)}
-    path.write_bytes(safetensors.torch.save(model.state_dict(), about | {"format": "pt"}))
+def _write_safetensors(network: Network, path: Path) -> Callable:
+    about = {"config": json.dumps(to_dict(network.config)), "classes": json.dumps(network.classes)}
+    path.write_bytes(safetensors.torch.save(network.model.state_dict(), about | {"format": "pt"}))
     return load_network(path)[0]
 
 
-def _write_released(model: nn.Module, config, classes: list[str], path: Path) -> Callable:
+def _write_hub(network: Network, path: Path) -> Callable:
+    path.mkdir()
+    network = network._replace(config=architecture(to_dict(network.config), "the config"))  # without this machine's paths
+    _write_safetensors(network, path / WEIGHTS)
+    (path / "config.json").write_text(json.dumps(timm_config(network.config, network.classes), indent=2) + "\n")
+    (path / "README.md").write_text(model_card(network.source, network.config, path / WEIGHTS), encoding="utf-8")
+    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+
+
+def _write_released(network: Network, path: Path) -> Callable:
+    model, config, classes, _ = network
     if not isinstance(model, StripMLPNet):
         raise ValueError(f"the released code knows Strip-MLP only; this network is a {type(model).__name__}")
     content = {"model": to_released_state_dict(model.state_dict()), "config": to_dict(config), "classes": classes}
@@ -135,24 +164,26 @@ def _write_released(model: nn.Module, config, classes: list[str], path: Path) ->
     return load_network(path)[0]
 
 
-def _write_native(model: nn.Module, config, classes: list[str], path: Path) -> Callable:
+def _write_native(network: Network, path: Path) -> Callable:
+    model, config, classes, _ = network
     checkpoint.save_file({"model": model.state_dict(), "config": to_dict(config), "classes": classes}, path)
     return load_network(path)[0]
 
 
-def _trace(model: nn.Module, config) -> torch.export.ExportedProgram:
-    images = torch.zeros(2, *image_shape(config))
-    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+def _trace(network: Network) -> torch.export.ExportedProgram:
+    images = torch.zeros(2, *image_shape(network.config))
+    return torch.export.export(network.model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def _metadata(config, classes: list[str]) -> dict[str, str]:
-    return {"classes": json.dumps(classes), "preprocessing": repr(build_transform(config, train=False))}
+def _metadata(network: Network) -> dict[str, str]:
+    preprocessing = repr(build_transform(network.config, train=False))
+    return {"classes": json.dumps(network.classes), "preprocessing": preprocessing}
 
 
 class Format(NamedTuple):
     """How a format's files are named and written, which packages that takes beside requirements.txt, what they hold."""
 
-    suffix: str
+    suffix: str  # empty: a folder
     write: Callable
     packages: tuple[str, ...] = ()
     has_weights_only: bool = True
@@ -162,6 +193,7 @@ FORMATS = {
     "onnx": Format(".onnx", _write_onnx, ("onnx", "onnxscript", "onnxruntime"), has_weights_only=False),
     "torch-export": Format(".pt2", _write_torch_export, has_weights_only=False),
     "safetensors": Format(".safetensors", _write_safetensors),
+    "hub": Format("", _write_hub),
     "released": Format(".pth", _write_released),
     "native": Format(".pth", _write_native),
 }
@@ -176,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="the trained network, e.g. a run's best.pth")
     parser.add_argument("target", metavar="FILE", type=Path, help="the new file; its ending names the format")
-    parser.add_argument("--format", choices=FORMATS, help="needed for .pth only: released or native")
+    parser.add_argument("--format", choices=FORMATS, help="needed for .pth (released or native) and a folder (hub)")
     parser.add_argument("--cfg", metavar="FILE",
                         help="the network's config; for a released checkpoint, or another image size")
     parser.add_argument("--fuse", action="store_true", help="onnx, torch-export: write the faster inference form")
@@ -193,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _format_of(target: Path) -> str:
-    names = [name for name, format in FORMATS.items() if format.suffix == target.suffix]
+    names = [name for name, format in FORMATS.items() if format.suffix and format.suffix == target.suffix]
     if len(names) != 1:
         raise ValueError(f"{target}: its ending does not name the format; add --format {' or '.join(names or FORMATS)}")
     return names[0]

@@ -125,9 +125,9 @@ def test_the_difference_is_the_largest_against_the_largest_logit():
 
 @pytest.mark.parametrize("error", [0.01, float("nan")])
 def test_a_file_with_other_outputs_is_not_written(error, network, tmp_path, monkeypatch, capsys):
-    def write(model, config, classes, path):
+    def write(network, path):
         path.write_text("")
-        return lambda images: model(images) + error
+        return lambda images: network.model(images) + error
 
     monkeypatch.setitem(export.FORMATS, "native", export.Format(".pth", write))
     assert export.main([str(network[0]), str(tmp_path / "a.pth"), "--format", "native"]) == 2

@@ -1,0 +1,32 @@
+"""Where trained weights are: in a checkpoint file, in a folder of ``tools/export.py --format hub``, or on the Hub."""
+
+from pathlib import Path
+
+import huggingface_hub  # which timm requires
+
+from models import InputError
+
+WEIGHTS = "model.safetensors"  # the name that timm looks for, in a folder and on the Hub
+PREFIX = "hf-hub:"
+
+
+def weights_file(source: str | Path) -> Path:
+    """The file of a trained network. What a user names a network by goes through here; nothing else may download.
+
+    Args:
+        source: a checkpoint file, which need not exist, a folder with ``model.safetensors``, or ``hf-hub:USER/NAME``,
+            also with ``@REVISION`` after it, for a repository on Hugging Face's Hub, which is downloaded once.
+
+    Raises:
+        InputError: the repository or its file cannot be had.
+    """
+    name = str(source)
+    if name.startswith(PREFIX):
+        repository, _, revision = name.removeprefix(PREFIX).partition("@")
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, WEIGHTS, revision=revision or None))
+        except Exception as error:  # of many kinds: the name, the network, access, the disk
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise InputError(f"{name} cannot be downloaded ({reason[0]}); check the name and the network") from error
+    path = Path(source)
+    return path / WEIGHTS if path.is_dir() else path

@@ -1,0 +1,119 @@
+"""What a shared network says of itself: timm's ``config.json``, and a model card filled from the run's folder."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import timm
+import yaml
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from config import load_config
+from hub import weights_file
+from models import timm_arguments
+
+
+def timm_config(config, classes: list[str]) -> dict:
+    """``config.json`` of a folder that timm loads: architecture, arguments, preprocessing, class names.
+
+    Raises:
+        InputError: timm has no name for the network.
+    """
+    architecture, arguments = timm_arguments(config)
+    known, size = timm.get_pretrained_cfg(architecture), config.DATA.IMG_SIZE
+    return {
+        "architecture": architecture,
+        "num_classes": arguments.pop("num_classes"),
+        "model_args": arguments,
+        "label_names": classes,
+        "pretrained_cfg": {
+            "input_size": [arguments.get("in_chans", 3), size, size],
+            "fixed_input_size": known.fixed_input_size,
+            "crop_pct": 224 / 256 if config.TEST.CROP else 1.0,
+            "crop_mode": "center" if config.TEST.CROP else "squash",
+            "interpolation": "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": known.first_conv,
+            "classifier": known.classifier,
+        },
+    }
+
+
+def model_card(source: str | Path, config, weights: Path) -> str:
+    """The ``README.md`` of a shared network, in Markdown with the Hub's header.
+
+    Args:
+        source: the checkpoint. What the run left beside it tells the rest: ``config.yaml``, ``run.yaml``, ``eval.json``.
+        config: the network's.
+        weights: the file that is shared.
+    """
+    checkpoint = weights_file(source)
+    architecture, arguments = timm_arguments(config)
+    run_file, recipe_file, unknown = checkpoint.parent / "run.yaml", checkpoint.parent / "config.yaml", "not recorded"
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {}
+    recipe = load_config(recipe_file) if recipe_file.is_file() else None
+    rows = {
+        "network": f"{config.MODEL.NAME}: timm's `{architecture}` with {json.dumps(arguments)}",
+        "input": f"{config.DATA.IMG_SIZE}x{config.DATA.IMG_SIZE} pixels; `config.json` says how to prepare images",
+        "data": f"{config.DATA.DATASET}, {run.get('training_images', unknown)} training images, "
+                f"{config.MODEL.NUM_CLASSES} classes",
+        "recipe": _recipe(recipe, run.get("effective_batch", unknown)) if recipe else unknown,
+        "seed": recipe.SEED if recipe else unknown,
+        "accuracy": _accuracy(checkpoint),
+        "commit": run.get("git_commit", unknown),
+        "SHA-256 of the weights": f"`{_sha256(weights)}`",
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    registers = "import models  # registers the network; from this repository, or: import strip_mlp\n"
+    return f"""---
+license: mit
+library_name: timm
+pipeline_tag: image-classification
+tags: [timm, image-classification]
+---
+# {config.MODEL.NAME}
+
+| | |
+|---|---|
+{table}
+```python
+import timm
+{registers if _is_ours(architecture) else ""}\
+net = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
+```
+
+The weights are under the MIT licence, as the code that trained them. The training images have terms of their own.
+"""
+
+
+def _is_ours(architecture: str) -> bool:
+    return timm.models.model_entrypoint(architecture).__module__.split(".")[0] != "timm"
+
+
+def _recipe(config, batch) -> str:
+    train, aug = config.TRAIN, config.AUG
+    start = f", from the weights {Path(config.MODEL.PRETRAINED).name}" if config.MODEL.PRETRAINED else ""
+    return (
+        f"{train.EPOCHS} epochs{start}, {train.OPTIMIZER.NAME}, {batch} images an update, learning rate "
+        f"{train.BASE_LR:g} ({train.LR_SCHEDULER.NAME}, {train.WARMUP_EPOCHS} warm-up epochs), weight decay "
+        f"{train.WEIGHT_DECAY:g}, drop path {config.MODEL.DROP_PATH_RATE:g}, label smoothing "
+        f"{config.MODEL.LABEL_SMOOTHING:g}, RandAugment {aug.AUTO_AUGMENT}, random erasing {aug.REPROB:g}, mixup "
+        f"{aug.MIXUP:g}, cutmix {aug.CUTMIX:g}"
+    )
+
+
+def _accuracy(checkpoint: Path) -> str:
+    """The evaluation of this very file, if ``eval.json`` beside it is one."""
+    path = checkpoint.parent / "eval.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    sha256 = _sha256(checkpoint)
+    if report.get("sha256") != sha256:
+        return "not evaluated; `python main.py --eval` beside the checkpoint, then export again"
+    result = report.get("eval_ema") or report["eval"]
+    return (f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} % of {result['images']} images, "
+            f"by the evaluation of the checkpoint with SHA-256 `{sha256}`")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
