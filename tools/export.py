@@ -148,7 +148,7 @@ def _write_safetensors(network: Network, path: Path) -> Callable:
 
 def _write_hub(network: Network, path: Path) -> Callable:
     path.mkdir()
-    network = network._replace(config=architecture(to_dict(network.config), "the config"))  # without this machine's paths
+    network = network._replace(config=architecture(to_dict(network.config), "the config"))  # without paths
     _write_safetensors(network, path / WEIGHTS)
     (path / "config.json").write_text(json.dumps(timm_config(network.config, network.classes), indent=2) + "\n")
     (path / "README.md").write_text(model_card(network.source, network.config, path / WEIGHTS), encoding="utf-8")

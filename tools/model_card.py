@@ -44,7 +44,7 @@ def model_card(source: str | Path, config, weights: Path) -> str:
     """The ``README.md`` of a shared network, in Markdown with the Hub's header.
 
     Args:
-        source: the checkpoint. What the run left beside it tells the rest: ``config.yaml``, ``run.yaml``, ``eval.json``.
+        source: the checkpoint. The run's ``config.yaml``, ``run.yaml`` and ``eval.json`` beside it tell the rest.
         config: the network's.
         weights: the file that is shared.
     """
