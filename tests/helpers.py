@@ -1,9 +1,9 @@
-"""What several tests share: a training that takes seconds, and ways to run it."""
+"""What several tests share: a training that takes a second, its data, networks and checkpoints, and comparisons."""
 
 import contextlib
-import os
-import subprocess
+import functools
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,24 +13,27 @@ import checkpoint
 from config import load_config, to_dict
 from data.datasets import read_digits
 from models import build_model
+from tests.processes import ROOT, Fork, environment, run, torchrun, wait_for  # noqa: F401
 
-ROOT = Path(__file__).parents[1]
 FAULTS = ROOT / "tests" / "runs" / "faults.py"
 DIGITS = ROOT / "configs" / "smlp_nano_alpha3_patch2_32_digits.yaml"
 
-# 7 micro-batches of 200 images an epoch, with everything on that draws random numbers or carries state.
+# A small network and two epochs, with everything on that draws random numbers or carries state.
 TINY = [
-    "DATA.IMG_SIZE", "16", "DATA.BATCH_SIZE", "200", "DATA.NUM_WORKERS", "0", "MODEL.STRIP_MLP.EMBED_DIM", "8",
+    "DATA.IMG_SIZE", "16", "DATA.BATCH_SIZE", "40", "DATA.NUM_WORKERS", "0", "MODEL.STRIP_MLP.EMBED_DIM", "8",
     "MODEL.STRIP_MLP.DEPTHS", "[1, 1, 1, 1]", "MODEL.DROP_PATH_RATE", "0.1", "TRAIN.EPOCHS", "2",
     "TRAIN.WARMUP_EPOCHS", "1", "TRAIN.EMA.ENABLED", "True", "TRAIN.EMA.DECAY", "0.9", "AUG.MIXUP", "0.8",
     "AUG.CUTMIX", "1.0", "PRINT_FREQ", "3",
 ]
+IMAGES = {"train": 287, "val": 40}  # of such a training: 7 micro-batches of 40 images an epoch, and 7 images over
+_FEW_DIGITS = tempfile.TemporaryDirectory(prefix="few_digits_")
 
 
 def arguments(output, *opts, tag="run", flags=()) -> list[str]:
     """The command line of a tiny training into ``output``."""
+    data = ["DATA.DATASET", "imagefolder", "DATA.DATA_PATH", few_digits()]
     return ["--cfg", str(DIGITS), "--output", str(output), "--tag", tag, "--device", "cpu", *flags,
-            "--opts", *TINY, *map(str, opts)]
+            "--opts", *TINY, *map(str, data), *map(str, opts)]
 
 
 def folder(output, tag="run") -> Path:
@@ -38,31 +41,22 @@ def folder(output, tag="run") -> Path:
     return Path(output, DIGITS.stem, tag)
 
 
-def environment(**variables) -> dict:
-    """The environment of a child process: two threads would make two processes on two cores crawl."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in variables.items()}
+@functools.cache
+def few_digits() -> Path:
+    """The images that a tiny training reads, made once and removed with the process."""
+    return digits_folder(Path(_FEW_DIGITS.name), **IMAGES)
 
 
-def run(command, timeout=240, **variables) -> subprocess.CompletedProcess:
-    """Runs a command in the repository with its output captured as text."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment(**variables),
-                          capture_output=True, text=True, timeout=timeout)
-
-
-def torchrun(processes: int, *flags) -> list[str]:
-    """The beginning of a command that starts that many processes on this machine."""
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *flags]
-
-
-def digits_folder(root, train=120, val=61) -> Path:
-    """An ImageFolder of so many of the bundled digits, in 10 classes."""
+def digits_folder(root: Path, train=120, val=61) -> Path:
+    """An ImageFolder of so many of the bundled digits, as many of each class as it can be."""
     for split, count in (("train", train), ("val", val)):
         images, labels, classes = read_digits(split)
+        by_class = [[i for i, label in enumerate(labels) if label == k] for k in range(len(classes))]
         for name in classes:
             (root / split / name).mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(images[i]).save(root / split / classes[labels[i]] / f"{i}.png")
+        for n in range(count):
+            label, i = n % len(classes), by_class[n % len(classes)][n // len(classes)]
+            Image.fromarray(images[i]).save(root / split / classes[label] / f"{i}.png")
     return root
 
 
@@ -85,12 +79,10 @@ def save_network(path, config, model, /, **entries) -> Path:
 
 @contextlib.contextmanager
 def another_run(run_folder):
-    """Another process that holds the lock of an output folder; yields its Popen."""
-    hold = ("import checkpoint, sys, time; lock = checkpoint.lock_folder(sys.argv[1]); print('held', flush=True); "
-            "time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", hold, str(run_folder)], cwd=ROOT, stdout=subprocess.PIPE,
-                              text=True, env=environment())
-    assert holder.stdout.readline() == "held\n"
+    """Another process that holds the lock of an output folder; yields it."""
+    holder = Fork(["-c", "import checkpoint, sys, time; lock = checkpoint.lock_folder(sys.argv[1]); "
+                         "print('held', flush=True); time.sleep(60)", run_folder])
+    wait_for(lambda: "held" in holder.stdout, holder)
     try:
         yield holder
     finally:

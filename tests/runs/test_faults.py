@@ -1,15 +1,11 @@
 """What goes wrong around a run: workers, signals, disks, images, processes without work."""
 
-import contextlib
 import csv
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +14,10 @@ from PIL import Image
 
 import checkpoint
 import main
-from tests.helpers import FAULTS, ROOT, arguments, environment, folder, run, torchrun
+from tests.helpers import FAULTS, arguments, folder
+from tests.processes import FORKING, Fork, run, torchrun, wait_for
 
-LONG = ("TRAIN.EPOCHS", 500, "TRAIN.WARMUP_EPOCHS", 1, "SAVE_FREQ", 1000)  # until something stops it
+ON_TWO = ("DATA.BATCH_SIZE", 10, "DATA.NUM_WORKERS", 1)  # 14 updates an epoch
 
 
 def image_folder(root, train, val, seed=0):
@@ -35,111 +32,85 @@ def image_folder(root, train, val, seed=0):
             "TRAIN.EPOCHS", 1]
 
 
-def background(command):
-    """A command that runs in a process group of its own."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+@pytest.fixture
+def start():
+    """``start(output, *options)``: a training, once it trains. With ``fault``: one that waits somewhere, once it does.
+
+    Whatever it leaves running is ended after the test.
+    """
+    started = []
+
+    def start(output, *options, launcher=(), fault=()):
+        script = [FAULTS, *fault, "--"] if fault else ["main.py"]
+        process = Fork([*launcher, *script, *arguments(output, *options)], merge=True)
+        started.append(process)
+        metrics = folder(output) / "metrics.jsonl"
+        wait_for(lambda: "hangs" in process.stdout if fault else metrics.exists() and metrics.read_text(), process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
 
 
-def start(output, *options):
-    """A training, once it trains."""
-    process = background(["main.py", *arguments(output, *LONG, *options)])
-    metrics = folder(output) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    return process
-
-
-def start_and_hang(output, launcher, fault, *options):
-    """A training with a fault that makes it wait, once it does."""
-    process = background([*launcher, FAULTS, *fault, "--", *arguments(output, *options)])
-    while "hangs" not in process.stdout.readline():  # two processes may say so in one line
-        assert process.poll() is None
-    return process
-
-
-def processes_of(output):
-    """The processes of a run into a folder, data workers included, by their command lines."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if str(output).encode() in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-    return found
-
-
-def wait_until_gone(output, seconds):
+def wait_until_gone(process, seconds):
+    """Fails where processes of a command, data workers included, live on for longer than that."""
     deadline = time.monotonic() + seconds
-    while processes_of(output) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert processes_of(output) == []
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_running(tmp_path):
-    yield
-    for pid in processes_of(tmp_path):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    while process.living() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process.living() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_to_a_whole_process_group(tmp_path, number):
+def test_signal_to_a_whole_process_group(start, tmp_path, number):
     """Ctrl-C in a terminal, or a scheduler: the data workers get the signal too and must finish the update."""
-    options = ("DATA.NUM_WORKERS", 2, "TRAIN.ACCUMULATION_STEPS", 7)
-    process = start(tmp_path, *options)
-    os.killpg(process.pid, number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 75, output
-    assert f"stopped by {number.name}" in output and "Traceback" not in output
+    options = ("DATA.NUM_WORKERS", 2, "TRAIN.ACCUMULATION_STEPS", 7, "SAVE_FREQ", 1000)
+    process = start(tmp_path, *options, "TRAIN.EPOCHS", 500)
+    process.signal_all(number)
+    assert process.wait() == 75, process.stdout
+    assert f"stopped by {number.name}" in process.stdout and "Traceback" not in process.stdout
     step = checkpoint.newest_checkpoint(folder(tmp_path))[1]["step"]
     assert main.main(arguments(tmp_path, *options, "TRAIN.EPOCHS", 1 + step)) == 0
     assert f"{step} updates done" in (folder(tmp_path) / "log_rank0.txt").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_while_data_workers_start(tmp_path, number):
-    process = start_and_hang(tmp_path, [], ["slow_start_of_workers", 2], "DATA.NUM_WORKERS", 2)
-    os.killpg(process.pid, number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 75 and "Traceback" not in output, output
+def test_signal_while_data_workers_start(start, tmp_path, number):
+    process = start(tmp_path, "DATA.NUM_WORKERS", 2, fault=["slow_start_of_workers", 2])
+    process.signal_all(number)
+    assert process.wait() == 75 and "Traceback" not in process.stdout, process.stdout
     assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000001.pth"
 
 
-def test_ctrl_c_under_the_launcher(tmp_path):
-    """The launcher, whose processes are in sessions of their own, passes it on to them."""
-    options = ("DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1)
-    process = start_and_hang(tmp_path, torchrun(2), ["hang_at_step", 3, 3], *options)
-    os.killpg(process.pid, signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode != 0 and "stopped by SIGINT" in output and "[rank" not in output
+def test_ctrl_c_under_the_launcher(start, tmp_path):
+    """The launcher alone gets it, since its processes are in sessions of their own, and passes it on to them."""
+    process = start(tmp_path, *ON_TWO, launcher=torchrun(2), fault=["hang_at_step", 3, 3])
+    process.signal(signal.SIGINT)
+    assert process.wait() != 0
+    assert "stopped by SIGINT" in process.stdout and "[rank" not in process.stdout
     assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000004.pth"
-    wait_until_gone(tmp_path, seconds=15)
+    wait_until_gone(process, seconds=15)
 
 
 @pytest.mark.parametrize("number, status", [
     (signal.SIGINT, 130), pytest.param(signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow)])
-def test_second_signal_ends_a_run_that_hangs(tmp_path, number, status):
-    process = start_and_hang(tmp_path, [], ["hang_at_step", 3, 1000], "DATA.NUM_WORKERS", 1)
-    os.killpg(process.pid, number)
+def test_second_signal_ends_a_run_that_hangs(start, tmp_path, number, status):
+    process = start(tmp_path, "DATA.NUM_WORKERS", 1, fault=["hang_at_step", 3, 1000])
+    process.signal_all(number)
     time.sleep(6)  # for 5 s it would pass for the same signal again
     assert process.poll() is None
-    os.killpg(process.pid, number)
-    output = process.communicate(timeout=20)[0]
-    assert process.returncode == status and "Traceback" not in output
-    assert ("ERROR: interrupted" in output) == (status == 130)
-    wait_until_gone(tmp_path, seconds=15)
+    process.signal_all(number)
+    assert process.wait(20) == status and "Traceback" not in process.stdout
+    assert ("ERROR: interrupted" in process.stdout) == (status == 130)
+    wait_until_gone(process, seconds=15)
 
 
-def test_signal_that_is_passed_on_is_no_second_one(tmp_path):
-    process = start_and_hang(tmp_path, [], ["hang_at_step", 3, 3])
+def test_signal_that_is_passed_on_is_no_second_one(start, tmp_path):
+    process = start(tmp_path, fault=["hang_at_step", 3, 3])
     for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(1)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 75, output
+        process.signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert process.wait() == 75, process.stdout
     assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000004.pth"
 
 
@@ -153,7 +124,7 @@ def test_ctrl_c_while_evaluating(tmp_path):
 @pytest.mark.parametrize("fault", [("kill_data_worker_at_step", 5), ("kill_data_worker_while_saving", 3)])
 def test_dead_data_worker_ends_the_run(tmp_path, fault):
     options = ("DATA.NUM_WORKERS", 2, "SAVE_STEPS", 2)
-    result = run([FAULTS, *fault, "--", *arguments(tmp_path, *options)], timeout=120)
+    result = run([FAULTS, *fault, "--", *arguments(tmp_path, *options)])
     assert result.returncode == 1
     errors = [line for line in result.stdout.splitlines() if "ERROR" in line]
     assert len(errors) == 1 and "DataLoader worker" in errors[0] and "lower DATA.NUM_WORKERS" in errors[0]
@@ -164,11 +135,9 @@ def test_dead_data_worker_ends_the_run(tmp_path, fault):
 
 @pytest.mark.parametrize("fault", ["raise_at_step", "kill_at_step"])
 def test_all_processes_end_when_one_fails(tmp_path, fault):
-    options = ("DATA.BATCH_SIZE", 50, "DATA.NUM_WORKERS", 1)
-    process = background([*torchrun(2), FAULTS, fault, 4, 1, "--", *arguments(tmp_path, *LONG, *options)])
-    process.communicate(timeout=120)
+    process = run([*torchrun(2), FAULTS, fault, 4, 1, "--", *arguments(tmp_path, *ON_TWO, "TRAIN.EPOCHS", 500)])
     assert process.returncode != 0
-    wait_until_gone(tmp_path, seconds=15)
+    wait_until_gone(process, seconds=15)
     log = (folder(tmp_path) / "log_rank0.txt").read_text()
     last = [line for line in log.splitlines() if "Train:" in line][-1]  # of the third update
     assert time.time() - time.mktime(time.strptime(last[1:20], "%Y-%m-%d %H:%M:%S")) < 30
@@ -185,9 +154,8 @@ def test_full_disk_for_the_log(tmp_path):
 
 
 def test_no_standard_output_at_all(tmp_path):
-    result = subprocess.run(["bash", "-c", 'exec "$@" >&-', "bash", sys.executable, "main.py",
-                             *arguments(tmp_path, "TRAIN.EPOCHS", 1)], cwd=ROOT, env=environment(),
-                            stderr=subprocess.PIPE, text=True, timeout=120)
+    closed = "import os, runpy, sys; os.close(1); sys.stdout = None; runpy.run_path('main.py', run_name='__main__')"
+    result = run(["-c", closed, *arguments(tmp_path, "TRAIN.EPOCHS", 1)])
     assert result.returncode == 0, result.stderr
     assert "Best top-1" in (folder(tmp_path) / "log_rank0.txt").read_text()
 
@@ -214,7 +182,7 @@ def test_many_bad_training_images_do_not_block(tmp_path):
         if int(path.stem) >= 8:
             path.write_bytes(b"")
     options += ["DATA.BATCH_SIZE", 300, "DATA.NUM_WORKERS", 1, "DATA.SKIP_BAD_IMAGES", True, "PRINT_FREQ", 100]
-    result = run(["main.py", *arguments(tmp_path, *options)], timeout=240)
+    result = run(["main.py", *arguments(tmp_path, *options)])
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert result.stdout.count("took its place") > 1000
 
@@ -225,7 +193,7 @@ def test_bad_image_of_one_of_two_processes(tmp_path):
     bad = tmp_path / "data" / "train" / "b" / "5.png"
     bad.write_bytes(b"")
     begin = time.monotonic()
-    result = run([*torchrun(2), "main.py", *arguments(tmp_path, *options)], timeout=120)
+    result = run([*torchrun(2), "main.py", *arguments(tmp_path, *options)])
     assert time.monotonic() - begin < 60
     assert result.returncode != 0 and "[rank" not in result.stderr  # as an uncaught exception would be marked
     errors = [line for line in result.stdout.splitlines() if "ERROR" in line]
@@ -270,12 +238,10 @@ def test_two_nodes_through_the_launcher_s_rendezvous(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    node = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "x",
-            "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "main.py",
-            *arguments(tmp_path, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 100)]
-    nodes = [subprocess.Popen(node, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=240)[0] for process in nodes]
-    assert [process.returncode for process in nodes] == [0, 0], outputs
+    node = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_id", "x", "--rdzv_backend",
+            "c10d", "--rdzv_endpoint", f"localhost:{port}", *FORKING, "main.py",
+            *arguments(tmp_path, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 20)]
+    nodes = [Fork(node) for _ in range(2)]
+    assert [node.wait() for node in nodes] == [0, 0], [node.stderr for node in nodes]
     assert yaml.safe_load((folder(tmp_path) / "run.yaml").read_text())["world_size"] == 2
-    assert sum(output.count("Best top-1") for output in outputs) == 1
+    assert sum(node.stdout.count("Best top-1") for node in nodes) == 1
