@@ -4,7 +4,6 @@ import pickle
 import random
 import struct
 import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 
@@ -14,7 +13,8 @@ from yacs.config import CfgNode
 
 import checkpoint
 from models import InputError, model_state_dict
-from tests.helpers import ROOT, another_run, environment
+from tests.helpers import another_run
+from tests.processes import run
 
 
 def content(step=1):
@@ -150,8 +150,7 @@ def fuzz(folder, first, last):
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
         "config": config, "epoch": 3, "max_accuracy": 81.25,
     })
-    result = subprocess.run([sys.executable, "-c", FUZZ, str(folder), str(first), str(last)], cwd=folder,
-                            env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    result = run(["-c", FUZZ, folder, first, last], timeout=900, folder=folder)
     assert result.returncode == 0, result.stderr[-3000:]
     report = __import__("json").loads(result.stdout.splitlines()[-1])
     assert report["touched"] == []
@@ -318,10 +317,9 @@ def test_lock_is_not_kept_by_forked_children(tmp_path):
     script = ("import checkpoint, os, sys, time; lock = checkpoint.lock_folder(sys.argv[1])\n"
               "if os.fork() == 0: time.sleep(60)\n"
               "else: os.kill(os.getpid(), 9)")
-    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment(),
-                              start_new_session=True)
-    parent.wait()
+    parent = run(["-c", script, tmp_path])
     try:
+        assert parent.returncode == -9 and len(parent.living()) == 1
         checkpoint.lock_folder(tmp_path).close()
     finally:
-        os.killpg(parent.pid, 9)
+        parent.kill()

@@ -13,7 +13,8 @@ from engine import Precision, evaluate, measure_throughput
 from lr_scheduler import LRScheduler
 from models import build_model
 from optimizer import build_optimizer
-from tests.helpers import DIGITS, FAULTS, TINY, arguments, folder, run, torchrun
+from tests.helpers import DIGITS, FAULTS, TINY, arguments, folder
+from tests.processes import run, torchrun
 from train_state import Layout, TrainState
 
 CPU = torch.device("cpu")
@@ -169,7 +170,7 @@ def test_too_many_skipped_updates_stop_the_run(tmp_path):
 
 
 def test_a_loss_that_is_bad_on_one_process_is_skipped_on_all(tmp_path):
-    options = ("DATA.BATCH_SIZE", 100, "PRINT_FREQ", 1)
+    options = ("DATA.BATCH_SIZE", 20, "PRINT_FREQ", 1)
     result = run([*torchrun(2), FAULTS, "bad_loss_at_steps", 3, 4, 1, "--", *arguments(tmp_path, *options)])
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("1 of the last 1 updates were skipped") == 2

@@ -18,10 +18,11 @@ from data import build_val_loader
 from data.datasets import read_digits
 from engine import Precision, evaluate
 from models import StripMLPNet, adapt_size, build_model, load_strict, to_released_state_dict
-from tests.helpers import DIGITS, ROOT, TINY, arguments, differences, folder, run, torchrun
+from tests.helpers import DIGITS, TINY, arguments, differences, few_digits, folder
+from tests.processes import ROOT, run, torchrun
 
 FROZEN = ("stem", "stages.0", "stages.1", "merging.0")
-OPTIONS = ("TRAIN.FREEZE_STAGES", 2, "TRAIN.LAYER_DECAY", 0.5, "DATA.BATCH_SIZE", 400)
+OPTIONS = ("TRAIN.FREEZE_STAGES", 2, "TRAIN.LAYER_DECAY", 0.5, "DATA.BATCH_SIZE", 80)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,8 @@ def test_evaluation_at_another_size_says_so_once(finetuned, tmp_path, capsys):
     assert main.main(arguments(tmp_path, "DATA.IMG_SIZE", 32, flags=flags)) == 0
     assert capsys.readouterr().out.count("weights are for another input size") == 1
     results = json.loads((folder(tmp_path) / "eval.json").read_text())
-    config = load_config(DIGITS, [*TINY, "DATA.IMG_SIZE", 32])
+    data = ["DATA.DATASET", "imagefolder", "DATA.DATA_PATH", str(few_digits())]
+    config = load_config(DIGITS, [*TINY, *data, "DATA.IMG_SIZE", 32])
     model, val_loader = build_model(config), build_val_loader(config)
     for name, weights in (("eval", "model"), ("eval_ema", "model_ema")):
         load_strict(model, adapt_size(checkpoint.load_file(path)[weights], model))
@@ -100,7 +102,7 @@ def test_resuming_a_fine_tuning_changes_no_bit(finetuned, tmp_path):
 @pytest.mark.slow
 def test_frozen_on_three_processes(pretrained, tmp_path):
     """Where averaging equal statistics over the processes would change their last bits."""
-    result = run([*torchrun(3), "main.py", *arguments(tmp_path, *OPTIONS, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 150,
+    result = run([*torchrun(3), "main.py", *arguments(tmp_path, *OPTIONS, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 30,
                                                       flags=["--pretrained", pretrained])])
     assert result.returncode == 0, result.stderr
     check_frozen(checkpoint.newest_checkpoint(folder(tmp_path))[1], pretrained)

@@ -147,7 +147,7 @@ def test_resume_with_another_world_size_and_batch_size(tmp_path):
     log = (target / "log_rank0.txt").read_text()
     assert "resumed with batch_size 20 -> 10: the run goes on after as many images" in log
     assert "epoch 0, 4 updates done" in log
-    newest = checkpoint.load_file(checkpoint.newest_checkpoint(target))
+    newest = checkpoint.newest_checkpoint(target)[1]
     assert newest["step"] == 14 and newest["epoch"] == 1  # 287 images: 28 micro-batches of 10, two to an update
 
 
@@ -176,7 +176,7 @@ def test_checkpoints_of_another_step_count_are_set_aside(tmp_path):
     assert checkpoint.newest_checkpoint(run_folder)[0].name == "ckpt_step_00000028.pth"
     for epochs in (3, 4):
         assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", epochs, "DATA.BATCH_SIZE", 40)) == 0
-        newest = checkpoint.newest_checkpoint(run_folder)
+        newest = checkpoint.newest_checkpoint(run_folder)[0]
         assert newest.name == f"ckpt_step_{7 * epochs:08d}.pth" and checkpoint.load_file(newest)["epoch"] == epochs
     assert (run_folder / "ckpt_step_00000028.pth.aside").exists()
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from tests.helpers import ROOT, run
+from tests.processes import ROOT, run
 from tools import plot_run
 
 
