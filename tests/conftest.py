@@ -8,15 +8,20 @@ if not os.path.exists("/dev/nvidiactl"):
 import pytest
 import torch
 
+import main
+import report
+from tests.helpers import arguments
+
 torch.set_num_threads(1)
+draw_curves = report.draw_curves
+report.draw_curves = lambda folder: None  # matplotlib would take half of the time of a tiny training
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The output folder of a finished training, which tests read and may evaluate."""
-    import main
-    from tests.helpers import arguments
-
     output = tmp_path_factory.mktemp("trained")
-    assert main.main(arguments(output)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_curves", draw_curves)
+        assert main.main(arguments(output)) == 0
     return output

@@ -5,18 +5,13 @@ import timm
 import torch
 
 from config import load_config
-from models import StripMLPNet
 from optimizer import build_optimizer
-
-
-def tiny_model(seed=0):
-    torch.manual_seed(seed)
-    return StripMLPNet(img_size=32, num_classes=3, embed_dim=8, depths=(1, 1, 1, 1), num_patches=2, drop_path_rate=0.0)
+from tests.nets import tiny_net
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_groups(name):
-    model = tiny_model()
+    model = tiny_net(depths=(1, 1, 1, 1))
     optimizer = build_optimizer(load_config("", ["TRAIN.OPTIMIZER.NAME", name]), model)
     names = {id(parameter): key for key, parameter in model.named_parameters()}
     groups = {group["weight_decay"]: [names[id(p)] for p in group["params"]] for group in optimizer.param_groups}
@@ -38,7 +33,7 @@ def test_groups(name):
 
 
 def test_frozen_parameters_are_left_out():
-    model = tiny_model()
+    model = tiny_net(depths=(1, 1, 1, 1))
     model.stem.requires_grad_(False)
     optimizer = build_optimizer(load_config(), model)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -48,7 +43,7 @@ def test_frozen_parameters_are_left_out():
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_layer_decay(name):
     """Half the learning rate a layer: head, block of stage 4 (with what leads into it and the norm), ..., the stem."""
-    model = tiny_model()
+    model = tiny_net(depths=(1, 1, 1, 1))
     model.stages[0].requires_grad_(False)
     optimizer = build_optimizer(load_config("", ["TRAIN.OPTIMIZER.NAME", name, "TRAIN.LAYER_DECAY", 0.5]), model)
     layers = [("stem.",), ("stages.0",), ("stages.1", "merging.0"), ("stages.2", "merging.1", "shortcut_m1"),
@@ -80,8 +75,8 @@ def test_layer_decay_of_other_models():
 def test_options():
     opts = ["TRAIN.BASE_LR", "1e-3", "TRAIN.WEIGHT_DECAY", "0.3", "TRAIN.OPTIMIZER.EPS", "1e-6",
             "TRAIN.OPTIMIZER.BETAS", "[0.8, 0.95]", "TRAIN.OPTIMIZER.MOMENTUM", "0.7"]
-    adamw = build_optimizer(load_config("", opts), tiny_model())
-    sgd = build_optimizer(load_config("", [*opts, "TRAIN.OPTIMIZER.NAME", "sgd"]), tiny_model())
+    adamw = build_optimizer(load_config("", opts), tiny_net(depths=(1, 1, 1, 1)))
+    sgd = build_optimizer(load_config("", [*opts, "TRAIN.OPTIMIZER.NAME", "sgd"]), tiny_net(depths=(1, 1, 1, 1)))
     assert (type(adamw), type(sgd)) == (torch.optim.AdamW, torch.optim.SGD)
     for optimizer in (adamw, sgd):
         assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0.3), (1e-3, 0.0)]
@@ -96,7 +91,7 @@ def test_two_steps_against_the_formulas(name):
     """The update rules as their papers have them, in float64, on gradients drawn with seed 1."""
     config = load_config("", ["TRAIN.OPTIMIZER.NAME", name])
     lr, decay, eps, (beta1, beta2) = 5e-4, 0.05, 1e-8, (0.9, 0.999)
-    model = tiny_model().double()
+    model = tiny_net(depths=(1, 1, 1, 1)).double()
     optimizer = build_optimizer(config, model)
     expected = {key: p.detach().clone() for key, p in model.named_parameters()}
     first = {key: torch.zeros_like(p) for key, p in expected.items()}

@@ -10,24 +10,11 @@ from models import StripMLPNet, build_model
 from models.ablations import AblatedMixingBlock, ParallelCGSMM, build_ablated
 from models.strip_mlp import CGSMM, StripMixingBlock
 from tests.helpers import ROOT
+from tests.nets import draw, randomise
 
 SIZES = {"img_size": 32, "num_classes": 5, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_patches": 2}
 TINY = ["DATA.IMG_SIZE", 32, "MODEL.NUM_CLASSES", 5, "MODEL.STRIP_MLP.EMBED_DIM", 16,
         "MODEL.STRIP_MLP.DEPTHS", [1, 1, 2, 1]]
-
-
-def draw(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def randomise(module):
-    """The module in float64 and eval mode, its parameters and statistics drawn anew, so that no zero hides an error."""
-    with torch.no_grad():
-        for seed, (name, tensor) in enumerate([*module.double().named_parameters(), *module.named_buffers()]):
-            if tensor.is_floating_point():
-                drawn = draw(*tensor.shape, seed=seed) / max(tensor[0].numel(), 1) ** 0.5
-                tensor.copy_(drawn.abs() + 0.5 if name.endswith("running_var") else drawn)
-    return module.eval()
 
 
 def check(value, expected):
@@ -105,7 +92,8 @@ def test_the_formula_holds_for_the_paper_s_networks(variant, data, patches):
 
 
 def test_without_any_ablation_it_is_the_whole_network():
-    whole, ablated = randomise(StripMLPNet(**SIZES)), randomise(build_ablated("both", True, True, **SIZES))
+    whole = randomise(StripMLPNet(**SIZES)).eval()
+    ablated = randomise(build_ablated("both", True, True, **SIZES)).eval()
     assert type(build_model(load_config("", TINY)).stages[0][0].token_mixing) is StripMixingBlock
     assert whole.state_dict().keys() == ablated.state_dict().keys()
     whole.load_state_dict(ablated.state_dict())
@@ -117,7 +105,7 @@ def test_parallel_strips_do_not_see_each_other():
     """Without the fusions' other halves, the cascade's column strips move with the row's weights, the parallel ones'
     do not."""
     for kind, moves in ((CGSMM, True), (ParallelCGSMM, False)):
-        module, x = randomise(kind(4, 6, 2)), draw(2, 4, 6, 6)
+        module, x = randomise(kind(4, 6, 2)).eval(), draw(2, 4, 6, 6)
         with torch.no_grad():
             module.column_fuse.weight[:, :4] = 0  # leaves the column strips alone
             before = module(x)
@@ -126,7 +114,7 @@ def test_parallel_strips_do_not_see_each_other():
 
 
 def test_parallel_cgsmm():
-    module, x = randomise(ParallelCGSMM(4, 6, 2)), draw(2, 4, 6, 6)
+    module, x = randomise(ParallelCGSMM(4, 6, 2)).eval(), draw(2, 4, 6, 6)
     row = module.row_strip(module.row_position(x))
     row = module.norm(torch.einsum("oc,nchw->nohw", module.row_fuse.weight[:, :, 0, 0], torch.cat([row, x], 1)))
     column = module.column_strip(module.column_position(x))
@@ -136,7 +124,7 @@ def test_parallel_cgsmm():
 
 @pytest.mark.parametrize("mixers", ["cgsmm", "lsmm"])
 def test_one_mixer_takes_all_channels(mixers):
-    block, x = randomise(AblatedMixingBlock(8, 6, 2, 3, mixers, True)), draw(2, 8, 6, 6)
+    block, x = randomise(AblatedMixingBlock(8, 6, 2, 3, mixers, True)).eval(), draw(2, 8, 6, 6)
     y = block.conv(torch.nn.functional.gelu(block.conv_norm(x)))
     y = torch.nn.functional.gelu(block.proj_norm(block.proj_in(y)))
     check(block(x), block.proj_out(getattr(block, mixers)(y)))
@@ -144,7 +132,7 @@ def test_one_mixer_takes_all_channels(mixers):
 
 
 def test_without_shortcuts_the_stages_follow_one_another():
-    model = randomise(build_ablated("both", True, False, **SIZES))
+    model = randomise(build_ablated("both", True, False, **SIZES)).eval()
     images = draw(2, 3, 32, 32)
     x = model.stages[0](model.stem(images))
     for merging, stage in zip(model.merging, itertools.islice(model.stages, 1, None), strict=True):
@@ -160,7 +148,7 @@ def test_unknown_mixers():
 
 @pytest.mark.parametrize("choices", [("cgsmm", True, True), ("lsmm", True, True), ("both", False, False)])
 def test_the_inference_form_keeps_what_is_ablated(choices):
-    model, images = randomise(build_ablated(*choices, **SIZES)), draw(2, 3, 32, 32)
+    model, images = randomise(build_ablated(*choices, **SIZES)).eval(), draw(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(images)
         check(model.fuse()(images), expected)

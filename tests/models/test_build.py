@@ -9,6 +9,7 @@ from timm.layers import DropPath
 
 from config import load_config
 from models import StripMLPNet, build_model, count_batches_once
+from tests.nets import shapes
 
 TINY = ["DATA.IMG_SIZE", 32, "MODEL.NUM_CLASSES", 5, "MODEL.STRIP_MLP.EMBED_DIM", 8,
         "MODEL.STRIP_MLP.DEPTHS", [1, 1, 2, 1]]
@@ -17,10 +18,6 @@ TINY = ["DATA.IMG_SIZE", 32, "MODEL.NUM_CLASSES", 5, "MODEL.STRIP_MLP.EMBED_DIM"
 def build(*opts):
     with torch.device("meta"):
         return build_model(load_config("", [*TINY, *opts]))
-
-
-def shapes(model):
-    return {key: tuple(p.shape) for key, p in model.named_parameters()}
 
 
 STRIP = "stages.0.0.token_mixing.cgsmm.row_strip.weight"

@@ -19,6 +19,7 @@ from models import (
 )
 from models.strip_mlp import StripMLP
 from optimizer import build_optimizer
+from tests.nets import relative_error
 
 FIGURES = Path(__file__).parents[1] / "fidelity"
 FLOAT64, FLOAT32 = 1e-9, 1e-4  # tolerances, as relative errors in norm
@@ -66,11 +67,6 @@ def build(figures, dtype, **kwargs):
 def images_of(figures, dtype):
     shape = (figures["images"], 3, figures["img_size"], figures["img_size"])
     return torch.from_numpy(np.random.RandomState(figures["image_seed"]).standard_normal(shape)).to(dtype)
-
-
-def relative_error(value, reference):
-    value, reference = (torch.as_tensor(x, dtype=torch.float64) for x in (value, reference))
-    return float((value - reference).norm() / reference.norm())
 
 
 @pytest.mark.parametrize("name", ["eval_tiny_light_224", "eval_small_224"])

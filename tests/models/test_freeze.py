@@ -5,7 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from models import StripMLPNet, freeze_stages, set_train_mode
+from models import freeze_stages, set_train_mode
+from tests.nets import tiny_net
 
 # What freezing n stages freezes, by the beginnings of the names.
 PARTS = [
@@ -15,16 +16,11 @@ PARTS = [
 ]
 
 
-def tiny_net():
-    torch.manual_seed(0)
-    return StripMLPNet(img_size=32, num_classes=3, embed_dim=8, depths=(1, 1, 2, 1), num_patches=2, drop_path_rate=0.2)
-
-
 @pytest.mark.parametrize("count", range(5))
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_frozen_stages(count, checkpointing):
     """A training step changes everything but them, their statistics included; their drop path is off."""
-    net, parts = tiny_net(), PARTS[count]
+    net, parts = tiny_net(drop_path_rate=0.2), PARTS[count]
     net.set_grad_checkpointing(checkpointing)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     freeze_stages(net, count)

@@ -8,6 +8,7 @@ import torch
 from models import StripMLPNet
 from models.ablations import build_ablated
 from models.fused import FusedChannelMixingBlock, FusedStripMixingBlock
+from tests.nets import relative_error
 
 
 def trained(dtype=torch.float64, build=StripMLPNet, **kwargs):
@@ -25,10 +26,6 @@ def trained(dtype=torch.float64, build=StripMLPNet, **kwargs):
 
 def images(*size, dtype=torch.float64):
     return torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-
-
-def relative_error(value, reference):
-    return float((value - reference).double().norm() / reference.double().norm())
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])

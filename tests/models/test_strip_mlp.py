@@ -10,7 +10,6 @@ from timm.layers import DropPath, to_2tuple
 from torch import nn
 
 from config import load_config
-from models import StripMLPNet
 from models.strip_mlp import (
     CGSMM,
     GRN,
@@ -24,33 +23,7 @@ from models.strip_mlp import (
 )
 from models.strip_ops import strip_mix_plain
 from optimizer import build_optimizer
-
-
-def randomise(module, seed=0):
-    """The module in float64, all of its parameters and statistics drawn anew, so that no zero or one hides an error."""
-    generator = torch.Generator().manual_seed(seed)
-    module.double()
-    with torch.no_grad():
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if tensor.is_floating_point():
-                drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-                is_variance = name.endswith("running_var")
-                tensor.copy_(drawn.abs() + 0.5 if is_variance else drawn / tensor[0].numel() ** 0.5)
-    return module
-
-
-def draw(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def tiny_net(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    sizes = {"img_size": 32, "num_classes": 5, "embed_dim": 8, "depths": (1, 1, 2, 1), "num_patches": 2} | kwargs
-    return StripMLPNet(**sizes)
-
-
-def shapes(model):
-    return {key: tuple(p.shape) for key, p in model.named_parameters()}
+from tests.nets import draw, randomise, shapes, tiny_net
 
 
 def check(value, expected):

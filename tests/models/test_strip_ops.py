@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import strip_ops
 from models.strip_ops import strip_mix, strip_mix_plain
+from tests.nets import relative_error
 
 AXES = ["row", "column"]
 # Stages of the networks: C_in, side, P, images (odd on purpose), strip width.
@@ -50,11 +51,6 @@ def naive(x, weight, bias, axis):
                     else:
                         y[n, c, j, a] = total
     return y
-
-
-def relative_error(value, reference):
-    value, reference = value.detach().double(), reference.detach().double()
-    return float((value - reference).norm() / reference.norm())
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -16,26 +16,16 @@ from yacs.config import CfgNode
 from checkpoint import save_file
 from models import StripMLPNet, adapt_size, to_released_state_dict
 from models.strip_mlp import VARIANTS
-
-SIZES = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_patches": 2}  # of a tiny network
-
-
-def tiny_net(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    return StripMLPNet(**({"img_size": 32, "num_classes": 5} | SIZES | kwargs))
+from tests.nets import SIZES, shapes, tiny_net
 
 
 def created(**kwargs):
     torch.manual_seed(0)
-    return timm.create_model("strip_mlp_tiny", **({"img_size": 32, "num_classes": 5} | SIZES | kwargs)).eval()
+    return timm.create_model("strip_mlp_tiny", **SIZES | kwargs).eval()
 
 
 def images(height=32, width=32):
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def shapes(model):
-    return {key: tuple(p.shape) for key, p in model.named_parameters()}
 
 
 # ---- create_model --------------------------------------------------------------------------------

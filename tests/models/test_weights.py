@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from models import (
     InputError,
-    StripMLPNet,
     adapt_size,
     convert_released_state_dict,
     load_pretrained,
@@ -18,12 +17,11 @@ from models import (
     to_released_state_dict,
 )
 from models.strip_ops import strip_mix
+from tests.nets import tiny_net
 
 
 def tiny_model(seed, num_classes=5, **kwargs):
-    torch.manual_seed(seed)
-    sizes = {"img_size": 32, "embed_dim": 8, "depths": (1, 1, 2, 1), "num_patches": 2} | kwargs
-    model = StripMLPNet(num_classes=num_classes, **sizes)
+    model = tiny_net(seed, num_classes=num_classes, **kwargs)
     for key, buffer in model.named_buffers():  # statistics other than those of a new network
         buffer.copy_(torch.full_like(buffer, 7 + seed) if "batches" in key else torch.rand_like(buffer) + 0.5)
     return model

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from models import InputError, StripMLPNet, convert_released_state_dict, load_strict
 from models.windows import cut, merge
-from tests.models.test_fidelity import FLOAT32, FLOAT64, load_figures, relative_error, released_weights
+from tests.models.test_fidelity import FLOAT32, FLOAT64, load_figures, released_weights
+from tests.nets import relative_error, tiny_net
 
 # ---- cutting and merging -------------------------------------------------------------------------
 
@@ -93,18 +94,12 @@ def test_fidelity(dtype, tolerance, inputs):
 
 # ---- the network ---------------------------------------------------------------------------------
 
-def tiny_net(**kwargs):
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "num_classes": 5, "embed_dim": 8, "depths": (1, 1, 2, 1), "num_patches": 2}
-    return StripMLPNet(**(sizes | kwargs)).eval()
-
-
 def images(height, width, seed=1):
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_same_network_at_the_trained_size():
-    fixed, dynamic = tiny_net(), tiny_net(dynamic_img_size=True)
+    fixed, dynamic = tiny_net().eval(), tiny_net(dynamic_img_size=True).eval()
     assert fixed.state_dict().keys() == dynamic.state_dict().keys()
     assert torch.equal(fixed(images(32, 32)), dynamic(images(32, 32)))
 
@@ -113,7 +108,7 @@ def test_messages():
     with pytest.raises(InputError, match=r"built for images of 32x32, .* \(2, 3, 33, 70\); .* \(legal near 33: 32 and "
                        r"64; legal near 70: 64 and 96\), or build it with dynamic_img_size=True"):
         tiny_net()(images(33, 70))
-    net = tiny_net(dynamic_img_size=True)
+    net = tiny_net(dynamic_img_size=True).eval()
     for x in (images(31, 64), images(64, 31), images(64, 64)[0]):
         with pytest.raises(InputError, match="takes images .N, C, H, W. of at least 32x32 pixels, got a batch"):
             net(x)
@@ -122,7 +117,7 @@ def test_messages():
 @pytest.mark.parametrize("size", [(32, 48), (50, 33), (70, 100)])
 @torch.no_grad()
 def test_fused(size):
-    net = tiny_net(dynamic_img_size=True).double()
+    net = tiny_net(dynamic_img_size=True).double().eval()
     for norm in net.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.running_mean.normal_()
