@@ -10,7 +10,7 @@ import pytest
 from config import load_config
 from main import config_overrides
 from main import parse_arguments as parse_main_arguments
-from tests.helpers import ROOT
+from tests.processes import ROOT
 from tools import paper_tables, reproduce
 
 REPRODUCE, RESULTS = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("reproduce.md", "results.md"))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.helpers import ROOT, run
+from tests.processes import ROOT, run_interpreter
 
 SCRIPTS = sorted(path for folder in (ROOT, ROOT / "tools") for path in folder.glob("*.py")
                  if "argparse.ArgumentParser(" in path.read_text())
@@ -61,5 +61,5 @@ def test_a_tool_starts_from_anywhere(tmp_path):
     command = f"import os, runpy, sys; os.chdir({str(tmp_path)!r}); sys.argv = ['predict.py', '--help']; " \
               f"sys.path[0] = {str(ROOT / 'tools')!r}; runpy.run_path({str(ROOT / 'tools/predict.py')!r}, " \
               "run_name='__main__')"
-    result = run(["-c", command], PYTHONPATH="")
+    result = run_interpreter(["-c", command], PYTHONPATH="")
     assert result.returncode == 0 and result.stdout.startswith("usage: predict.py"), result.stderr

@@ -9,7 +9,8 @@ import checkpoint
 from config import from_dict, load_config, to_dict
 from inference import load_network
 from models import adapt_size, build_model, to_released_state_dict
-from tests.helpers import DIGITS, ROOT, TINY, differences, save_network, tiny_network
+from tests.helpers import DIGITS, TINY, differences, save_network, tiny_network
+from tests.processes import ROOT
 
 
 def logits(model):

@@ -12,7 +12,8 @@ import main
 from config import load_config
 from logger import add_log_file
 from metrics import MetricsWriter
-from tests.helpers import arguments, folder, run
+from tests.helpers import arguments, folder
+from tests.processes import run
 
 logger = logging.getLogger("strip_mlp")
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.helpers import ROOT, environment
+from tests.processes import ROOT, environment
 
 # From an empty folder: nothing of the repository but the package can be imported.
 USE = """

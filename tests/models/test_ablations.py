@@ -9,8 +9,8 @@ from config import load_config
 from models import StripMLPNet, build_model
 from models.ablations import AblatedMixingBlock, ParallelCGSMM, build_ablated
 from models.strip_mlp import CGSMM, StripMixingBlock
-from tests.helpers import ROOT
 from tests.nets import draw, randomise
+from tests.processes import ROOT
 
 SIZES = {"img_size": 32, "num_classes": 5, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_patches": 2}
 TINY = ["DATA.IMG_SIZE", 32, "MODEL.NUM_CLASSES", 5, "MODEL.STRIP_MLP.EMBED_DIM", 16,

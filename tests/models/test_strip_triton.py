@@ -10,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.strip_ops import strip_mix, strip_mix_plain
-from tests.helpers import ROOT
 from tests.models.test_strip_ops import AXES, draw
 from tests.nets import relative_error
+from tests.processes import ROOT
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -40,7 +40,7 @@ def test_a_resume_with_another_batch_on_a_full_disk_keeps_the_only_checkpoint(tr
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "DATA.BATCH_SIZE", 400)) == 2
+    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "DATA.BATCH_SIZE", 80)) == 2
     assert "make room and rerun the same command" in capsys.readouterr().out
     assert [path.name for path in checkpoint.list_checkpoints(folder(tmp_path))] == ["ckpt_step_00000007.pth"]
 
@@ -74,10 +74,11 @@ def test_an_evaluation_keeps_other_runs_out_of_its_folder(trained, monkeypatch):
 
 def test_an_evaluation_on_other_classes_is_refused(trained, tmp_path, monkeypatch, capsys):
     content = checkpoint.load_file(folder(trained) / "best.pth") | {"classes": list("0123456798")}
-    checkpoint.save_file(content, tmp_path / "swapped.pth")
+    swapped = str(tmp_path / "swapped.pth")
+    checkpoint.save_file(content, swapped)
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("evaluated"))
     images, labels, _ = read_digits("val")
     names = "zero one two three four five six seven eight nine".split()
     monkeypatch.setattr("data.datasets.read_digits", lambda split: (images, labels, names))
-    assert main.main([*arguments(tmp_path), "--eval", "--resume", str(tmp_path / "swapped.pth")]) == 2
+    assert main.main(arguments(tmp_path, "DATA.DATASET", "digits", flags=["--eval", "--resume", swapped])) == 2
     assert "label 0 is '0' in the checkpoint and 'zero' in the data set" in capsys.readouterr().out

@@ -11,7 +11,8 @@ import yaml
 
 from config import flat_keys, load_config, to_dict
 from models import build_model
-from tests.helpers import DIGITS, ROOT, TINY
+from tests.helpers import DIGITS, TINY
+from tests.processes import ROOT
 from tools import paper_tables
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from config import load_config
-from tests.helpers import DIGITS, ROOT, TINY, another_run
+from tests.helpers import DIGITS, TINY, another_run
+from tests.processes import ROOT, run
 from tools import reproduce
 from tools.tables import TABLES, read_tables
 
@@ -181,9 +182,9 @@ def test_every_row_of_the_tables_has_a_config_that_loads():
 
 
 def test_a_table_is_run_and_not_again(table, tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(reproduce, "run", lambda command: (run(command[1:]).returncode, False))
     command = ["tiny", "--tables", str(table.file), "--output", str(tmp_path), "--rows", "first", "--device", "cpu",
-               "--opts", "TRAIN.EPOCHS", "1"]
+               "--opts", "TRAIN.EPOCHS", "1", "DATA.BATCH_SIZE", "200"]
     assert reproduce.main(command) == 0
     output = capfd.readouterr().out
     folder = tmp_path / "first" / DIGITS.stem / "seed0"
