@@ -16,6 +16,7 @@ from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 import distributed
 import engine
+import evaluation
 import main
 from data import build
 
@@ -111,7 +112,7 @@ def interrupt_evaluation(name):
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep(1000)
 
-    main.evaluate = evaluate
+    evaluation.evaluate = evaluate
 
 
 @fault

@@ -107,7 +107,7 @@ for name, options, *message in [
     ("zip form of a set without one", ("DATA.DATASET", "digits", "DATA.ZIP_MODE", True), "DATA.ZIP_MODE",
      "digits"),
     ("unknown timm model", ("MODEL.TYPE", "timm", "MODEL.ARCH", "resnet51"), "'resnet51'", "resnet50"),
-    ("timm model without a name", ("MODEL.TYPE", "timm"), "smlp_nano_alpha3_patch2_32_digits", "not a timm model"),
+    ("timm model without a name", ("MODEL.TYPE", "timm"), "MODEL.ARCH is ''", "name of a timm model"),
     ("more frozen stages than there are", ("TRAIN.FREEZE_STAGES", 5), "TRAIN.FREEZE_STAGES is 5", "has 4 stages"),
     ("timm model without drop path", ("MODEL.TYPE", "timm", "MODEL.ARCH", "vgg11"), "vgg11", "DROP_PATH_RATE"),
     ("timm model of another size", ("MODEL.TYPE", "timm", "MODEL.ARCH", "test_vit", "DATA.IMG_SIZE", 30),
