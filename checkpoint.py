@@ -185,7 +185,8 @@ def lock_folder(folder: str | Path):
 
 
 def _load_torch(path: Path):
-    if zipfile.is_zipfile(path):
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             is_stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
@@ -195,7 +196,8 @@ def _load_torch(path: Path):
         if damaged:
             raise InputError(f"it is damaged: the checksum of its record {printable(damaged)} does not match")
     torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
-    return torch.load(path, map_location="cpu", weights_only=True)
+    # Mapped, a record that claims more bytes than it has cannot be read beyond its end by any version of PyTorch.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def _load_safetensors(path: Path) -> dict:

@@ -15,7 +15,8 @@ import distributed
 import utils
 from config import to_dict
 from lr_scheduler import LRScheduler
-from models import InputError, load_strict, model_state_dict
+from models import load_strict, model_state_dict
+from resume_checks import check_training
 
 logger = logging.getLogger("strip_mlp")
 
@@ -87,55 +88,20 @@ class TrainState:
         images seen, and the run goes on with other random numbers. Hyperparameters follow this run's config.
 
         Raises:
-            InputError: the checkpoint holds no whole training, as a released one does not, or one that cannot go on
-                here: another data set, network or optimiser.
+            InputError: as ``check_training``; nothing is changed then.
         """
-        missing = self.state_dict().keys() - content.keys()
-        if missing:
-            raise InputError(
-                f"the checkpoint cannot be resumed, it lacks {', '.join(sorted(missing))}; to start a new training "
-                "from its weights use --pretrained, to evaluate it --eval"
-            )
-        saved, own = content["layout"], vars(self.layout)
-        if saved.keys() != own.keys():
-            raise InputError("the checkpoint was written by another version of this code; use --pretrained")
-        changed = {key: f"{key} {saved[key]} -> {own[key]}" for key in own if saved[key] != own[key]}
-        if changed.keys() & {"dataset", "training_images", "num_classes"}:
-            raise InputError(
-                f"the checkpoint was trained on another data set ({', '.join(changed.values())}); to train its weights "
-                "on this one use --pretrained and another --tag"
-            )
-        if changed and content["batch"] and (saved["is_sharded"] or own["is_sharded"]):
-            raise InputError(
-                f"the checkpoint is from the middle of an epoch over shards of the images, which changed "
-                f"({', '.join(changed.values())}), so that what is left of the epoch is not defined; resume as before, "
-                "or from a checkpoint at the end of an epoch"
-            )
-        groups = self.optimizer.state_dict()["param_groups"]
-        saved_groups = content["optimizer"]["param_groups"]
-        if groups[0].keys() != saved_groups[0].keys():
-            raise InputError(
-                "the checkpoint was written with another optimiser, or by another version of this code; set "
-                "TRAIN.OPTIMIZER.NAME to it, or start from its weights with --pretrained"
-            )
-        if self.ema and content["model_ema"] is None:
-            raise InputError("TRAIN.EMA.ENABLED is True but the checkpoint holds no average; resume with it False")
-
+        changed = check_training(content, self)
         load_strict(self.model, model_state_dict(content))
-        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
-            raise InputError(
-                "the checkpoint was written with other parameter groups; set TRAIN.FREEZE_STAGES as it was, and "
-                "TRAIN.LAYER_DECAY to 1 where it was 1, below where it was below"
-            )
         if self.ema:
-            load_strict(self.ema.module, content["model_ema"])
-        self.optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": groups})
+            load_strict(self.ema.module, model_state_dict({"model": content["model_ema"]}))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": self._moments(content["optimizer"]["state"]), "param_groups": groups})
         if content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.batch, self.step = content["epoch"], content["batch"], content["step"]
         self.max_accuracy, self.skipped_in_row = content["max_accuracy"], content["skipped_in_row"]
         if changed:
-            self._move_to(self.batch * Layout(**saved).images_per_batch)
+            self._move_to(self.batch * Layout(**content["layout"]).images_per_batch)
             logger.warning(
                 "resumed with %s: the run goes on after as many images, at epoch %s batch %s, but its bits will differ "
                 "from a run without a break", ", ".join(changed.values()), self.epoch, self.batch,
@@ -143,6 +109,15 @@ class TrainState:
         else:
             utils.set_rng_state(content["rng"][distributed.rank()])
         self.lr_scheduler.step_update(self.step)
+
+    def _moments(self, saved: dict) -> dict:
+        """The optimiser's state laid out in memory as the parameters are, which its fused form takes for granted."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return {
+            index: {key: value if key == "step" else torch.empty_like(parameters[index]).copy_(value)
+                    for key, value in entry.items()}
+            for index, entry in saved.items()
+        }
 
     def _move_to(self, images_seen: int) -> None:
         """Goes to the last update of this layout at or before an image of the epoch."""

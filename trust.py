@@ -133,7 +133,7 @@ def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
         raise InputError("it holds a tensor that is not a dense one on the CPU (sparse, quantised, nested, meta)")
     if tensor.is_conj() or tensor.is_neg():
         raise InputError("it holds a tensor that is a view of another one's conjugate or negative")
-    return tensor.detach()
+    return tensor.detach().clone()  # of its own memory, in order
 
 
 def _check_bounds(value, source: str, name: str = "") -> None:

@@ -1,0 +1,185 @@
+"""What a training does not resume from; each is refused before anything of the training has changed."""
+
+import copy
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+
+from config import load_config
+from lr_scheduler import LRScheduler
+from models import InputError
+from optimizer import build_optimizer
+from tests.helpers import DIGITS, TINY, differences, tiny_network
+from train_state import Layout, TrainState
+
+
+def training(optimizer="adamw", fp16=False, **changed):
+    """A TrainState of a tiny network in the middle of its second epoch, of 7 micro-batches and 4 updates."""
+    config = load_config(DIGITS, [*TINY, "TRAIN.OPTIMIZER.NAME", optimizer, "TRAIN.ACCUMULATION_STEPS", 2])
+    model = tiny_network()[1]
+    optimizer = build_optimizer(config, model)
+    layout = {"dataset": "digits", "training_images": 1437, "num_classes": 10, "seed": 0, "is_sharded": False,
+              "batch_size": 200, "world_size": 1, "accumulation_steps": 2} | changed
+    state = TrainState(Layout(**layout), model, optimizer, LRScheduler(config, optimizer, 4),
+                       torch.amp.GradScaler("cpu", enabled=fp16), ModelEmaV3(model), epoch=1, batch=2, step=5)
+    model(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    state.lr_scheduler.step_update(state.step)
+    return state
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A training that no test changes."""
+    return training()
+
+
+@pytest.fixture(scope="module")
+def saved(state):
+    return copy.deepcopy(state.state_dict())
+
+
+def spoilt(content, path, value):
+    """A copy of the content with the entry at ``path`` replaced, or made from the old one by a function."""
+    content = copy.deepcopy(content)
+    *parents, last = path
+    place = content
+    for key in parents:
+        place = list(place.values())[key] if isinstance(place, dict) and key not in place else place[key]
+    place[last] = value(place[last]) if callable(value) else value
+    return content
+
+
+EXP_AVG = ("optimizer", "state", 0, "exp_avg")
+CASES = [
+    (("layout",), 3, "layout"),
+    (("layout",), lambda layout: layout | {"more": 1}, "another version of this code"),
+    (("layout", "batch_size"), "200", "layout's batch_size is '200'"),
+    (("layout", "batch_size"), 0, "layout's batch_size is 0"),
+    (("layout", "batch_size"), 2000, "fewer training_images than a batch"),
+    (("layout", "world_size"), True, "layout's world_size is True"),
+    (("layout", "seed"), 2**63, "layout's seed"),
+    (("layout", "training_images"), 1438, r"another data set \(training_images 1438 -> 1437\)"),
+    (("epoch",), "0", "its epoch is '0'"),
+    (("epoch",), 10**9, "its epoch is 1000000000"),
+    (("epoch",), None, "its epoch is None"),
+    (("epoch",), 2, "its step is 5, but epoch 2 and batch 2 come after 9 updates"),
+    (("batch",), 8, "its batch is 8; it must be a number from 0 to 7"),
+    (("batch",), 3, "its batch is 3, in the middle of an update"),
+    (("batch",), -1, "its batch is -1"),
+    (("step",), -7, "its step is -7"),
+    (("step",), torch.tensor(5), "its step is tensor"),
+    (("max_accuracy",), float("nan"), "its max_accuracy is nan"),
+    (("max_accuracy",), 101, "its max_accuracy is 101"),
+    (("max_accuracy",), [1], "its max_accuracy is"),
+    (("skipped_in_row",), -1, "its skipped_in_row is -1"),
+    (("scaler",), 3, "its scaler is int"),
+    (("model",), None, "no weights"),
+    (("model", "head.bias"), torch.zeros(3), "shape: head.bias"),
+    (("model", "head.bias"), torch.full((10,), torch.inf), "not finite: head.bias"),
+    (("model_ema",), None, "holds no average"),
+    (("model_ema",), 3, "no weights"),
+    (("model_ema", "head.bias"), torch.full((10,), torch.nan), "not finite: head.bias"),
+    (("optimizer",), 3, "no param_groups"),
+    (("optimizer", "param_groups"), [], "parameter groups"),
+    (("optimizer", "param_groups"), {"params": []}, "no param_groups"),
+    (("optimizer", "param_groups", 0, "params"), 3, "no param_groups"),
+    (("optimizer", "param_groups", 0, "params"), lambda ids: ids[:-1], "other parameter groups"),
+    (("optimizer", "param_groups", 0, "params"), lambda ids: [*ids[1:], ids[0]], "in another order"),
+    (("optimizer", "param_groups", 0, "params"), lambda ids: [str(i) for i in ids], "in another order"),
+    (("optimizer", "param_groups", 0), lambda group: group | {"nesterov": True}, "another optimiser"),
+    (("optimizer", "state"), [], "not a mapping"),
+    (("optimizer", "state"), lambda state: state | {10**6: state[0]}, "not a mapping from the numbers"),
+    (("optimizer", "state", 0), 3, "parameter 0 does not hold exp_avg, exp_avg_sq, step"),
+    (("optimizer", "state", 0), {}, "parameter 0 does not hold"),
+    (("optimizer", "state", 0, "step"), 3, "parameter 0: step is int"),
+    (("optimizer", "state", 0, "step"), torch.zeros(2), r"step is \(2,\) of torch.float32, but must be \(\)"),
+    (("optimizer", "state", 0, "step"), torch.tensor(-1.0), "step is not finite or is below 0"),
+    (EXP_AVG, torch.zeros(1), r"exp_avg is \(1,\) of torch.float32, but must be"),  # once a heap corruption
+    (EXP_AVG, lambda value: value[..., :-1], "exp_avg is"),
+    (EXP_AVG, lambda value: value.double(), "exp_avg is .* of torch.float64"),
+    (EXP_AVG, lambda value: value * torch.nan, "exp_avg is not finite"),
+    (("optimizer", "state", 0, "exp_avg_sq"), lambda value: value - 1, "exp_avg_sq is not finite or is below 0"),
+    (("rng",), [], "not a list of 1 random states"),
+    (("rng",), {}, "not a list of 1 random states"),
+    (("rng", 0), None, "no random state"),
+    (("rng", 0, "python"), (3, (1, 2), None), "no random state"),
+    (("rng", 0, "python"), lambda state: (*state[:2], "1.5"), "no random state"),
+    (("rng", 0, "python"), lambda state: (3, (*state[1][:-1], 625), None), "no random state"),
+    (("rng", 0, "numpy"), lambda state: (*state[:2], 10**6, *state[3:]), "out of range"),  # once a read beyond the end
+    (("rng", 0, "numpy"), lambda state: (*state[:2], "1", *state[3:]), "no random state"),
+    (("rng", 0, "numpy"), lambda state: (state[0], state[1][:3], *state[2:]), "no random state"),
+    (("rng", 0, "numpy"), lambda state: ("PCG64", *state[1:]), "no random state"),
+    (("rng", 0, "torch"), torch.zeros(5056, dtype=torch.uint8), "no random state"),
+    (("rng", 0, "torch"), lambda state: state.float(), "no random state"),
+    (("rng", 0, "torch"), lambda state: state[:10], "no random state"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), CASES)
+def test_odd_entries_are_refused_and_nothing_changes(path, value, message, state, saved):
+    rng = torch.get_rng_state()
+    with pytest.raises(InputError, match=message):
+        state.load_state_dict(spoilt(saved, path, value))
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert differences(state.state_dict() | {"rng": saved["rng"]}, saved) == []
+
+
+def test_missing_entries_are_named(state, saved):
+    for key in saved:
+        with pytest.raises(InputError, match=f"it lacks {key};"):
+            state.load_state_dict({other: value for other, value in saved.items() if other != key})
+
+
+def test_odd_scalers_are_refused():
+    state = training(fp16=True)
+    content = state.state_dict()
+    for key, value in [("scale", 0.0), ("scale", float("inf")), ("scale", "1"), ("growth_interval", 1.5),
+                       ("_growth_tracker", 2**40), ("backoff_factor", None)]:
+        with pytest.raises(InputError, match=f"its scaler's {key} is"):
+            state.load_state_dict(content | {"scaler": content["scaler"] | {key: value}})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_training_is_restored_to_the_bit(optimizer):
+    content = copy.deepcopy(training(optimizer, fp16=True).state_dict())
+    state = training(optimizer, fp16=True)
+    for parameter in state.model.parameters():
+        parameter.data.zero_()
+    state.epoch = state.batch = state.step = 0
+    state.load_state_dict(content)
+    assert differences(state.state_dict(), content) == []
+
+
+def test_moments_take_the_layout_of_their_parameters(saved):
+    """A fused optimiser walks over both as they lie in memory; in another layout it would mix up their elements."""
+    state = training()
+    state.model.to(memory_format=torch.channels_last)
+    content = copy.deepcopy(saved)
+    for entry in content["optimizer"]["state"].values():
+        entry["exp_avg"] = entry["exp_avg"].contiguous()
+    state.load_state_dict(content)
+    is_reordered = False
+    for parameter, entry in state.optimizer.state.items():
+        assert entry["exp_avg"].stride() == parameter.stride()
+        is_reordered |= not parameter.is_contiguous()
+    assert is_reordered
+    assert differences(state.state_dict()["optimizer"], content["optimizer"]) == []
+
+
+def test_a_state_before_the_first_update_is_accepted(saved):
+    content = copy.deepcopy(saved)
+    content["optimizer"]["state"] = {}
+    content |= {"epoch": 0, "batch": 0, "step": 0, "max_accuracy": -1.0}
+    state = training()
+    state.load_state_dict(content)
+    assert state.step == 0 and state.optimizer.state_dict()["state"] == {}
+
+
+def test_the_end_of_an_epoch_is_a_place_between_updates(saved):
+    """The last update of an epoch may have fewer micro-batches."""
+    state = training()
+    state.load_state_dict(saved | {"batch": 7, "step": 8})
+    assert (state.batch, state.step) == (7, 8)
