@@ -5,12 +5,13 @@ The order of precedence is: the defaults below, the YAML file's ``BASE`` files, 
 
 import copy
 import difflib
+import math
 from pathlib import Path
 
-import yaml
 from yacs.config import CfgNode
 
 from models import InputError, MissingFileError
+from yaml_file import read_yaml
 
 _C = CfgNode()
 
@@ -149,6 +150,8 @@ _SHARES = (
     "AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB DATA.HOLD_OUT"
 ).split()
 
+_MAX_FILES = 64  # merged for one config
+
 
 def load_config(path: str | Path = "", opts=()) -> CfgNode:
     """The frozen config of a run.
@@ -164,7 +167,7 @@ def load_config(path: str | Path = "", opts=()) -> CfgNode:
     """
     config = _C.clone()
     if path:
-        _merge_file(config, Path(path), ())
+        _merge_file(config, Path(path), (), [])
     if len(opts) % 2:
         raise InputError(f"--opts takes pairs of KEY VALUE; {opts[-1]!r} has no value")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
@@ -216,17 +219,17 @@ def nearest(word: str, known) -> str:
     return f"; did you mean {lower[match[0]]}?" if match else ""
 
 
-def _merge_file(config: CfgNode, path: Path, parents: tuple) -> None:
+def _merge_file(config: CfgNode, path: Path, parents: tuple, merged: list) -> None:
     path = path.resolve()
     if path in parents:
         raise InputError(f"{path}: its BASE files lead back to itself")
     if not path.is_file():
-        known = [str(other) for other in path.parent.rglob("*.yaml")] if path.parent.is_dir() else []
+        known = [str(other) for pattern in ("*.yaml", "*/*.yaml") for other in path.parent.glob(pattern)]
         raise MissingFileError(f"config file {path} does not exist{nearest(str(path), known)}")
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a YAML file: {error}") from None
+    if len(merged) == _MAX_FILES:
+        raise InputError(f"{path}: more than {_MAX_FILES} config files are merged, by way of BASE")
+    merged.append(path)
+    loaded = read_yaml(path) or {}
     if not isinstance(loaded, dict):
         raise InputError(f"{path} holds {type(loaded).__name__}, not a mapping of config keys")
     base = loaded.pop("BASE", None) or []
@@ -234,7 +237,7 @@ def _merge_file(config: CfgNode, path: Path, parents: tuple) -> None:
     if not isinstance(base, list) or not all(isinstance(name, str) for name in base):
         raise InputError(f"{path}: BASE takes a list of config files; got {base!r}")
     for name in base:
-        _merge_file(config, path.parent / name, (*parents, path))
+        _merge_file(config, path.parent / name, (*parents, path), merged)
     _merge(config, loaded, str(path))
 
 
@@ -259,10 +262,16 @@ def _merge(node: CfgNode, values: dict, source: str, prefix: str = "") -> None:
 
 def _decode(value):
     """A string as the Python value it spells (``"5e-4"``, ``"[2, 2]"``, ``"True"``), else as it is."""
-    return CfgNode._decode_cfg_value(value)
+    try:
+        return CfgNode._decode_cfg_value(value)
+    except (RecursionError, MemoryError):  # thousands of brackets
+        return value
 
 
 def _coerce(value, default, name: str, source: str):
+    is_number = type(value) in (int, float) and not isinstance(default, str)
+    if is_number and not (-(2**63) <= value < 2**63 and math.isfinite(value)):
+        raise InputError(f"{source}: {name} is {value!r:.40}; it must be a finite number of at most 64 bits")
     if type(default) is float and type(value) is int:
         return float(value)
     if isinstance(default, str) and value is None:
@@ -320,4 +329,5 @@ def _check(config: CfgNode) -> None:
     require(config.TRAIN.WARMUP_EPOCHS <= config.TRAIN.EPOCHS, "TRAIN.WARMUP_EPOCHS",
             f"at most TRAIN.EPOCHS ({config.TRAIN.EPOCHS})")
     for key in ("TAG", "MODEL.NAME"):
-        require("/" not in values[key] and values[key] not in (".", ".."), key, "a plain folder name")
+        require("/" not in values[key] and values[key] not in (".", "..") and values[key].isprintable(), key,
+                "a plain folder name")

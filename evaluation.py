@@ -15,9 +15,12 @@ import distributed
 from config import to_dict
 from data import build_val_loader, prepare_data
 from engine import Precision, evaluate
+from files import replacing, write_text
 from hub import weights_file
 from models import InputError, MissingFileError, adapt_size, build_model, load_strict, model_state_dict
 from report import describe_environment
+from safe_text import csv_cell
+from trust import class_names
 
 logger = logging.getLogger("strip_mlp")
 
@@ -55,7 +58,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
             "environment": describe_environment(device),
             "config": to_dict(config),
         }
-        (folder / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_text(folder / "eval.json", json.dumps(report, indent=2) + "\n")
         logger.info(f"results written to {folder / 'eval.json'}")
     if config.TEST.PREDICTIONS:
         _write_predictions(folder / "predictions.csv", loader.dataset, predictions)
@@ -89,10 +92,13 @@ def log_results(results: dict, before: str = "", after: str = "") -> None:
                     f"loss {result['loss']:.4f}  ({result['images']} images){after}")
 
 
-def _check_classes(saved: list[str] | None, found: list[str]) -> None:
+def _check_classes(saved, found: list[str]) -> None:
     """Raises InputError where the data set's classes have other names than those the network was trained on."""
     labels = [str(label) for label in range(len(found))]  # the names where a data set gives none
-    if saved and len(saved) == len(found) and list(saved) not in (labels, list(found)) and list(found) != labels:
+    if saved is None:
+        return
+    saved = class_names(saved, len(found))
+    if saved not in (labels, list(found)) and list(found) != labels:
         label = next(i for i, (one, other) in enumerate(zip(saved, found, strict=True)) if one != other)
         raise InputError(
             f"it was trained on other classes than the data set's: label {label} is {saved[label]!r} in the checkpoint "
@@ -106,12 +112,12 @@ def _write_predictions(path: Path, dataset, predictions: list) -> None:
     if distributed.rank() != 0:
         return
     classes, paths = dataset.classes, getattr(dataset.images, "samples", None)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "image", "target", "prediction", "probability", "target_label", "prediction_label"])
         for index in range(len(dataset)):
             target, prediction, probability = shares[index % len(shares)][index // len(shares)]
-            image = paths[index][0] if paths else ""
+            image = str(paths[index][0]) if paths else ""
             names = classes[target], classes[prediction]
-            writer.writerow([index, image, *names, f"{probability:.6f}", target, prediction])
+            writer.writerow([index, *map(csv_cell, (image, *names)), f"{probability:.6f}", target, prediction])
     logger.info(f"predictions written to {path}")

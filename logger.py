@@ -9,6 +9,8 @@ from pathlib import Path
 from termcolor import colored
 from tqdm import tqdm
 
+from safe_text import printable
+
 logger = logging.getLogger("strip_mlp")
 
 
@@ -51,19 +53,34 @@ class _Formatter(logging.Formatter):
         if self.coloured:
             head = colored(head, "green", force_color=True)
             level = colored(level, self.COLOURS[record.levelno], force_color=True) if level else ""
-        return f"{head} {level}{record.message}"
+        message = "\n".join(map(printable, record.message.split("\n")))  # names in it may hold terminal escapes
+        return f"{head} {level}{message}"
 
 
 def setup_console(is_first: bool) -> None:
     """Sends the log to standard output: everything from the first process, errors from the others."""
+    _fill_closed_streams()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    stream = sys.stdout or open(os.devnull, "w")  # without a standard output at all there is only the log file
-    handler = _ConsoleHandler(stream)
+    handler = _ConsoleHandler(sys.stdout)
     handler.setLevel(logging.INFO if is_first else logging.ERROR)
-    handler.setFormatter(_Formatter(coloured=stream.isatty() and "NO_COLOR" not in os.environ))
+    handler.setFormatter(_Formatter(coloured=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     logger.handlers = [handler]
     threading.excepthook = _thread_failed
+
+
+def _fill_closed_streams() -> None:
+    """Opens the null device in the place of standard streams that the caller has closed.
+
+    Else the next files would get their numbers, and what a library prints to standard error would go into a checkpoint.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 def add_log_file(path: Path) -> None:

@@ -4,12 +4,12 @@ import contextlib
 import json
 import logging
 import math
-import os
 import uuid
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from files import write_text
 from models import InputError
 
 logger = logging.getLogger("strip_mlp")
@@ -56,11 +56,7 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, epochs: float, step: int, wandb_run=None):
         path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if _is_before(line, epochs)]
-        temporary = path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(line for line, done in _read_records(path) if done <= epochs))
         self.file = open(path, "a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.wandb_run = wandb_run
@@ -100,8 +96,20 @@ class MetricsWriter:
                 logger.error("cannot write %s: %s; the run goes on", name, error)
 
 
-def _is_before(line: str, epochs: float) -> bool:
-    try:
-        return json.loads(line)["epochs"] <= epochs
-    except (ValueError, KeyError, TypeError):  # a line that a killed run left unfinished, or somebody else's
-        return False
+def _read_records(path: Path) -> list[tuple[str, float]]:
+    """The lines of a run's metrics and the epochs done at each; other lines are left out with a warning."""
+    records, odd = [], []
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            figures = record["step"], record["epoch"], record["epochs"]
+            if not isinstance(record["kind"], str) or not all(type(figure) in (int, float) for figure in figures):
+                raise TypeError
+            records.append((line.decode(), record["epochs"]))
+        except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill, or somebody else's
+            odd.append(number)
+    if odd:
+        logger.warning("%s: left out %d lines that are no records of a run, the first of them line %d", path, len(odd),
+                       odd[0])
+    return records

@@ -17,6 +17,7 @@ import distributed
 import plots
 import utils
 from config import to_dict
+from files import write_text
 from inference import image_shape
 from models import InputError
 from train_state import TrainState
@@ -75,8 +76,8 @@ def describe_run(config, state: TrainState, device: torch.device, precision: str
 
 def save_description(config, run: dict, folder: Path) -> None:
     """Logs what is trained and where, and saves it as YAML: ``config.yaml`` can be run again with ``--cfg``."""
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_text(folder / "run.yaml", yaml.safe_dump(run, sort_keys=False))
     logger.info("config:\n%s", yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None))
     for key, value in run.items():
         if key != "classes":

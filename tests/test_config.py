@@ -346,7 +346,13 @@ def test_shares(key):
     ("TRAIN: {EPOCHS: true}", "TRAIN.EPOCHS takes int"),
     ("TEST: {CROP: null}", "TEST.CROP takes bool"),
     ("DATA: {CACHE_MODE: no}", "DATA.CACHE_MODE takes str, e.g. 'part'; got False (bool); in YAML put it in quotes"),
-    ("TRAIN: {BASE_LR: .nan}", "TRAIN.BASE_LR is nan; it must be above 0"),
+    ("TRAIN: {BASE_LR: .nan}", "TRAIN.BASE_LR is nan; it must be a finite number"),
+    ("TRAIN: {CLIP_GRAD: .inf}", "TRAIN.CLIP_GRAD is inf; it must be a finite number"),
+    ("AUG: {RATIO: [0.5, .inf]}", "AUG.RATIO[1] is inf; it must be a finite number"),
+    ("SEED: 9223372036854775808", "SEED is 9223372036854775808; it must be a finite number of at most 64 bits"),
+    (f"TRAIN: {{BASE_LR: {10**400}}}", "TRAIN.BASE_LR is 1000000000000000000000000000000000000000; it must be"),
+    ("SEED: 1\nSEED: 2", "line 2: the key SEED is there twice"),
+    ('TAG: "a\\eb"', "TAG is 'a\\x1bb'; it must be a plain folder name"),
     ("- SEED", "holds list, not a mapping"),
     ("SEED: [", "is not a YAML file"),
     ("SEED: !!python/object/apply:os.getcwd []", "is not a YAML file"),
@@ -357,7 +363,28 @@ def test_refused_files(text, message, tmp_path):
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         load_config(path)
-    assert path.name in str(error.value) or " is nan" in message  # which file it was
+    assert path.name in str(error.value) or message.startswith("TAG is ")  # which file it was
+
+
+def test_bases_that_multiply(tmp_path):
+    """Each file names the next one twice: 2**30 files to merge."""
+    for i in range(30):
+        (tmp_path / f"{i}.yaml").write_text(f"BASE: [{i + 1}.yaml, {i + 1}.yaml]\n")
+    (tmp_path / "30.yaml").write_text("SEED: 1\n")
+    with pytest.raises(ValueError, match="yaml: more than 64 config files are merged, by way of BASE"):
+        load_config(tmp_path / "0.yaml")
+
+
+def test_the_largest_seed():
+    assert load_config("", ["SEED", str(2**63 - 1)]).SEED == 2**63 - 1
+    with pytest.raises(ValueError, match="SEED is 9223372036854775808; it must be"):
+        load_config("", ["SEED", str(2**63)])
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "-" * 100_000 + "1", "9" * 10_000, "(" * 1000])
+def test_opts_that_no_parser_takes(value):
+    with pytest.raises(ValueError, match="SEED takes int"):
+        load_config("", ["SEED", value])
 
 
 def test_refused_calls(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import struct
 import sys
 import types
@@ -24,6 +25,30 @@ def handlers():
     before = logger.handlers
     yield
     logger.handlers = before
+
+
+ODD_LINES = [b'{"a":1}', b"3", b"\xff", b"", b"null", b"[" * 10_000, b'{"kind": "train", "epochs": "1"}', b"9" * 10_000,
+             b'{"kind": 3, "step": 1, "epoch": 0, "epochs": 0.5}', b'{"kind": "train", "step": 1, "epoch": 0, "epo']
+
+
+def test_lines_that_are_no_records_are_left_out(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    writer = MetricsWriter(tmp_path, 0.0, 0)
+    for step in (1, 2):
+        writer.write("train", step, 0, step / 4, loss=0.5, lr=0.1)
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    good = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([good[0], *ODD_LINES, good[1]]) + b"\n")
+    MetricsWriter(tmp_path, 0.25, 1).close()
+    assert path.read_bytes() == good[0] + b"\n"  # the other good one is of a later update
+    assert f"left out {len(ODD_LINES)} lines that are no records of a run, the first of them line 2" in caplog.text
+
+
+def test_a_pipe_in_the_place_of_the_metrics_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    MetricsWriter(tmp_path, 0.0, 0).close()
+    assert (tmp_path / "metrics.jsonl").is_file()
 
 
 class StandIn(types.ModuleType):

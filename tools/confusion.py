@@ -21,6 +21,7 @@ from matplotlib.colors import PowerNorm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from plots import COLOURS, new_figure, save_figure
+from safe_text import csv_cell
 
 _COLUMNS = ("target", "prediction", "target_label", "prediction_label")
 _NUMBERED = 20  # classes up to which every cell's number fits
@@ -175,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         matrix, names = read_predictions(args.predictions)
+        names = [csv_cell(name) for name in names]
         source = Path(args.predictions)
         folder = Path(args.output) if args.output else source if source.is_dir() else source.parent
         try:

@@ -23,6 +23,7 @@ from config import load_config
 from data.images import ImageError, load_image
 from data.transforms import build_transform
 from inference import load_network
+from safe_text import printable
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
                 batch.append((path, load_image(path)))
             except (ImageError, OSError) as error:
                 bad += 1
-                print(f"predict.py: {error}; left out", file=sys.stderr)
+                print(f"predict.py: {printable(str(error))}; left out", file=sys.stderr)
         if not batch:
             continue
         rankings = predict(model, transform, [picture for _, picture in batch], top_k)
@@ -156,7 +157,8 @@ def run(args: argparse.Namespace) -> int:
             named = [(classes[label], probability) for label, probability in ranking]
             print(_json_line(path, named) if args.json else _text_line(path, named))
             if args.sheet:
-                cells.append((path.name, thumbnail(picture), named[:SHEET_CLASSES]))
+                shown = [(printable(name), probability) for name, probability in named[:SHEET_CLASSES]]
+                cells.append((printable(path.name), thumbnail(picture), shown))
     if cells:
         draw_sheet(cells).save(args.sheet, optimize=True)
         print(f"contact sheet written to {args.sheet}", file=sys.stderr)
@@ -175,7 +177,7 @@ def _check_sheet(path: Path, pictures: int) -> None:
 
 
 def _text_line(path: Path, named: list[tuple[str, float]]) -> str:
-    return f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in named)
+    return printable(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in named))
 
 
 def _json_line(path: Path, named: list[tuple[str, float]]) -> str:
