@@ -13,7 +13,11 @@ from .datasets import build_dataset, data_path
 from .samplers import TrainBatchSampler, eval_order
 from .transforms import EvalSet, TrainSet, build_transform
 
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # by which a run is told to stop
+# By which a run is told to stop, where the system has them. Without sigwaitinfo (macOS) a worker cannot tell whose
+# SIGTERM it gets, and must not be deaf to it.
+_KNOWS_SENDER = hasattr(signal, "sigwaitinfo")
+_NAMES = ["SIGINT", "SIGUSR1", "SIGTERM"] if _KNOWS_SENDER else ["SIGINT", "SIGUSR1"]
+_SIGNALS = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}
 
 
 def prepare_data(config) -> None:
@@ -113,6 +117,8 @@ class _Loader(DataLoader):
     """
 
     def __iter__(self):
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             return super().__iter__()
@@ -128,4 +134,5 @@ def _end_with_the_parent(worker: int) -> None:
             pass
         os._exit(0)
 
-    threading.Thread(target=wait_for_the_parent, daemon=True).start()
+    if _KNOWS_SENDER:
+        threading.Thread(target=wait_for_the_parent, daemon=True).start()
