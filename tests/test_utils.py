@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import distributed
+import report
 import utils
 from config import load_config
 from models import InputError, StripMLPNet, build_model
@@ -135,7 +136,7 @@ def test_one_process_on_other_accelerators(launcher):
 # ---- what a run says about itself ----------------------------------------------------------------
 
 def test_describe_environment():
-    found = utils.describe_environment(torch.device("cpu"))
+    found = report.describe_environment(torch.device("cpu"))
     assert (found["torch"], found["world_size"]) == (torch.__version__, 1)
     assert {"python", "torchvision", "timm", "git_commit", "device"} <= found.keys()
     assert all(isinstance(value, (str, int)) for value in found.values())  # YAML and JSON take them as they are
