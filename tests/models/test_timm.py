@@ -52,9 +52,9 @@ def test_create_model(name):
 
 def test_arguments_of_timm_train():
     """What timm's train.py and validate.py pass to any model."""
-    net = timm.create_model("strip_mlp_tiny", pretrained=False, in_chans=3, num_classes=5, drop_rate=0.5,
+    net = timm.create_model("strip_mlp_tiny", pretrained=False, in_chans=3, drop_rate=0.5,
                             drop_path_rate=None, drop_block_rate=None, global_pool=None, bn_momentum=None, bn_eps=None,
-                            scriptable=False, checkpoint_path="", img_size=32, **SIZES)
+                            scriptable=False, checkpoint_path="", **SIZES)
     with pytest.raises(RuntimeError, match="No pretrained weights exist for strip_mlp_tiny"):
         created(pretrained=True)
     features = torch.ones(64, 64, 1, 1)
