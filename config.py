@@ -29,7 +29,7 @@ _C.DATA.ZIP_MODE = False  # imagenet and imagefolder: read train.zip + train_map
 _C.DATA.CACHE_MODE = "part"  # of the zip form, in memory: no | part (this process's shard) | full
 _C.DATA.SKIP_BAD_IMAGES = False  # training: put the next image in place of an unreadable one instead of stopping
 _C.DATA.NUM_WORKERS = 8  # loading processes per training process
-_C.DATA.PIN_MEMORY = True  # page-locked batches, for copies to a GPU that do not wait
+_C.DATA.AUGMENT_ON = "auto"  # where training images are augmented: worker | device | auto (device on a GPU)
 
 # ---- model ---------------------------------------------------------------------------------------
 _C.MODEL = CfgNode()
@@ -109,10 +109,9 @@ _C.TEST.FUSE = False  # --eval, --throughput: the network's inference form, fast
 _C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, a line per image
 
 # ---- the run -------------------------------------------------------------------------------------
-_C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto, by the hardware: the first that it multiplies
+_C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto (bf16 on CUDA, fp32 on the CPU)
 _C.DETERMINISTIC = False  # CUDA: the same bits from every run on the same GPU and versions, at a cost in speed
 _C.COMPILE = False  # compile the network with torch.compile
-_C.HANG_MINUTES = 10.0  # a process for which the others wait longer than this ends the run (an hour for downloads)
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG/
 _C.TAG = "default"  # names the run
 _C.SEED = 0  # of weights, data order, augmentation and drop path
@@ -126,6 +125,7 @@ _C.KEEP_CHECKPOINTS = 3  # newest checkpoints kept beside the best one
 _CHOICES = {
     "DATA.DATASET": ("imagenet", "cifar10", "cifar100", "caltech101", "imagefolder", "digits"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
+    "DATA.AUGMENT_ON": ("worker", "device", "auto"),
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "MODEL.TYPE": ("strip_mlp", "timm"),
     "MODEL.STRIP_MLP.FORM": ("auto", "plain", "matmul", "triton"),
@@ -137,6 +137,7 @@ _CHOICES = {
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),
 }
+_RETIRED = ("DATA.PIN_MEMORY",)  # in configs and checkpoints of older versions; ignored
 _AT_LEAST_ONE = (
     "DATA.IMG_SIZE DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS PRINT_FREQ SAVE_FREQ "
     "KEEP_CHECKPOINTS TRAIN.MAX_SKIPPED AUG.RECOUNT TRAIN.LR_SCHEDULER.DECAY_EPOCHS MODEL.STRIP_MLP.PATCH_SIZE "
@@ -245,6 +246,8 @@ def _merge_file(config: CfgNode, path: Path, parents: tuple, merged: list) -> No
 def _merge(node: CfgNode, values: dict, source: str, prefix: str = "") -> None:
     for key, value in values.items():
         name = f"{prefix}{key}"
+        if name in _RETIRED:
+            continue
         if key not in node:
             known = flat_keys(_C)
             if isinstance(value, dict):
@@ -314,7 +317,7 @@ def _check(config: CfgNode) -> None:
     depths = config.MODEL.STRIP_MLP.DEPTHS
     require(len(depths) == 4 and min(depths) >= 1, "MODEL.STRIP_MLP.DEPTHS", "four numbers, each at least 1")
     require(config.MODEL.STRIP_MLP.STRIP_WIDTH % 2 == 1, "MODEL.STRIP_MLP.STRIP_WIDTH", "odd")
-    for key in ("MODEL.STRIP_MLP.MLP_RATIO", "TRAIN.BASE_LR", "HANG_MINUTES"):
+    for key in ("MODEL.STRIP_MLP.MLP_RATIO", "TRAIN.BASE_LR"):
         require(values[key] > 0, key, "above 0")
     require(0 < config.TRAIN.LAYER_DECAY <= 1, "TRAIN.LAYER_DECAY", "above 0 and at most 1")
     for key in ("AUG.SCALE", "AUG.RATIO"):

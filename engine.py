@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
-from device import choose_precision
+from data import DeviceBatches
 from models import set_train_mode
 from train_state import TrainState
 
@@ -22,14 +21,13 @@ logger = logging.getLogger("strip_mlp")
 
 
 class Precision:
-    """The arithmetic of the forward pass: autocast to bf16 or fp16, or plain fp32; ``auto`` goes by the hardware."""
+    """The arithmetic of the forward pass: autocast to bf16 or fp16, or plain fp32."""
 
     DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
     def __init__(self, name: str, device: torch.device):
-        self.reason = "AMP_DTYPE says so"
         if name == "auto":
-            name, self.reason = choose_precision(device)
+            name = "bf16" if device.type == "cuda" else "fp32"
         self.name, self.device_type, self.dtype = name, device.type, self.DTYPES[name]
 
     def autocast(self):
@@ -41,15 +39,14 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
-def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, precision, metrics, checkpointer):
+def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, precision, metrics, checkpointer):
     """Trains the rest of the epoch that ``state`` is in.
 
     Args:
         config: the run's config.
         state: the TrainState; is moved on, update by update, to the beginning of the next epoch.
         model: ``state.model``, wrapped in DistributedDataParallel where there are several processes.
-        loader: batches of this process; its ``batch_sampler`` is a ``TrainBatchSampler``.
-        mixup: timm's Mixup, or None.
+        loader: batches of this process, on its device; its ``batch_sampler`` is a ``TrainBatchSampler``.
         precision: the arithmetic of the forward pass.
         metrics: a MetricsWriter on rank 0, None elsewhere.
         checkpointer: is asked after every update whether to save.
@@ -60,18 +57,13 @@ def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, 
     set_train_mode(model)
     loader.batch_sampler.set_epoch(state.epoch, start_batch=state.batch)
     # Mixup makes soft targets and smooths them itself; without it the targets are class indices.
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.MODEL.LABEL_SMOOTHING)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if loader.mixup else config.MODEL.LABEL_SMOOTHING)
     updater = _Updater(config, state)
     accumulation = config.TRAIN.ACCUMULATION_STEPS
     progress = _Progress(config, state, loader, updater.device, metrics)
 
     for images, targets in progress.watch(loader):
-        # 1. The batch, on the device and mixed.
-        images, targets = _to_device(images, targets, updater.device)
-        if mixup:
-            images, targets = mixup(images, targets)
-
-        # 2. Forward and backward. Gradients of an update's micro-batches add up and are all-reduced with the last; the
+        # 1. Forward and backward. Gradients of an update's micro-batches add up and are all-reduced with the last; the
         #    last update of an epoch may have fewer of them.
         micro_batches = min(accumulation, len(loader) - state.batch // accumulation * accumulation)
         state.batch += 1
@@ -86,13 +78,13 @@ def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, 
         if not is_last:
             continue
 
-        # 3. The update.
+        # 2. The update.
         lr = state.lr_scheduler.lr
         grad_norm, skipped = updater.update()
         state.step += 1
         state.lr_scheduler.step_update(state.step)
 
-        # 4. Log and checkpoint. Only here does the host wait for the device. A log interval ends with each checkpoint,
+        # 3. Log and checkpoint. Only here does the host wait for the device. A log interval ends with each checkpoint,
         #    so that a resumed run logs the same intervals.
         is_due = checkpointer.is_due(state)
         progress.log(grad_norm, skipped, lr, now=is_due)
@@ -103,7 +95,7 @@ def train_one_epoch(config, state, model: nn.Module, loader: DataLoader, mixup, 
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, precision: Precision, predictions: list | None = None) -> dict:
+def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, predictions: list | None = None) -> dict:
     """Top-1 and top-5 accuracy (percent) and mean cross entropy over all images of a validation set.
 
     Every process evaluates its own share of the images; the sums meet in one all-reduce at the end.
@@ -120,21 +112,19 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: Precision, predict
     """
     model.eval()
     device = next(model.parameters()).device
-    hits1 = hits5 = torch.zeros((), dtype=torch.int64, device=device)
-    losses = [torch.zeros(0, device=device)]  # of every image; the host sums them in 64 bits, which MPS lacks
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1 hits, top-5 hits, loss, images
     for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=not _shows_progress()):
-        images, targets = _to_device(images, targets, device)
         with precision.autocast():
             logits = model(images)
-        losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        hits1 = hits1 + hits[:, 0].sum()
-        hits5 = hits5 + hits.sum()
+        sums[0] += hits[:, 0].sum()
+        sums[1] += hits.sum()
+        sums[2] += losses.double().sum()
+        sums[3] += len(targets)
         if predictions is not None:
             probabilities, classes = logits.float().softmax(dim=1).max(dim=1)
             predictions += zip(targets.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
-    losses = torch.cat(losses).cpu().double()
-    sums = torch.tensor([hits1, hits5, losses.sum(), len(losses)], dtype=torch.float64)
     hits1, hits5, loss, count = distributed.all_reduce_sum(sums).tolist()
     if count != len(loader.dataset):
         raise RuntimeError(f"{count:.0f} images were evaluated, but the validation set has {len(loader.dataset)}")
@@ -251,7 +241,7 @@ class _Progress:
         self.longest_row = self.longest_row.maximum(state.skipped_in_row)
         if state.step % self.config.PRINT_FREQ and state.batch < self.batches and not now:
             return
-        sums = torch.tensor([float(self.loss_sum), self.images], dtype=torch.float64)
+        sums = torch.stack([self.loss_sum.double(), torch.tensor(self.images, device=self.device).double()])
         loss_sum, images = distributed.all_reduce_sum(sums).tolist()
         skipped, longest_row, grad_norm = int(self.skipped), int(self.longest_row), float(grad_norm)
         seconds = (time.perf_counter() - self.start) / self.updates
@@ -287,12 +277,6 @@ def _shows_progress() -> bool:
     return distributed.rank() == 0 and sys.stderr.isatty()
 
 
-def _to_device(images: torch.Tensor, targets: torch.Tensor, device: torch.device):
-    """The batch on the device, without waiting for the copy, its images channels last as the network's weights are."""
-    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return images, targets.to(device, non_blocking=True)
-
-
 def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -31,8 +31,7 @@ import distributed
 import report
 import utils
 from config import load_config, nearest, to_dict
-from data import build_mixup, build_train_loader, build_val_loader, prepare_data
-from device import choose_device, settle_form
+from data import augment_on, build_train_loader, build_val_loader, prepare_data
 from engine import Precision, measure_throughput, train_one_epoch
 from evaluation import evaluate_all, evaluate_checkpoint, inference_form, log_results
 from hub import weights_file
@@ -80,10 +79,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", metavar="CKPT", help="go on from this checkpoint, or evaluate it; likewise")
     parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches per update")
     parser.add_argument("--use-checkpoint", action="store_true", default=None, help="gradient checkpointing")
-    parser.add_argument("--amp-dtype", metavar="TYPE", help="bf16, fp16, fp32 or auto (what the hardware multiplies)")
+    parser.add_argument("--amp-dtype", metavar="TYPE", help="bf16, fp16, fp32 or auto (bf16 on CUDA, fp32 on the CPU)")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile the network")
-    parser.add_argument("--device", default="", metavar="TYPE",
-                        help="cpu, cuda, mps or another that PyTorch finds; default: cuda where there is a GPU")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="", help="default: cuda where there is a GPU")
     parser.add_argument("--output", metavar="DIR", help="results go to DIR/<model name>/<tag>/; default: output")
     parser.add_argument("--tag", metavar="NAME", help="names the run")
     mode = parser.add_mutually_exclusive_group()
@@ -121,8 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.DETERMINISTIC:
             utils.make_deterministic()
         torch.backends.cudnn.benchmark = not config.DETERMINISTIC  # the fastest algorithms: every batch has one shape
-        device = choose_device(args.device, distributed.launcher_local_rank())
-        distributed.init_distributed(device, config.HANG_MINUTES)
+        device = distributed.init_distributed(args.device)
         if args.throughput:
             throughput(config, device)
         else:
@@ -138,15 +135,10 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("where it happened:", exc_info=True)  # for the log file
         return 1 if isinstance(error, FloatingPointError) else 2  # without waiting for processes that wait for this one
     except RuntimeError as error:
-        silent = distributed.silent_processes(error)
         advice = next((advice for sign, advice in _ADVICE.items() if sign in str(error)), None)
-        if silent:
-            logger.error(f"no answer for {config.HANG_MINUTES:g} minutes (HANG_MINUTES) from {silent}; it hangs, or "
-                         "its network is down. Rerun the same command to resume, or use torchrun --max-restarts")
-        elif advice:
-            logger.error(f"{str(error).splitlines()[0].rstrip('. ')}. {advice}")
-        else:
+        if advice is None:
             raise
+        logger.error(f"{str(error).splitlines()[0].rstrip('. ')}. {advice}")
         logger.debug("where it happened:", exc_info=True)
         return 1
     except KeyboardInterrupt:
@@ -176,10 +168,9 @@ def train(config, device: torch.device, folder: Path) -> None:
     """Trains, evaluating after every epoch; resumes from the newest checkpoint in ``folder``."""
     with Checkpointer(config, folder) as checkpointer:
         # 1. Data and model; every process draws the same weights.
-        mixup = build_mixup(config)
         distributed.once_per_machine(lambda: prepare_data(config))
-        train_loader = build_train_loader(config, distributed.rank(), distributed.world_size())
-        val_loader = build_val_loader(config, distributed.rank(), distributed.world_size())
+        train_loader = build_train_loader(config, distributed.rank(), distributed.world_size(), device)
+        val_loader = build_val_loader(config, distributed.rank(), distributed.world_size(), device)
         classes = list(train_loader.dataset.classes)
         checkpointer.about["classes"] = classes
         utils.seed_everything(config.SEED)
@@ -199,8 +190,6 @@ def train(config, device: torch.device, folder: Path) -> None:
         # 2. The state of the training; from here on every process draws its own random numbers.
         utils.seed_everything(config.SEED + distributed.rank())
         precision = Precision(config.AMP_DTYPE, device)
-        logger.info(f"precision: {precision.name} ({precision.reason})")
-        settle_form(config, model, device, precision.dtype)
         optimizer = build_optimizer(config, model)
         updates_per_epoch = -(-len(train_loader) // config.TRAIN.ACCUMULATION_STEPS)
         state = TrainState(
@@ -213,6 +202,7 @@ def train(config, device: torch.device, folder: Path) -> None:
                 batch_size=config.DATA.BATCH_SIZE,
                 world_size=distributed.world_size(),
                 accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
+                augment_on=augment_on(config, device),
             ),
             model=model,
             optimizer=optimizer,
@@ -238,7 +228,7 @@ def train(config, device: torch.device, folder: Path) -> None:
 
         # 4. The epochs.
         while state.epoch < config.TRAIN.EPOCHS:
-            train_one_epoch(config, state, wrapped, train_loader, mixup, precision, metrics, checkpointer)
+            train_one_epoch(config, state, wrapped, train_loader, precision, metrics, checkpointer)
             results = evaluate_all(state.model, state.ema, val_loader, precision)
             accuracy = list(results.values())[-1]["acc1"]  # the average's, where there is one
             best_before, state.max_accuracy = state.max_accuracy, max(accuracy, state.max_accuracy)
@@ -259,12 +249,10 @@ def train(config, device: torch.device, folder: Path) -> None:
 
 def throughput(config, device: torch.device) -> None:
     """Logs images per second of the forward pass, on random images of the config's size and batch size."""
-    precision = Precision(config.AMP_DTYPE, device)
-    model = build_model(config).to(device, memory_format=torch.channels_last)
-    settle_form(config, model, device, precision.dtype)
-    model = inference_form(config, model)
+    model = inference_form(config, build_model(config).to(device, memory_format=torch.channels_last))
     images = torch.randn(config.DATA.BATCH_SIZE, *image_shape(config), device=device)
     images = images.contiguous(memory_format=torch.channels_last)
+    precision = Precision(config.AMP_DTYPE, device)
     speed = measure_throughput(model, images, precision)
     logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s, batch size {len(images)}, {precision.name}, "
                 f"{report.describe_environment(device)['device']}")

@@ -42,15 +42,9 @@ def describe_environment(device: torch.device) -> dict:
         "torchvision": str(torchvision.__version__),
         "timm": timm.__version__,
         "git_commit": git_commit(),
-        "device": _device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         "world_size": distributed.world_size(),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {os.cpu_count()} cores" if device.type == "cpu" else device.type
 
 
 def describe_run(config, state: TrainState, device: torch.device, precision: str, classes: list[str]) -> dict:
@@ -76,6 +70,7 @@ def describe_run(config, state: TrainState, device: torch.device, precision: str
         "frozen_parameters": sum(p.numel() for p in parameters if not p.requires_grad),
         "macs": macs,
         "amp_dtype": precision,
+        "augment_on": layout.augment_on,
         "classes": classes,
     }
 

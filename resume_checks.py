@@ -34,7 +34,8 @@ def check_training(content: dict, state) -> dict[str, str]:
         )
     changed = _check_layout(content["layout"], vars(state.layout))
     _check_position(content, content["layout"])
-    if changed and content["batch"] and (content["layout"]["is_sharded"] or state.layout.is_sharded):
+    moved = changed.keys() - {"augment_on"}  # the rest decides which image comes when
+    if moved and content["batch"] and (content["layout"]["is_sharded"] or state.layout.is_sharded):
         raise InputError(
             f"the checkpoint is from the middle of an epoch over shards of the images, which changed "
             f"({', '.join(changed.values())}), so that what is left of the epoch is not defined; resume as before, "
@@ -53,6 +54,8 @@ def check_training(content: dict, state) -> dict[str, str]:
 
 
 def _check_layout(saved, own: dict) -> dict[str, str]:
+    if isinstance(saved, dict):
+        saved = {"augment_on": "worker"} | saved  # what checkpoints without the key were trained with
     if not isinstance(saved, dict) or saved.keys() != own.keys():
         raise InputError("the checkpoint was written by another version of this code (layout); use --pretrained")
     for key, value in own.items():

@@ -22,7 +22,7 @@ logger = logging.getLogger("strip_mlp")
 
 PREEMPTED = 75  # exit status (EX_TEMPFAIL) of a run that a signal stopped after it saved itself
 NO_ACCURACY = -1.0  # below any, so that the first evaluation is the best so far even at 0 %
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_SIGNAL = 5  # seconds
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 
@@ -41,6 +41,7 @@ class Layout:
     batch_size: int  # images per process and micro-batch
     world_size: int
     accumulation_steps: int
+    augment_on: str = "worker"  # or "device"; checkpoints from before there was a choice do not say
 
     @property
     def images_per_batch(self) -> int:
@@ -100,14 +101,15 @@ class TrainState:
             self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.batch, self.step = content["epoch"], content["batch"], content["step"]
         self.max_accuracy, self.skipped_in_row = content["max_accuracy"], content["skipped_in_row"]
-        if changed:
+        if changed.keys() - {"augment_on"}:  # the rest decides which image comes when
             self._move_to(self.batch * Layout(**content["layout"]).images_per_batch)
+        else:
+            utils.set_rng_state(content["rng"][distributed.rank()])
+        if changed:
             logger.warning(
                 "resumed with %s: the run goes on after as many images, at epoch %s batch %s, but its bits will differ "
                 "from a run without a break", ", ".join(changed.values()), self.epoch, self.batch,
             )
-        else:
-            utils.set_rng_state(content["rng"][distributed.rank()])
         self.lr_scheduler.step_update(self.step)
 
     def _moments(self, saved: dict) -> dict:

@@ -1,4 +1,4 @@
-"""From the config to loaders and mixup."""
+"""From the config to the batches of training and evaluation."""
 
 import os
 import signal
@@ -8,16 +8,14 @@ import torch
 from timm.data import Mixup
 from torch.utils.data import DataLoader
 
+from . import resident
 from .cifar import CIFAR, download_cifar
 from .datasets import build_dataset, data_path
+from .device import DeviceBatches
 from .samplers import TrainBatchSampler, eval_order
-from .transforms import EvalSet, TrainSet, build_transform
+from .transforms import EvalSet, TrainDraws, TrainSet
 
-# By which a run is told to stop, where the system has them. Without sigwaitinfo (macOS) a worker cannot tell whose
-# SIGTERM it gets, and must not be deaf to it.
-_KNOWS_SENDER = hasattr(signal, "sigwaitinfo")
-_NAMES = ["SIGINT", "SIGUSR1", "SIGTERM"] if _KNOWS_SENDER else ["SIGINT", "SIGUSR1"]
-_SIGNALS = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}
+_PREFETCH = 2  # batches that each worker prepares ahead
 
 
 def prepare_data(config) -> None:
@@ -30,8 +28,8 @@ def prepare_data(config) -> None:
         download_cifar(config.DATA.DATASET, data_path(config))
 
 
-def build_train_loader(config, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Augmented batches of one process: images float32 (N, 3, S, S) and labels int64 (N,), N = ``DATA.BATCH_SIZE``.
+def build_train_loader(config, rank: int = 0, world_size: int = 1, device="cpu") -> DeviceBatches:
+    """Augmented and mixed batches of one process on its device: float32 (N, 3, S, S) and targets, N = ``BATCH_SIZE``.
 
     ``loader.batch_sampler`` is a ``TrainBatchSampler``: call its ``set_epoch`` before each epoch. ``len(loader)`` is
     the number of batches of a whole epoch, ``loader.dataset.classes`` the list of class names.
@@ -40,6 +38,7 @@ def build_train_loader(config, rank: int = 0, world_size: int = 1) -> DataLoader
         FileNotFoundError, ValueError: the data set or the config is not usable (see ``datasets.build_dataset``).
     """
     _check_channels(config)
+    device, on_device = torch.device(device), augment_on(config, device) == "device"
     images = build_dataset(config, "train", rank, world_size)
     sampler = TrainBatchSampler(
         len(images),
@@ -49,11 +48,16 @@ def build_train_loader(config, rank: int = 0, world_size: int = 1) -> DataLoader
         world_size,
         sharded=config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part",
     )
-    dataset = TrainSet(images, build_transform(config, train=True), config.SEED, config.DATA.SKIP_BAD_IMAGES)
-    return _Loader(dataset, batch_sampler=sampler, **_loading(config))
+    draws = TrainDraws(config)
+    if on_device and resident.fits(images, config):
+        loader = resident.ResidentTrainLoader(images, draws, sampler, device)
+    else:
+        dataset = TrainSet(images, draws, on_device, config.DATA.SKIP_BAD_IMAGES)
+        loader = _Loader(dataset, batch_sampler=sampler, **_loading(config, device))
+    return DeviceBatches(loader, device, draws.policy if on_device else None, config.AUG.REMODE, build_mixup(config))
 
 
-def build_val_loader(config, rank: int = 0, world_size: int = 1) -> DataLoader:
+def build_val_loader(config, rank: int = 0, world_size: int = 1, device="cpu") -> DeviceBatches:
     """Batches of one process's share of the validation images, shaped as those of ``build_train_loader``.
 
     Over all ranks each image comes exactly once: no padding, the last batch may be short, a rank may get no image.
@@ -62,10 +66,27 @@ def build_val_loader(config, rank: int = 0, world_size: int = 1) -> DataLoader:
         FileNotFoundError, ValueError: as ``build_train_loader``; the training images need not be there.
     """
     _check_channels(config)
+    device = torch.device(device)
     images = build_dataset(config, "val", rank, world_size)
-    dataset = EvalSet(images, build_transform(config, train=False))
     order = eval_order(len(images), rank, world_size)
-    return _Loader(dataset, config.DATA.BATCH_SIZE, sampler=order, **_loading(config))
+    if augment_on(config, device) == "device" and resident.fits(images, config) and device.type != "mps":
+        loader = resident.ResidentEvalLoader(images, config, order, device)
+    else:
+        loader = _Loader(EvalSet(images, config), config.DATA.BATCH_SIZE, sampler=order, **_loading(config, device))
+    return DeviceBatches(loader, device)
+
+
+def augment_on(config, device) -> str:
+    """Where training images are augmented: ``"worker"`` or ``"device"``, which ``auto`` takes on an accelerator."""
+    if config.DATA.AUGMENT_ON != "auto":
+        return config.DATA.AUGMENT_ON
+    return "worker" if torch.device(device).type == "cpu" else "device"
+
+
+def shared_memory_needed(config) -> int:
+    """Bytes of shared memory (``/dev/shm``) that the batches of one process's data workers take at most."""
+    batch = config.DATA.BATCH_SIZE * config.DATA.IMG_SIZE**2 * 3
+    return batch * (_PREFETCH * config.DATA.NUM_WORKERS + 1)  # the one in use comes on top
 
 
 def build_mixup(config) -> Mixup | None:
@@ -100,14 +121,20 @@ def _check_channels(config) -> None:
         raise ValueError(f"MODEL.STRIP_MLP.IN_CHANS is {channels}, but the data pipeline makes RGB images; set it to 3")
 
 
-def _loading(config) -> dict:
+def _loading(config, device: torch.device) -> dict:
+    workers = config.DATA.NUM_WORKERS
     return {
-        "num_workers": config.DATA.NUM_WORKERS,
-        "persistent_workers": config.DATA.NUM_WORKERS > 0,
-        "pin_memory": config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        "num_workers": workers,
+        "prefetch_factor": _PREFETCH if workers else None,
+        "persistent_workers": workers > 0,
+        "pin_memory": device.type == "cuda",  # page-locked, so that copies to the GPU do not wait
         "worker_init_fn": _end_with_the_parent,
         "generator": torch.Generator(),  # else each new iterator would draw from the global one
     }
+
+
+# Windows has no signal masks and macOS no sigwaitinfo; workers there end by the usual ways of PyTorch's loader.
+_HAS_SIGNAL_MASKS = hasattr(signal, "pthread_sigmask") and hasattr(signal, "sigwaitinfo")
 
 
 class _Loader(DataLoader):
@@ -117,9 +144,10 @@ class _Loader(DataLoader):
     """
 
     def __iter__(self):
-        if not hasattr(signal, "pthread_sigmask"):  # Windows
+        if not _HAS_SIGNAL_MASKS:
             return super().__iter__()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        # By these a run is told to stop.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
         try:
             return super().__iter__()
         finally:
@@ -128,11 +156,12 @@ class _Loader(DataLoader):
 
 def _end_with_the_parent(worker: int) -> None:
     """Lets SIGTERM end a worker when it comes from the training process, as it does when that one ends."""
+    if not _HAS_SIGNAL_MASKS:
+        return
 
     def wait_for_the_parent():
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
         os._exit(0)
 
-    if _KNOWS_SENDER:
-        threading.Thread(target=wait_for_the_parent, daemon=True).start()
+    threading.Thread(target=wait_for_the_parent, daemon=True).start()

@@ -37,6 +37,10 @@ class ArrayDataset(Dataset):
     def __getitem__(self, index: int):
         return Image.fromarray(self.images[index]), self.labels[index]
 
+    def name(self, index: int) -> str:
+        """What to call an image in messages."""
+        return f"image {index}"
+
 
 def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Dataset:
     """The ``"train"`` or ``"val"`` split of ``DATA.DATASET``, its classes checked.

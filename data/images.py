@@ -53,4 +53,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError("pixel values outside 0..65535 cannot be scaled to 8 bits")
         image = Image.fromarray((pixels // 257).astype(np.uint8))
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")

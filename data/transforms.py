@@ -1,101 +1,77 @@
-"""What happens to an image between its file and its batch, and where the randomness of that comes from.
-
-Importing this module replaces timm's posterize operation, which fails with Pillow 13, in the whole process.
-"""
+"""What a data worker does to an image between its file and its batch, all in bytes: crop, resize, perhaps augment."""
 
 import contextlib
 import multiprocessing
 import queue
-import random
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from . import pillow_ops
+from .augment import Policy, encode
+from .draws import Rectangle, draw_crop, draw_erasing, image_generator
 from .images import ImageError
 
-
-def _posterize(image: Image.Image, bits_to_keep: int, **hparams) -> Image.Image:
-    """timm's, with the black image for 0 bits that Pillow gave before version 13, which makes it an error."""
-    if bits_to_keep <= 0:
-        return Image.new(image.mode, image.size)
-    return auto_augment.posterize(image, bits_to_keep, **hparams)
+MOST_PIXELS = 2**27  # of a resized image before its centre is cropped: 0.5 GB in Pillow
 
 
-for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-    auto_augment.NAME_TO_OP[_name] = _posterize
+class Sample(NamedTuple):
+    """One image, or a batch of them with one more dimension, and what is still to be done to it on the device."""
+
+    images: torch.Tensor  # uint8 (S, S, 3)
+    targets: torch.Tensor | int
+    steps: torch.Tensor  # float32 (L, 3): the augmentation steps, see augment.encode; L is 0 where they are done
+    weights: torch.Tensor  # float32: of AugMix's chains, see augment.Draw
+    erased: torch.Tensor  # int64 (R, 5): top, left, height, width and seed of each erased rectangle; height 0: none
 
 
-def build_transform(config, train: bool):
-    """From an RGB PIL image of any size to a normalised float32 tensor (3, IMG_SIZE, IMG_SIZE).
+class TrainDraws:
+    """The random part of training images, by seed, epoch and index.
 
-    Training: timm's random crop, flip, RandAugment (or colour jitter) and random erasing, as ``AUG`` says.
-    Evaluation: the shorter side to 256/224 of the input size and the centre of that, or, with ``TEST.CROP`` off, the
-    whole image squeezed to the input size.
-
-    Raises:
-        ValueError: timm does not know the policy in ``AUG.AUTO_AUGMENT``.
+    Args:
+        config: the run's config.
     """
-    return _train_transform(config) if train else _eval_transform(config)
 
+    def __init__(self, config):
+        self.aug, self.size, self.seed = config.AUG, config.DATA.IMG_SIZE, config.SEED
+        self.interpolation = config.DATA.INTERPOLATION
+        self.policy = Policy(config)
 
-def _train_transform(config):
-    aug = config.AUG
-    try:
-        return create_transform(
-            input_size=config.DATA.IMG_SIZE,
-            is_training=True,
-            scale=aug.SCALE,
-            ratio=aug.RATIO,
-            hflip=aug.HFLIP,
-            color_jitter=aug.COLOR_JITTER or None,
-            auto_augment=None if aug.AUTO_AUGMENT in ("none", "") else aug.AUTO_AUGMENT,
-            interpolation=config.DATA.INTERPOLATION,
-            re_prob=aug.REPROB,
-            re_mode=aug.REMODE,
-            re_count=aug.RECOUNT,
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"AUG.AUTO_AUGMENT is {aug.AUTO_AUGMENT!r}, which timm does not understand ({error}); "
-            "give a policy such as rand-m9-mstd0.5-inc1, or none"
-        ) from error
-
-
-def _eval_transform(config):
-    size = config.DATA.IMG_SIZE
-    name = config.DATA.INTERPOLATION
-    interpolation = InterpolationMode("bicubic" if name == "random" else name)
-    if config.TEST.CROP:
-        fit = [transforms.Resize(size * 256 // 224, interpolation), transforms.CenterCrop(size)]
-    else:
-        fit = [transforms.Resize((size, size), interpolation)]
-    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return transforms.Compose([*fit, transforms.ToTensor(), normalize])
+    def draw(self, epoch: int, index: int, width: int, height: int):
+        """An image's crop, whether to resize it bicubically, its ``augment.Draw`` and its erased rectangles (R, 5)."""
+        rng = image_generator(self.seed, epoch, index)
+        crop = draw_crop(rng, width, height, self.aug.SCALE, self.aug.RATIO)
+        bicubic = rng.random() < 0.5 if self.interpolation == "random" else self.interpolation == "bicubic"
+        draw = self.policy.draw(rng)
+        erased = np.zeros((self.aug.RECOUNT, 5), np.int64)
+        for row, (place, seed) in enumerate(draw_erasing(rng, self.size, self.aug.REPROB, self.aug.RECOUNT)):
+            erased[row] = *place, seed
+        return crop, bicubic, draw, erased
 
 
 class TrainSet(Dataset):
-    """``(epoch, index)`` to ``(tensor, label)``: the augmentation is a function of seed, epoch and index alone.
+    """``(epoch, index)`` to a ``Sample``: a function of seed, epoch and index alone.
 
     So it does not matter which worker of which process makes an image, nor what was made before it, and a run that is
     resumed in the middle of an epoch sees what the uninterrupted one would have seen.
 
     Args:
         images: gives ``(PIL image, label)`` by index, or raises ImageError or OSError for one that cannot be read.
-        transform: from image to tensor.
-        seed: of the augmentation.
+        draws: of the augmentation.
+        on_device: leave the augmentation's steps to the device.
         skip_bad: whether an image that cannot be read is replaced by the next one and reported in ``bad_images``,
             instead of being an error.
     """
 
-    def __init__(self, images, transform, seed: int, skip_bad: bool = False):
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(self, images, draws: TrainDraws, on_device: bool = False, skip_bad: bool = False):
+        self.images, self.draws, self.on_device = images, draws, on_device
         self.classes = images.classes
         self._bad = None
         if skip_bad:
@@ -104,11 +80,18 @@ class TrainSet(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]):
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         image, label = self._read(index)
-        with seeded(self.seed, epoch, index):
-            return self.transform(image), label
+        crop, bicubic, draw, erased = self.draws.draw(epoch, index, *image.size)
+        pixels = resized_crop(image, crop, self.draws.size, bicubic)
+        steps, weights = draw.steps, draw.weights
+        if not self.on_device:
+            image = pillow_ops.augment(Image.fromarray(pixels), self.draws.policy, draw)
+            pixels, steps, weights = np.array(image), [], []
+        arrays = pixels, encode(steps), np.array(weights, np.float32), erased
+        pixels, *rest = (torch.from_numpy(array) for array in arrays)
+        return Sample(pixels, label, *rest)
 
     def _read(self, index: int):
         for step in range(len(self)):
@@ -130,32 +113,75 @@ class TrainSet(Dataset):
         return messages
 
 
-class EvalSet(Dataset):
-    """``index`` to ``(tensor, label)`` by a transform without randomness."""
+def resized_crop(image: Image.Image, crop: Rectangle, size: int, bicubic: bool) -> np.ndarray:
+    """A crop of an RGB image, resized to uint8 (size, size, 3).
 
-    def __init__(self, images, transform):
-        self.images, self.transform = images, transform
+    By PyTorch's kernel for bytes, which takes a third of Pillow's time and agrees with it on pictures to 1 level, but
+    for one pixel of 1,000: Pillow 13 resizes columns before rows for some shapes, and so rounds otherwise.
+    """
+    box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+    pixels = torch.from_numpy(np.array(image.crop(box))[None]).permute(0, 3, 1, 2)  # (1, H, W, C) -> (1, C, H, W)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)  # also where a side of 1 leaves the layout open
+    mode = "bicubic" if bicubic else "bilinear"
+    planes = F.interpolate(pixels, (size, size), mode=mode, antialias=True)[0]
+    return np.stack(planes.numpy(), axis=-1)  # (C, H, W) -> (H, W, C), three times as fast as by torch
+
+
+class EvalSet(Dataset):
+    """``index`` to a ``Sample``, as ``build_transform`` prepares an image but for the normalisation."""
+
+    def __init__(self, images, config):
+        self.images, self.fit = images, _fit(config)
         self.classes = images.classes
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Sample:
         image, label = self.images[index]
-        return self.transform(image), label
+        none = torch.zeros(0, 3), torch.zeros(0), torch.zeros(0, 5, dtype=torch.int64)
+        try:
+            pixels = np.array(self.fit(image))
+        except ImageError as error:
+            raise ImageError(f"{self.images.name(index)}: {error}") from None
+        return Sample(torch.from_numpy(pixels), label, *none)
 
 
-@contextlib.contextmanager
-def seeded(*key: int):
-    """Inside, Python's, NumPy's and torch's CPU generators are seeded by ``key``; afterwards they are as before."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    seeds = [int(word) for word in np.random.SeedSequence(key).generate_state(3, np.uint64)]
-    random.seed(seeds[0])
-    np.random.seed(seeds[1] % 2**32)
-    torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed would seed the GPUs too
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
+def build_transform(config):
+    """An evaluation's preparation, by Pillow: from an RGB PIL image to a normalised float32 (3, IMG_SIZE, IMG_SIZE).
+
+    The shorter side to 256/224 of the input size and the centre of that, or, with ``TEST.CROP`` off, the whole image
+    squeezed to the input size.
+
+    The transform raises ImageError for an image so narrow that it would be enormous after resizing.
+    """
+    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return transforms.Compose([*_fit(config).transforms, transforms.ToTensor(), normalize])
+
+
+def _fit(config) -> transforms.Compose:
+    """From an RGB PIL image of any size to one of the input size."""
+    size, name = config.DATA.IMG_SIZE, config.DATA.INTERPOLATION
+    interpolation = InterpolationMode("bicubic" if name == "random" else name)
+    if not config.TEST.CROP:
+        return transforms.Compose([transforms.Resize((size, size), interpolation)])
+    return transforms.Compose([Resize(eval_size(config), interpolation), transforms.CenterCrop(size)])
+
+
+def eval_size(config) -> int:
+    """The shorter side to which an evaluation resizes before it crops, in pixels."""
+    return config.DATA.IMG_SIZE * 256 // 224
+
+
+class Resize(transforms.Resize):
+    """torchvision's ``Resize`` of the shorter side, with a limit: a 1x60000 image would take 17 GB."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        pixels = self.size**2 * max(width, height) / min(width, height)
+        if pixels > MOST_PIXELS:
+            raise ImageError(
+                f"an image of {width}x{height} pixels would have {pixels:.2g} once its shorter side is {self.size}; "
+                f"the limit is {MOST_PIXELS:.2g}. Crop or remove it, or set TEST.CROP False"
+            )
+        return super().forward(image)

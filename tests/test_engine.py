@@ -21,10 +21,10 @@ CPU = torch.device("cpu")
 
 
 class Batches:
-    """A loader of fixed batches."""
+    """A loader of fixed batches, mixed as they are handed over."""
 
-    def __init__(self, batches):
-        self.batches, self.batch_sampler, self.dataset = batches, self, self
+    def __init__(self, batches, mixup=None):
+        self.batches, self.batch_sampler, self.dataset, self.mixup = batches, self, self, mixup
 
     def bad_images(self):
         return []
@@ -36,7 +36,9 @@ class Batches:
         return len(self.batches)
 
     def __iter__(self):
-        return iter(self.batches[self.start_batch:])
+        for images, targets in self.batches[self.start_batch:]:
+            images = images.contiguous(memory_format=torch.channels_last)
+            yield self.mixup(images, targets) if self.mixup else (images, targets)
 
 
 class NeverDue:
@@ -48,7 +50,7 @@ def make_state(config, precision, updates_per_epoch=2, images=64, device=CPU):
     torch.manual_seed(0)
     model = build_model(config).to(device)
     optimizer = build_optimizer(config, model)
-    layout = Layout("digits", images, 10, config.SEED, False, 16, 1, 1)
+    layout = Layout("digits", images, 10, config.SEED, False, 16, 1, 1, "worker")
     return TrainState(layout, model, optimizer, LRScheduler(config, optimizer, updates_per_epoch),
                       precision.scaler(), None)
 
@@ -62,7 +64,7 @@ def batches(count, size=8, seed=0):
 def train(config, data, state=None, precision=None, mixup=None):
     precision = precision or Precision(config.AMP_DTYPE, CPU)
     state = state or make_state(config, precision)
-    engine.train_one_epoch(config, state, state.model, Batches(data), mixup, precision, None, NeverDue())
+    engine.train_one_epoch(config, state, state.model, Batches(data, mixup), precision, None, NeverDue())
     return state
 
 
@@ -242,19 +244,19 @@ sys.path.insert(0, sys.argv[1])
 import engine, distributed
 from torch.nn.parallel import DistributedDataParallel
 from tests.test_engine import *
-distributed.init_distributed(CPU)
+device = distributed.init_distributed("cpu")
 config = tiny()
 state = make_state(config, Precision("fp32", CPU))
 model = DistributedDataParallel(state.model, broadcast_buffers=False)
 data = batches(1, seed=distributed.rank())
-engine.train_one_epoch(config, state, model, Batches(data), None, Precision("fp32", CPU), None, NeverDue())
+engine.train_one_epoch(config, state, model, Batches(data), Precision("fp32", CPU), None, NeverDue())
 ours = state.model.state_dict()
 gathered = distributed.gather_objects(ours)
 assert all(torch.equal(gathered[0][k], gathered[1][k]) for k in ours)
 before = {k: v.clone() for k, v in ours.items()}
 if distributed.rank() == 1:
     data = [(data[0][0] * float("nan"), data[0][1])]
-engine.train_one_epoch(config, state, model, Batches(data), None, Precision("fp32", CPU), None, NeverDue())
+engine.train_one_epoch(config, state, model, Batches(data), Precision("fp32", CPU), None, NeverDue())
 for key in ours:
     assert "num_batches" in key or torch.equal(ours[key], before[key]), f"a loss bad on one process changed {key}"
 ours = before
@@ -284,7 +286,7 @@ def test_the_host_waits_for_the_device_only_to_log(monkeypatch, dtype):
     state = make_state(config, precision, updates_per_epoch=4, device=cuda)
     state.model.to(memory_format=torch.channels_last)
     state.ema = ModelEmaV3(state.model, decay=0.9)
-    data = [(images.pin_memory(), targets.pin_memory()) for images, targets in batches(4)]
+    data = [(images.cuda(), targets.cuda()) for images, targets in batches(4)]
     mixup = build_mixup(config)
     train(config, data, state, precision, mixup)  # tunes kernels, makes the optimiser's state
     assert (state.epoch, state.step) == (1, 4)
@@ -363,3 +365,4 @@ def test_throughput_counts_images():
 
 def test_precision_auto_is_fp32_on_the_cpu():
     assert Precision("auto", CPU).name == "fp32"
+    assert Precision("auto", torch.device("cuda")).name == "bf16"

@@ -176,7 +176,7 @@ def _trace(network: Network) -> torch.export.ExportedProgram:
 
 
 def _metadata(network: Network) -> dict[str, str]:
-    preprocessing = repr(build_transform(network.config, train=False))
+    preprocessing = repr(build_transform(network.config))
     return {"classes": json.dumps(network.classes), "preprocessing": preprocessing}
 
 

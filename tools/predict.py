@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sheet:
         _check_sheet(args.sheet, len(paths))
     model, config, classes = load_network(args.checkpoint, load_config(args.cfg) if args.cfg else None, args.device)
-    transform, top_k = build_transform(config, train=False), min(args.top_k, len(classes))
+    transform, top_k = build_transform(config), min(args.top_k, len(classes))
     cells, bad = [], 0
     for first in range(0, len(paths), args.batch_size):
         batch = []

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import load_config
 from data import build_val_loader
+from data.transforms import build_transform
 from inference import load_network
 from models import build_model
 from plots import new_figure, save_figure
@@ -103,9 +104,9 @@ def draw_fields(fields: list[torch.Tensor], titles: list[str]):
 
 def validation_images(config, count: int) -> torch.Tensor:
     """``count`` images of the validation set, evenly spread over it, or all where there are fewer: (N, 3, S, S)."""
-    dataset = build_val_loader(config).dataset
+    dataset, transform = build_val_loader(config).dataset, build_transform(config)
     indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
-    return torch.stack([dataset[index][0] for index in indices.tolist()])
+    return torch.stack([transform(dataset.images[index][0]) for index in indices.tolist()])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,7 @@
+import importlib
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import zipfile
@@ -11,14 +13,27 @@ import torch
 from PIL import Image
 
 from config import load_config
-from data import build_mixup, build_train_loader, build_val_loader, prepare_data
+from data import (
+    augment_on,
+    build,
+    build_mixup,
+    build_train_loader,
+    build_val_loader,
+    prepare_data,
+    resident,
+    shared_memory_needed,
+)
 from data.cifar import CIFAR
 from data.images import ImageError
+from data.resident import ResidentEvalLoader, ResidentTrainLoader
 from data.samplers import TrainBatchSampler
 
 
 def config(*opts):
-    base = "DATA.DATASET digits MODEL.NUM_CLASSES 10 DATA.IMG_SIZE 16 DATA.BATCH_SIZE 128 DATA.NUM_WORKERS 0"
+    base = (
+        "DATA.DATASET digits MODEL.NUM_CLASSES 10 DATA.IMG_SIZE 16 DATA.BATCH_SIZE 128 DATA.NUM_WORKERS 0 "
+        "AUG.MIXUP 0 AUG.CUTMIX 0"
+    )
     return load_config(opts=[*base.split(), *map(str, opts)])
 
 
@@ -46,32 +61,45 @@ def test_training_batches():
         assert labels.shape == (128,) and labels.dtype == torch.int64
 
 
+@pytest.fixture(scope="module", params=["worker", "device"])
+def augmented_on(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def reference():
-    """Epochs 0 and 1, made in the training process."""
-    loader = build_train_loader(config())
-    return [passes(loader, epoch) for epoch in (0, 1)]
+def reference(augmented_on):
+    """The first batches of epochs 0 and 1 and the last ones of epoch 1, made in the training process."""
+    return some_passes(build_train_loader(config("DATA.AUGMENT_ON", augmented_on)))
+
+
+def some_passes(loader):
+    return passes(loader, most=2), passes(loader, 1, most=2), passes(loader, 1, start_batch=9)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_do_not_depend_on_the_workers(workers, reference):
-    loader = build_train_loader(config("DATA.NUM_WORKERS", workers))
+def test_batches_do_not_depend_on_the_workers(workers, augmented_on, reference, monkeypatch):
+    if augmented_on == "device" and workers:  # crops by workers, the rest on the device
+        monkeypatch.setattr(resident, "fits", lambda *_: False)
+        single = build_train_loader(config("DATA.AUGMENT_ON", "device"))
+        reference = some_passes(single)
+    loader = build_train_loader(config("DATA.NUM_WORKERS", workers, "DATA.AUGMENT_ON", augmented_on))
     before = global_states()
-    assert equal(passes(loader, epoch=1, most=3), reference[1][:3])  # left in the middle
-    assert equal(passes(loader), reference[0])
-    assert equal(passes(loader, 1, start_batch=7), reference[1][7:])
+    assert equal(passes(loader, epoch=1, most=2), reference[1])  # left in the middle
+    assert equal(passes(loader, most=2), reference[0])
+    assert equal(passes(loader, 1, start_batch=9), reference[2])
     assert global_states() == before
 
 
-def test_epochs_and_seeds_differ(reference):
-    other = passes(build_train_loader(config("SEED", 1)))
+def test_epochs_and_seeds_differ(augmented_on, reference):
+    other = passes(build_train_loader(config("SEED", 1, "DATA.AUGMENT_ON", augmented_on)), most=1)
     for batches in (reference[1], other):
         assert not torch.equal(batches[0][1], reference[0][0][1])
 
 
-def test_two_ranks_make_the_batches_of_one(reference):
-    ranks = [passes(build_train_loader(config("DATA.BATCH_SIZE", 64), rank, 2)) for rank in range(2)]
+def test_two_ranks_make_the_batches_of_one(augmented_on, reference):
+    options = config("DATA.BATCH_SIZE", 64, "DATA.AUGMENT_ON", augmented_on)
+    ranks = [passes(build_train_loader(options, rank, 2), most=2) for rank in range(2)]
     joined = [tuple(torch.cat(parts) for parts in zip(*pair, strict=True)) for pair in zip(*ranks, strict=True)]
     assert equal(joined, reference[0])
 
@@ -81,7 +109,7 @@ def test_two_ranks_make_the_batches_of_one(reference):
 def test_validation_counts_each_image_once(workers, world_size):
     options = config("DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 50)
     whole = build_val_loader(options)
-    images = torch.stack([whole.dataset[index][0] for index in range(360)])
+    images = torch.cat([images for images, _ in whole])
     before = global_states()
     for rank in range(world_size):
         loader = build_val_loader(options, rank, world_size)
@@ -102,17 +130,59 @@ def test_a_rank_may_get_no_image(workers):
 
 @pytest.mark.parametrize("build", [build_train_loader, build_val_loader])
 def test_workers_persist(build):
-    loader = build(config("DATA.NUM_WORKERS", 2))
-    assert loader.persistent_workers and loader.num_workers == 2
-    assert not build(config("DATA.NUM_WORKERS", 0)).persistent_workers
+    loader = build(config("DATA.NUM_WORKERS", 2)).loader
+    assert loader.persistent_workers and loader.num_workers == 2 and not loader.pin_memory
+    assert not build(config("DATA.NUM_WORKERS", 0)).loader.persistent_workers
 
 
-@pytest.mark.parametrize("build", [build_train_loader, build_val_loader])
-@pytest.mark.parametrize("cuda", [False, True])
-@pytest.mark.parametrize("wanted", [False, True])
-def test_memory_is_pinned_where_wanted_and_there_is_cuda(build, cuda, wanted, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    assert build(config("DATA.PIN_MEMORY", wanted)).pin_memory == (cuda and wanted)
+def test_where_images_are_augmented():
+    assert [augment_on(config(), device) for device in ("cpu", "cuda", "mps")] == ["worker", "device", "device"]
+    for choice in ("worker", "device"):
+        assert {augment_on(config("DATA.AUGMENT_ON", choice), device) for device in ("cpu", "cuda")} == {choice}
+
+
+def test_shared_memory_of_the_workers():
+    """Two batches of bytes ahead for each worker, and the one in use."""
+    assert shared_memory_needed(config("DATA.NUM_WORKERS", 4, "DATA.BATCH_SIZE", 10)) == 9 * 10 * 16 * 16 * 3
+
+
+@pytest.mark.parametrize("names", [("sigwaitinfo",), ("sigwaitinfo", "pthread_sigmask", "SIGUSR1")])
+def test_without_signal_masks(names, monkeypatch):
+    """As on macOS and Windows: the module can be imported, and batches are made, by workers too."""
+    for name in names:
+        monkeypatch.delattr(signal, name)
+    monkeypatch.setattr(build, "_HAS_SIGNAL_MASKS", importlib.reload(build)._HAS_SIGNAL_MASKS)
+    assert not build._HAS_SIGNAL_MASKS
+    for workers in (0, 1):
+        loader = build.build_val_loader(config("DATA.NUM_WORKERS", workers))
+        assert next(iter(loader))[0].shape == (128, 3, 16, 16)
+
+
+# ---- images on the device --------------------------------------------------------------------------
+
+
+def test_small_images_live_on_the_device():
+    train, val = (make(config("DATA.AUGMENT_ON", "device")) for make in (build_train_loader, build_val_loader))
+    assert isinstance(train.loader, ResidentTrainLoader) and isinstance(val.loader, ResidentEvalLoader)
+    assert train.dataset.classes == val.dataset.classes == list("0123456789") and len(val) == 3
+    smaller = build_train_loader(config("DATA.AUGMENT_ON", "device", "DATA.IMG_SIZE", 4))
+    assert not isinstance(smaller.loader, ResidentTrainLoader)  # Pillow shrinks in an order of its own
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_evaluation_on_the_device_changes_no_bit(crop):
+    worker, device = (build_val_loader(config("DATA.AUGMENT_ON", where, "TEST.CROP", crop))
+                      for where in ("worker", "device"))
+    assert equal(worker, device)
+
+
+def test_training_on_the_device_shows_the_same_images():
+    """The worker's crops are PyTorch's, within 2 levels of Pillow's; then both get the same steps and rectangles."""
+    worker, device = (passes(build_train_loader(config("DATA.AUGMENT_ON", where)), epoch=1, most=3)
+                      for where in ("worker", "device"))
+    for (a, targets), (b, others) in zip(worker, device, strict=True):
+        assert torch.equal(targets, others)
+        assert ((a - b).abs() < 0.05).float().mean() > 0.99
 
 
 def test_too_few_images_for_a_batch():
@@ -213,12 +283,13 @@ def test_mixup_and_cutmix(mixup, cutmix, minmax, kinds):
 
 
 def test_mixup_takes_every_option():
-    options = config("AUG.MIXUP_PROB", 0.3, "AUG.MIXUP_SWITCH_PROB", 0.2, "AUG.MIXUP_MODE", "elem")
+    options = config("AUG.MIXUP", 0.8, "AUG.CUTMIX", 1.0, "AUG.MIXUP_PROB", 0.3, "AUG.MIXUP_SWITCH_PROB", 0.2,
+                     "AUG.MIXUP_MODE", "elem")  # fmt: skip
     mix = build_mixup(options)
     assert (mix.mixup_alpha, mix.cutmix_alpha, mix.cutmix_minmax) == (0.8, 1.0, None)
     assert (mix.mix_prob, mix.switch_prob, mix.mode) == (0.3, 0.2, "elem")
     assert (mix.label_smoothing, mix.num_classes) == (0.1, 10)
-    assert build_mixup(config("MODEL.LABEL_SMOOTHING", 0.25)).label_smoothing == 0.25
+    assert build_mixup(config("AUG.MIXUP", 0.8, "MODEL.LABEL_SMOOTHING", 0.25)).label_smoothing == 0.25
 
 
 def test_odd_batches_cannot_be_mixed():
@@ -254,6 +325,7 @@ def test_loaders_can_be_sent_to_spawned_workers():
 
 def test_the_package_imports_neither_scikit_learn_nor_the_top_level():
     root = Path(__file__).parents[2]
-    code = "import sys, data; print(*{'sklearn', 'config', 'utils', 'models', 'engine', 'main'} & set(sys.modules))"
+    left_out = {"sklearn", "config", "utils", "distributed", "engine", "main"}
+    code = f"import sys, data; print(*{left_out} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

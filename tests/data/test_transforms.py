@@ -1,14 +1,18 @@
+"""What a data worker makes of an image, in training and in evaluation."""
+
 import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import auto_augment
+from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from config import load_config
-from data.transforms import EvalSet, TrainSet, build_transform, seeded
+from data.draws import Rectangle
+from data.images import ImageError
+from data.transforms import EvalSet, TrainDraws, TrainSet, build_transform, resized_crop
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -26,14 +30,10 @@ def unnormalised(tensor: torch.Tensor) -> np.ndarray:
     return np.rint((tensor.numpy().transpose(1, 2, 0) * STD + MEAN) * 255).astype(np.uint8)
 
 
-def steps(config) -> list:
-    return [type(step).__name__ for step in build_transform(config, train=True).transforms]
-
-
 @pytest.mark.parametrize(("size", "shorter"), [(224, 256), (32, 36), (16, 18), (384, 438)])
 def test_evaluation_crops_the_centre_at_256_over_224(size, shorter):
     image = noise(2 * shorter, shorter)  # already of that size, so that no pixel is interpolated
-    found = unnormalised(build_transform(config("DATA.IMG_SIZE", size), train=False)(image))
+    found = unnormalised(build_transform(config("DATA.IMG_SIZE", size))(image))
     left, top = round((2 * shorter - size) / 2), round((shorter - size) / 2)
     np.testing.assert_array_equal(found, np.asarray(image)[top : top + size, left : left + size])
 
@@ -48,128 +48,121 @@ def test_evaluation_crops_the_centre_at_256_over_224(size, shorter):
 )
 def test_evaluation_without_crop_squeezes_the_whole_image(name, resample):
     options = config("TEST.CROP", False, "DATA.IMG_SIZE", 32, "DATA.INTERPOLATION", name)
-    found = build_transform(options, train=False)(noise(50, 40))
+    found = build_transform(options)(noise(50, 40))
     assert found.shape == (3, 32, 32) and found.dtype == torch.float32
     np.testing.assert_array_equal(unnormalised(found), np.asarray(noise(50, 40).resize((32, 32), resample)))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (8, 8), (500, 375)])
 @pytest.mark.parametrize("size", [16, 32, 224])
-@pytest.mark.parametrize("train", [False, True])
-def test_every_image_size_gives_the_input_size(shape, size, train):
-    with seeded(0):
-        found = build_transform(config("DATA.IMG_SIZE", size), train)(noise(*shape))
+def test_every_image_size_gives_the_input_size(shape, size):
+    options = config("DATA.IMG_SIZE", size)
+    found = build_transform(options)(noise(*shape))
     assert found.shape == (3, size, size) and found.isfinite().all()
+    pixels = TrainSet(Images(noise(*shape)), TrainDraws(options))[0, 0].images
+    assert pixels.shape == (size, size, 3) and pixels.dtype == torch.uint8
 
 
-def test_training_steps_follow_the_config():
-    assert steps(config()) == [
-        "RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize",
-        "RandomErasing",
-    ]  # fmt: skip
-    assert build_transform(config(), train=True).transforms[0].interpolation == InterpolationMode.BICUBIC
-    plain = config("AUG.AUTO_AUGMENT", "none", "AUG.HFLIP", 0, "AUG.REPROB", 0)
-    assert steps(plain) == ["RandomResizedCropAndInterpolation", "ColorJitter", "MaybeToTensor", "Normalize"]
-    assert "ColorJitter" not in steps(config("AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", 0))
+def test_evaluation_is_torchvisions_on_pil_images():
+    """The paper's figures were made so: Pillow's bicubic resize of the shorter side, the centre of that."""
+    plain = transforms.Compose([
+        transforms.Resize(256, InterpolationMode.BICUBIC), transforms.CenterCrop(224), transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ])  # fmt: skip
+    for shape in ((500, 375), (333, 500), (100, 90)):
+        image = noise(*shape)
+        assert torch.equal(build_transform(config())(image), plain(image))
+        pixels = EvalSet(Images(image), config())[0].images.numpy()
+        np.testing.assert_array_equal(pixels, unnormalised(plain(image)))
 
 
-def test_training_parameters_follow_the_config():
-    options = config(
-        "AUG.SCALE", "[0.5, 0.6]", "AUG.RATIO", "[0.9, 1.1]", "AUG.HFLIP", 0.3, "AUG.AUTO_AUGMENT", "none",
-        "AUG.COLOR_JITTER", 0.2, "AUG.REPROB", 0.7, "AUG.REMODE", "rand", "AUG.RECOUNT", 3,
-        "DATA.INTERPOLATION", "bilinear",
-    )  # fmt: skip
-    crop, flip, jitter, _, normalize, erasing = build_transform(options, train=True).transforms
-    assert tuple(crop.scale) == (0.5, 0.6) and tuple(crop.ratio) == (0.9, 1.1) and crop.size == (224, 224)
-    assert crop.interpolation == InterpolationMode.BILINEAR
-    assert flip.p == 0.3 and tuple(jitter.brightness) == (0.8, 1.2)
-    assert (erasing.probability, erasing.mode, erasing.max_count) == (0.7, "rand", 3)
-    np.testing.assert_allclose(normalize.mean, MEAN)
-    np.testing.assert_allclose(normalize.std, STD)
+def test_an_image_too_narrow_to_resize_is_named():
+    """1 x 60000 pixels would be 256 x 15,360,000: over 17 GB."""
+    with pytest.raises(ImageError, match="an image of 1x60000 pixels would have 3.9e.09 once its shorter side is 256"):
+        build_transform(config())(Image.new("RGB", (1, 60000)))
+    with pytest.raises(ImageError, match="narrow.png: an image of 60000x1 pixels"):
+        EvalSet(Images(Image.new("RGB", (60000, 1))), config())[0]
+    assert build_transform(config("TEST.CROP", False))(Image.new("RGB", (1, 60000))).shape == (3, 224, 224)
 
 
-def test_without_augmentation_training_only_normalises():
+@pytest.mark.parametrize("bicubic", [True, False])
+def test_resized_crops_agree_with_pillow(bicubic):
+    """Within 1 level but for one pixel of 1,000, on something like a photograph."""
+    sampling = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), sampling)
+    pixels = np.asarray(coarse, np.int16) + rng.integers(-20, 21, (375, 500, 3), dtype=np.int16)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    for crop in (Rectangle(0, 0, 375, 500), Rectangle(40, 50, 300, 250), Rectangle(100, 7, 90, 120)):
+        found = resized_crop(image, crop, 224, bicubic).astype(int)
+        box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+        expected = np.asarray(image.crop(box).resize((224, 224), sampling))
+        difference = np.abs(found - expected)
+        assert (difference <= 1).mean() > 0.999 and difference.max() <= 4 and difference.mean() < 0.4
+
+
+def test_without_augmentation_training_shows_the_image_itself():
     options = config(
         "AUG.SCALE", "[1, 1]", "AUG.RATIO", "[1, 1]", "AUG.HFLIP", 0, "AUG.AUTO_AUGMENT", "none",
         "AUG.COLOR_JITTER", 0, "AUG.REPROB", 0, "DATA.IMG_SIZE", 32,
     )  # fmt: skip
-    found = build_transform(options, train=True)(noise(32, 32))
-    np.testing.assert_array_equal(unnormalised(found), np.asarray(noise(32, 32)))
+    sample = TrainSet(Images(noise(32, 32)), TrainDraws(options))[0, 0]
+    np.testing.assert_array_equal(sample.images, np.asarray(noise(32, 32)))
+    assert not sample.erased.any()
 
 
-@pytest.mark.parametrize("policy", ["rand-z3", "nonsense"])
-def test_an_unknown_policy_is_an_error(policy):
-    with pytest.raises(ValueError, match=f"AUG.AUTO_AUGMENT is '{policy}', which timm does not understand"):
-        build_transform(config("AUG.AUTO_AUGMENT", policy), train=True)
+def test_draws_follow_the_config():
+    options = config("AUG.SCALE", "[0.5, 0.6]", "AUG.RATIO", "[0.9, 1.1]", "AUG.REPROB", 1.0, "AUG.RECOUNT", 3,
+                     "DATA.INTERPOLATION", "random", "AUG.AUTO_AUGMENT", "none")  # fmt: skip
+    draws = [TrainDraws(options).draw(0, index, 100, 100) for index in range(200)]
+    crops = np.array([crop for crop, *_ in draws])
+    areas, ratios = crops[:, 2] * crops[:, 3] / 1e4, crops[:, 3] / crops[:, 2]
+    assert 0.48 < areas.min() < 0.51 and 0.59 < areas.max() < 0.62
+    assert 0.88 < ratios.min() < 0.92 and 1.08 < ratios.max() < 1.13
+    assert 0.4 < np.mean([bicubic for _, bicubic, _, _ in draws]) < 0.6
+    counts = [np.count_nonzero(erased[:, 2]) for *_, erased in draws]
+    assert set(counts) == {1, 2, 3} and draws[0][3].shape == (3, 5)
+    assert all(bicubic for _, bicubic, _, _ in (TrainDraws(config()).draw(0, index, 9, 9) for index in range(9)))
 
 
-@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0", "original-mstd0.5"])
-def test_randaugment_works_at_the_ends_of_its_range(policy):
-    transform = build_transform(config("AUG.AUTO_AUGMENT", policy, "DATA.IMG_SIZE", 16), train=True)
-    for index in range(200):
-        with seeded(index):
-            assert transform(noise(16, 16)).isfinite().all()
-
-
-def test_posterize_keeps_the_highest_bits():
-    image = noise(16, 16)
-    for bits in range(9):
-        found = auto_augment.NAME_TO_OP["PosterizeIncreasing"](image, bits)
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(image) & (256 - 2 ** (8 - bits)))
-
-
-def seed_all():
-    random.seed(1)
-    np.random.seed(2)
-    torch.manual_seed(3)
-
-
-def draws():
-    return random.random(), np.random.rand(), torch.rand(1).item()
-
-
-def test_seeded_draws_are_a_function_of_the_key():
-    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2**33), (2**40, 0, 0)]
-    found = []
-    for key in keys:
-        with seeded(*key):
-            found.append(draws())
-        draws()
-        with seeded(*key):
-            assert draws() == found[-1]
-    assert all(len(set(column)) == len(keys) for column in zip(*found, strict=True))
-
-
-def test_seeded_leaves_the_generators_as_they_were():
-    seed_all()
-    expected = draws()
-    seed_all()
-    with pytest.raises(ZeroDivisionError), seeded(5):
-        draws()
-        raise ZeroDivisionError
-    assert draws() == expected
+def test_randaugment_works_at_the_ends_of_its_range():
+    for policy in ("rand-m10-inc1", "rand-m0", "original-mstd0.5"):
+        for on_device in (False, True):
+            dataset = TrainSet(Images(noise(16, 16)), TrainDraws(config("AUG.AUTO_AUGMENT", policy)), on_device)
+            for epoch in range(40):
+                assert dataset[epoch, 0].images.shape == (224, 224, 3)
 
 
 class Images:
+    """A data set of copies of one image."""
+
     classes = ["a", "b"]
+
+    def __init__(self, image):
+        self.image = image
 
     def __len__(self):
         return 2
 
     def __getitem__(self, index):
-        return noise(20, 20), index
+        return self.image, index
+
+    def name(self, index):
+        return "narrow.png"
 
 
-def test_train_set_augments_by_epoch_and_index():
-    transform = build_transform(config("DATA.IMG_SIZE", 16), train=True)
-    dataset = TrainSet(Images(), transform, seed=4)
-    assert len(dataset) == 2 and dataset.classes == ["a", "b"] and dataset[0, 1][1] == 1
-    assert torch.equal(dataset[3, 1][0], dataset[3, 1][0])
-    others = [dataset[4, 1][0], dataset[3, 0][0], TrainSet(Images(), transform, seed=5)[3, 1][0]]
-    assert not any(torch.equal(dataset[3, 1][0], other) for other in others)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_train_set_augments_by_seed_epoch_and_index(on_device):
+    def dataset(seed):
+        return TrainSet(Images(noise(20, 20)), TrainDraws(config("DATA.IMG_SIZE", 16, "SEED", seed)), on_device)
 
+    def same(first, second):
+        return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(first, second, strict=True))
 
-def test_eval_set_transforms_by_index():
-    dataset = EvalSet(Images(), build_transform(config("DATA.IMG_SIZE", 16), train=False))
-    image, label = dataset[1]
-    assert image.shape == (3, 16, 16) and label == 1 and len(dataset) == 2 and dataset.classes == ["a", "b"]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    found = dataset(4)[3, 1]
+    assert len(dataset(4)) == 2 and dataset(4).classes == ["a", "b"] and found.targets == 1
+    assert same(found, dataset(4)[3, 1])
+    others = [dataset(4)[4, 1], dataset(4)[3, 0], dataset(5)[3, 1]]
+    assert not any(torch.equal(found.images, other.images) for other in others)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states

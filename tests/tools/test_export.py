@@ -46,7 +46,7 @@ def test_onnx(network, tmp_path, capsys):
         assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["classes"]) == CLASSES
-    assert about["preprocessing"] == repr(build_transform(config, train=False))
+    assert about["preprocessing"] == repr(build_transform(config))
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]  # the weights too are in it
 
 

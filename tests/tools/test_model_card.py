@@ -83,7 +83,7 @@ def test_timm_prepares_images_as_this_project_does(crop, tmp_path):
     net = timm.create_model(f"local-dir:{tmp_path / 'hub'}")
     picture = Image.effect_noise((50, 30), 80).convert("RGB")
     found = create_transform(**resolve_data_config({}, model=net))(picture)
-    torch.testing.assert_close(found, build_transform(config, train=False)(picture))
+    torch.testing.assert_close(found, build_transform(config)(picture))
 
 
 @pytest.mark.parametrize("name", ["folder", "hf-hub:someone/digits", "hf-hub:someone/digits@v2"])

@@ -1,0 +1,228 @@
+"""timm's augmentation operations on batches of uint8 images (N, 3, H, W), on any device.
+
+Every operation takes the images, one value for each of them (N) and whether to sample bicubically, and gives new
+images. Each agrees with Pillow's result for the same image: photometric ones within 1 level, geometric ones within 1
+level but for pixels on the border of what lies outside the image, where rounding may decide otherwise.
+"""
+
+import torch
+from torchvision.transforms.v2 import functional as F
+
+from .augment import FILL, OPERATIONS, Policy
+
+
+def augment(images: torch.Tensor, policy: Policy, steps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The images after the steps of their draws.
+
+    Args:
+        images: uint8 (N, 3, H, W), on any device; may be overwritten.
+        policy: what drew the steps.
+        steps: float32 (N, policy.length, 3) on the host, as ``augment.encode`` gives them.
+        weights: float32 (N, chains + 1) on the host, or (N, 0) where the policy has no chains.
+    """
+    images = run(images, steps[:, :1])  # the flip
+    if policy.chains:
+        images = _mix_chains(images, policy, steps, weights.to(images.device, non_blocking=True))
+    return run(images, steps[:, policy.first_common :])
+
+
+def _mix_chains(images: torch.Tensor, policy: Policy, steps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """AugMix: the images mixed with what several chains of steps make of them."""
+    chains = [run(images.clone(), steps[:, part]) for part in policy.chains]
+    *weights, mixture = weights.unbind(1)
+    if policy.blended:
+        mixed = images
+        for chain, weight in zip(chains, weights, strict=True):
+            mixed = _blend(mixed, chain, weight)
+        return mixed
+    total = sum(_per_image(weight) * chain.float() for weight, chain in zip(weights, chains, strict=True))
+    return _blend(images, total.clamp(0, 255).byte(), mixture)
+
+
+def run(images: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """The images after one step after the other; those that drew the same operation go through it together.
+
+    Args:
+        images: uint8 (N, 3, H, W), on any device; is overwritten.
+        steps: float32 (N, L, 3) on the host.
+    """
+    kinds = (2 * steps[:, :, 0] + steps[:, :, 2]).int()  # images of one kind share operation and sampling
+    order = kinds.argsort(dim=0, stable=True)
+    kinds = kinds.gather(0, order)
+    values = steps[:, :, 1].gather(0, order).to(images.device, non_blocking=True)
+    order = order.to(images.device, non_blocking=True)  # two copies to the device for the whole batch
+    for column in range(steps.shape[1]):
+        begin = 0
+        found, counts = kinds[:, column].unique_consecutive(return_counts=True)
+        for kind, count in zip(found.tolist(), counts.tolist(), strict=True):
+            part, begin = slice(begin, begin + count), begin + count
+            name = OPERATIONS[kind // 2]
+            if name != "None":
+                index = order[part, column]
+                images[index] = _RUN[name](images[index], values[part, column], kind % 2 == 1)
+    return images
+
+
+# ---- photometric ---------------------------------------------------------------------------------
+
+
+def _blend(start: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """As ``Image.blend``: from ``start`` (factor 0) through the images (1) and beyond, cut to whole levels."""
+    start = start.float()
+    return (start + _per_image(factor) * (images.float() - start)).clamp_(0, 255).byte()
+
+
+def _per_image(value: torch.Tensor) -> torch.Tensor:
+    return value.view(-1, 1, 1, 1)
+
+
+def _gray(images: torch.Tensor) -> torch.Tensor:
+    """Luma (N, 1, H, W), in Pillow's fixed-point arithmetic."""
+    red, green, blue = images.int().split(1, dim=1)
+    return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+
+
+def _color(images, factor, bicubic):
+    return _blend(_gray(images), images, factor)
+
+
+def _contrast(images, factor, bicubic):
+    mean = _gray(images).float().mean(dim=(1, 2, 3), keepdim=True)
+    return _blend((mean + 0.5).floor(), images, factor)
+
+
+def _brightness(images, factor, bicubic):
+    return _blend(torch.zeros_like(images), images, factor)
+
+
+def _sharpness(images, factor, bicubic):
+    """From a 3x3 smoothing, which leaves the border as it is."""
+    smooth = images.float()
+    inner = smooth[:, :, 1:-1, 1:-1]
+    if inner.numel():
+        nine = sum(smooth[:, :, y : y + inner.shape[2], x : x + inner.shape[3]] for y in range(3) for x in range(3))
+        smooth = smooth.clone()
+        smooth[:, :, 1:-1, 1:-1] = ((nine + 4 * inner) / 13 + 0.5).floor()
+    return _blend(smooth, images, factor)
+
+
+def _posterize(images, bits, bicubic):
+    dropped = (8 - bits).clamp(0, 8).int()
+    return ((images.int() >> _per_image(dropped)) << _per_image(dropped)).byte()
+
+
+def _solarize(images, threshold, bicubic):
+    return torch.where(images < _per_image(threshold), images, 255 - images)
+
+
+def _solarize_add(images, addition, bicubic):
+    return torch.where(images < 128, (images + _per_image(addition)).clamp(max=255), images).byte()
+
+
+def _gaussian_blur(images, radius, bicubic):
+    """Pillow's: three box blurs along rows, three along columns, rounded after each; radius at most 2."""
+    variance = radius**2 / 3
+    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    box = whole + fraction  # the half width of a box whose threefold blur has this variance
+    reach = 2  # the largest box covers two pixels on either side
+    weights = [((box - abs(k) + 1).clamp(0, 1) / (2 * box + 1)) for k in range(-reach, reach + 1)]
+    images = images.float()
+    for axis in (3, 2):
+        size = images.shape[axis]
+        inside = [(torch.arange(size, device=images.device) + k).clamp(0, size - 1) for k in range(-reach, reach + 1)]
+        for _ in range(3):
+            taps = zip(weights, inside, strict=True)
+            images = (sum(_per_image(w) * images.index_select(axis, i) for w, i in taps) + 0.5).floor()
+    return images.byte()
+
+
+# ---- geometric -----------------------------------------------------------------------------------
+
+
+def _flip(images, value, bicubic):
+    return images.flip(3)
+
+
+def _shear_x(images, factor, bicubic):
+    height, width = images.shape[2:]
+    rows = torch.arange(height, device=images.device) + 0.5
+    return _shift_rows(images, factor[:, None] * rows, bicubic)
+
+
+def _translate_x(images, pixels, bicubic):
+    return _shift_rows(images, pixels[:, None].expand(-1, images.shape[2]), bicubic)
+
+
+def _transposed(operation):
+    return lambda images, value, bicubic: operation(images.mT, value, bicubic).mT
+
+
+def _shift_rows(images: torch.Tensor, shift: torch.Tensor, bicubic: bool) -> torch.Tensor:
+    """Each row sampled ``shift`` (N, H) pixels to the right."""
+    width = images.shape[3]
+    position = torch.arange(width, device=images.device) + 0.5 + shift[:, :, None]  # (N, H, W)
+    index, fraction = _taps(position, width, bicubic)
+    taps = [images.gather(3, i[:, None].expand_as(images)).float() for i in index]
+    return _fill_outside(_interpolate(taps, fraction[:, None]), (position >= 0) & (position < width))
+
+
+def _rotate(images, degrees, bicubic):
+    """Counterclockwise about the centre."""
+    height, width = images.shape[2:]
+    angle = torch.deg2rad(-degrees)[:, None, None]
+    x = torch.arange(width, device=images.device) + 0.5 - width / 2
+    y = (torch.arange(height, device=images.device) + 0.5 - height / 2)[:, None]
+    column = angle.cos() * x + angle.sin() * y + width / 2  # (N, H, W): where each pixel comes from
+    row = angle.cos() * y - angle.sin() * x + height / 2
+    columns, across = _taps(column, width, bicubic)
+    rows, down = _taps(row, height, bicubic)
+    flat, across, down = images.flatten(2), across.flatten(1)[:, None], down.flatten(1)[:, None]
+    lines = []
+    for i in rows:
+        indices = [(width * i + j).flatten(1)[:, None].expand_as(flat) for j in columns]
+        lines.append(_interpolate([flat.gather(2, index).float() for index in indices], across))
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    return _fill_outside(_interpolate(lines, down).view(images.shape), inside)
+
+
+def _taps(position: torch.Tensor, size: int, bicubic: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What a sample at ``position`` reads along one axis, and how far it lies behind the nearest before it."""
+    position = position - 0.5
+    first = position.floor()
+    reach = (-1, 0, 1, 2) if bicubic else (0, 1)
+    return [(first.long() + k).clamp_(0, size - 1) for k in reach], position - first
+
+
+def _interpolate(taps: list[torch.Tensor], d: torch.Tensor) -> torch.Tensor:
+    """Between two taps linearly, between four by Pillow's cubic of ``Image.transform`` (a = -1)."""
+    if len(taps) == 2:
+        return taps[0] + (taps[1] - taps[0]) * d
+    a, b, c, e = taps
+    return b + d * (c - a + d * (2 * (a - b) + c - e + d * (b - a + e - c)))
+
+
+def _fill_outside(values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    fill = torch.tensor(FILL, dtype=values.dtype, device=values.device).view(1, 3, 1, 1)
+    return torch.where(inside[:, None], values, fill).clamp_(0, 255).byte()
+
+
+_RUN = {
+    "Flip": _flip,
+    "AutoContrast": lambda images, value, bicubic: F.autocontrast_image(images),
+    "Equalize": lambda images, value, bicubic: F.equalize_image(images),
+    "Invert": lambda images, value, bicubic: F.invert_image(images),
+    "Rotate": _rotate,
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "SolarizeAdd": _solarize_add,
+    "Color": _color,
+    "Contrast": _contrast,
+    "Brightness": _brightness,
+    "Sharpness": _sharpness,
+    "ShearX": _shear_x,
+    "ShearY": _transposed(_shear_x),
+    "TranslateX": _translate_x,
+    "TranslateY": _transposed(_translate_x),
+    "GaussianBlur": _gaussian_blur,
+}

@@ -1,0 +1,115 @@
+"""The steps of an augmentation on one image in a data worker, by timm's operations on PIL images.
+
+Shears and translations are done here instead, in a fifth of the time: they only move each row (or column) by itself.
+"""
+
+import numpy as np
+from PIL import Image
+from PIL.Image import Resampling
+from timm.data import auto_augment
+
+from .augment import FILL, Draw, Policy, Step
+
+
+def augment(image: Image.Image, policy: Policy, draw: Draw) -> Image.Image:
+    """The RGB image after the steps of its draw."""
+    image = run(image, draw.steps[:1])  # the flip
+    if policy.chains:
+        image = _mix_chains(image, policy, draw)
+    return run(image, draw.steps[policy.first_common :])
+
+
+def _mix_chains(image: Image.Image, policy: Policy, draw: Draw) -> Image.Image:
+    """AugMix: the image mixed with what several chains of steps make of it."""
+    chains = [run(image, draw.steps[part]) for part in policy.chains]
+    *weights, mixture = draw.weights
+    if policy.blended:
+        mixed = image
+        for chain, weight in zip(chains, weights, strict=True):
+            mixed = Image.blend(mixed, chain, weight)
+        return mixed
+    parts = (np.float32(weight) * np.asarray(chain, np.float32) for weight, chain in zip(weights, chains, strict=True))
+    total = sum(parts)
+    return Image.blend(image, Image.fromarray(total.clip(0, 255).astype(np.uint8)), mixture)
+
+
+def run(image: Image.Image, steps: list[Step]) -> Image.Image:
+    """The image after one step after the other."""
+    for step in steps:
+        if step.operation != "None":
+            sampling = Resampling.BICUBIC if step.bicubic else Resampling.BILINEAR
+            image = _PILLOW[step.operation](image, step.value, fillcolor=FILL, resample=sampling)
+    return image
+
+
+def _flip(image: Image.Image, _, **settings) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def _posterize(image: Image.Image, bits: float, **settings) -> Image.Image:
+    """timm's, with the black image for 0 bits that Pillow gave before version 13, which makes it an error."""
+    return auto_augment.posterize(image, int(bits)) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _without_value(operation):
+    return lambda image, _, **settings: operation(image)
+
+
+def _shear_x(image: Image.Image, factor: float, resample, **settings) -> Image.Image:
+    return _shift_rows(image, factor * (np.arange(image.height) + 0.5), resample == Resampling.BICUBIC)
+
+
+def _translate_x(image: Image.Image, pixels: float, resample, **settings) -> Image.Image:
+    return _shift_rows(image, np.full(image.height, float(pixels)), resample == Resampling.BICUBIC)
+
+
+def _transposed(operation):
+    def transposed(image: Image.Image, value: float, **settings) -> Image.Image:
+        moved = operation(image.transpose(Image.Transpose.TRANSPOSE), value, **settings)
+        return moved.transpose(Image.Transpose.TRANSPOSE)
+
+    return transposed
+
+
+def _shift_rows(image: Image.Image, shift: np.ndarray, bicubic: bool) -> Image.Image:
+    """As ``Image.transform`` within 1 level: each row sampled ``shift`` (H) pixels to the right, ``FILL`` outside."""
+    width, height = image.size
+    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.int32).reshape(height, width)
+    first = np.floor(shift).astype(int)  # pixel x becomes x + first + fraction
+    d = (shift - first).astype(np.float32)[:, None]
+    if bicubic:  # Pillow's cubic of Image.transform, a = -1
+        weights = (-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2)
+        taps = range(-1, 3)
+    else:
+        weights, taps = (1 - d, d), range(2)
+    reach = min(int(np.abs(first).max()) + 2, width + 2)  # beyond the border everything is fill
+    padded = np.pad(pixels, ((0, 0), (reach, reach)), "edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)  # (H, 2 * reach + 1, W)
+    rows, total = np.arange(height), np.full((height, 4 * width), 2**-10, np.float32)  # 76.9999 is 77, not cut to 76
+    for weight, tap in zip(weights, taps, strict=True):
+        total += weight * windows[rows, (first + tap + reach).clip(0, 2 * reach)].view(np.uint8)
+    moved = np.clip(total, 0, 255, out=total).astype(np.uint8).view(np.int32)
+    position = np.arange(width) + 0.5 + shift[:, None]
+    moved[(position < 0) | (position >= width)] = np.array([*FILL, 0], np.uint8).view(np.int32)[0]
+    return Image.frombytes("RGB", image.size, moved.tobytes(), "raw", "RGBX")
+
+
+_PILLOW = {
+    "Flip": _flip,
+    "AutoContrast": _without_value(auto_augment.auto_contrast),
+    "Equalize": _without_value(auto_augment.equalize),
+    "Invert": _without_value(auto_augment.invert),
+    "Rotate": auto_augment.rotate,
+    "Posterize": _posterize,
+    "Solarize": auto_augment.solarize,
+    "SolarizeAdd": lambda image, value, **settings: auto_augment.solarize_add(image, int(value)),
+    "Color": auto_augment.color,
+    "Contrast": auto_augment.contrast,
+    "Brightness": auto_augment.brightness,
+    "Sharpness": auto_augment.sharpness,
+    "ShearX": _shear_x,
+    "ShearY": _transposed(_shear_x),
+    "TranslateX": _translate_x,
+    "TranslateY": _transposed(_translate_x),
+    "GaussianBlur": auto_augment.gaussian_blur,
+}

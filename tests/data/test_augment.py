@@ -1,0 +1,261 @@
+"""The policies' draws against timm's own, and the operations of workers and devices against timm's on PIL images."""
+
+import collections
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.Image import Resampling
+from timm.data import auto_augment
+
+from config import load_config
+from data import augment, device_ops, pillow_ops
+from data.augment import FILL, NOTHING, OPERATIONS, Draw, Policy, Step, encode
+
+TIMM = {  # timm's operation behind each of ours
+    "Flip": lambda image, value, **settings: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    "AutoContrast": lambda image, value, **settings: auto_augment.auto_contrast(image),
+    "Equalize": lambda image, value, **settings: auto_augment.equalize(image),
+    "Invert": lambda image, value, **settings: auto_augment.invert(image),
+    "Rotate": auto_augment.rotate,
+    "Posterize": lambda image, value, **settings: auto_augment.posterize(image, int(value)),
+    "Solarize": auto_augment.solarize,
+    "SolarizeAdd": lambda image, value, **settings: auto_augment.solarize_add(image, int(value)),
+    "Color": auto_augment.color,
+    "Contrast": auto_augment.contrast,
+    "Brightness": auto_augment.brightness,
+    "Sharpness": auto_augment.sharpness,
+    "ShearX": auto_augment.shear_x,
+    "ShearY": auto_augment.shear_y,
+    "TranslateX": auto_augment.translate_x_abs,
+    "TranslateY": auto_augment.translate_y_abs,
+    "GaussianBlur": auto_augment.gaussian_blur,
+}
+RANGES = {
+    "Rotate": (-30, 30), "Posterize": (1, 8), "Solarize": (0, 256), "SolarizeAdd": (0, 128), "Color": (0, 1.9),
+    "Contrast": (0.1, 1.9), "Brightness": (0.1, 1.9), "Sharpness": (0.1, 1.9), "ShearX": (-0.3, 0.3),
+    "ShearY": (-0.3, 0.3), "TranslateX": (-15, 15), "TranslateY": (-15, 15), "GaussianBlur": (0.1, 2),
+}  # fmt: skip
+GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+EXACT = ("Flip", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd")
+
+
+def policy(name, *opts) -> Policy:
+    return Policy(load_config(opts=["AUG.AUTO_AUGMENT", name, "DATA.IMG_SIZE", "64", *map(str, opts)]))
+
+
+def images(size: int, rng) -> np.ndarray:
+    """Noise, smooth pictures and flat ones: uint8 (6, size, size, 3)."""
+    noise = [rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(2)]
+    coarse = [Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)) for _ in range(2)]
+    smooth = [np.asarray(image.resize((size, size), Resampling.BICUBIC)) for image in coarse]
+    flat = [np.full((size, size, 3), value, np.uint8) for value in (0, 77)]
+    return np.stack(noise + smooth + flat)
+
+
+def values(name, count, rng) -> list[float]:
+    found = rng.uniform(*RANGES.get(name, (0, 0)), count)
+    if name in ("Posterize", "Solarize", "SolarizeAdd"):
+        found = found.round()
+    return [float(np.float32(value)) for value in found]
+
+
+def on_device(pixels: np.ndarray, steps: list[list[Step]]) -> np.ndarray:
+    tensor = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
+    encoded = torch.from_numpy(np.stack([encode(row) for row in steps]))
+    return device_ops.run(tensor, encoded).permute(0, 2, 3, 1).numpy()
+
+
+# ---- operations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bicubic", [True, False])
+@pytest.mark.parametrize("size", [64, 33])
+@pytest.mark.parametrize("name", OPERATIONS[1:])
+def test_operations_agree_with_timm(name, size, bicubic):
+    """In a worker and on the device: exactly or within 1 level; by 1 level in less than 1 pixel of 100."""
+    rng = np.random.default_rng(0)
+    sampling = Resampling.BICUBIC if bicubic else Resampling.BILINEAR
+    for _ in range(2):
+        pixels = images(size, rng)
+        steps = [[Step(name, value, bicubic)] for value in values(name, len(pixels), rng)]
+        pictures = [Image.fromarray(image) for image in pixels]
+        timm = np.stack([TIMM[name](picture, row[0].value, fillcolor=FILL, resample=sampling)
+                         for picture, row in zip(pictures, steps, strict=True)]).astype(int)  # fmt: skip
+        worker = np.stack([pillow_ops.run(picture, row) for picture, row in zip(pictures, steps, strict=True)])
+        for found in (worker, on_device(pixels, steps)):
+            difference = np.abs(found - timm)
+            assert difference.max() <= (0 if name in EXACT else 1)
+            assert (difference > 0).mean() < 0.01
+
+
+def test_posterizing_to_no_bits_gives_black():
+    pixels = images(16, np.random.default_rng(0))
+    assert not on_device(pixels, [[Step("Posterize", 0)]] * len(pixels)).any()
+    assert not np.asarray(pillow_ops.run(Image.fromarray(pixels[0]), [Step("Posterize", 0)])).any()
+
+
+def test_a_shift_beyond_the_image_leaves_the_fill():
+    pixels = images(16, np.random.default_rng(0))
+    for step in (Step("TranslateX", 99.5), Step("TranslateY", -40)):
+        assert (on_device(pixels, [[step]] * len(pixels)) == FILL).all()
+        assert (np.asarray(pillow_ops.run(Image.fromarray(pixels[0]), [step])) == FILL).all()
+
+
+def test_each_image_of_a_batch_gets_its_own_steps():
+    """A batch with everything mixed is the same as its images one by one."""
+    rng, draw = np.random.default_rng(0), random.Random(0)
+    names = list(OPERATIONS)
+    pixels = np.concatenate([images(33, rng) for _ in range(8)])
+    steps = []
+    for _ in pixels:
+        chosen = [draw.choice(names) for _ in range(3)]
+        steps.append([Step(name, values(name, 1, rng)[0], draw.random() < 0.5) for name in chosen])
+    together = on_device(pixels, steps)
+    alone = np.concatenate([on_device(pixels[i : i + 1], steps[i : i + 1]) for i in range(len(pixels))])
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("name", ["augmix-m5-w3", "augmix-m3-w4-d2-b1", "rand-m9-mstd0.5-inc1", "3a"])
+def test_worker_and_device_make_the_same_images(name):
+    """The same draws give the same pictures but for roundings: 99 pixels of 100 within 2 levels."""
+    chosen = policy(name)
+    rng, pixels = random.Random(0), np.concatenate([images(64, np.random.default_rng(seed)) for seed in range(4)])
+    draws = [chosen.draw(rng) for _ in pixels]
+    worker = np.stack([pillow_ops.augment(Image.fromarray(image), chosen, draw)
+                       for image, draw in zip(pixels, draws, strict=True)]).astype(int)  # fmt: skip
+    steps = torch.from_numpy(np.stack([encode(draw.steps) for draw in draws]))
+    weights = torch.tensor([draw.weights for draw in draws])
+    device = device_ops.augment(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2), chosen, steps, weights)
+    assert (np.abs(worker - device.permute(0, 2, 3, 1).numpy()) <= 2).mean() > 0.99
+    assert (worker != pixels).any()
+
+
+def test_augmix_is_timms_mixture():
+    """With the chains' results known (inversion), timm's formula gives the picture."""
+    chosen = policy("augmix-w3-d1")
+    image = Image.fromarray(images(16, np.random.default_rng(0))[0])
+    draw = Draw([NOTHING, Step("Invert"), NOTHING, Step("Posterize", 1)], [0.2, 0.5, 0.3, 0.6])
+    pixels = np.asarray(image, np.float32)
+    mixed = 0.2 * (255 - pixels) + 0.5 * pixels + 0.3 * np.asarray(auto_augment.posterize(image, 1), np.float32)
+    expected = 0.4 * pixels + 0.6 * mixed
+    assert np.abs(np.asarray(pillow_ops.augment(image, chosen, draw)) - expected).max() <= 2
+
+
+# ---- draws ---------------------------------------------------------------------------------------
+
+
+class Record:
+    """timm's operations replaced by notes of their names and values; each value as our draws have it."""
+
+    def __init__(self, monkeypatch, size=64):
+        self.notes = []
+        for name in auto_augment.NAME_TO_OP:
+            monkeypatch.setitem(auto_augment.NAME_TO_OP, name, self.note(name, size))
+
+    def note(self, name, size):
+        def operation(image, *values, fillcolor, resample):
+            value = values[0] if values else 0.0
+            ours = name.removesuffix("Increasing").removesuffix("Original").removesuffix("Rel")
+            if name.endswith("Rel"):
+                value = value * size
+            if name == "Desaturate":
+                ours, value = "Color", 1 - value
+            self.notes.append((ours, float(value), resample))
+            return image
+
+        return operation
+
+
+@pytest.mark.parametrize("name, interpolation, count", [
+    ("rand-m9-mstd0.5-inc1", "bicubic", 10_000), ("rand-m9-mstd0.5-inc1", "random", 2_000),
+    pytest.param("rand-m9-mstd0.5-inc1", "bicubic", 100_000, marks=pytest.mark.slow),
+    ("rand-m5-n3-p0.7", "bicubic", 2_000), ("rand-m15-mmax20-mstd101-inc1", "bicubic", 2_000),
+    ("rand-mstd1-tweights", "bicubic", 2_000), ("rand-m6-t3aw-inc1", "bicubic", 2_000), ("v0", "bicubic", 2_000),
+    ("original-mstd0.5", "bicubic", 2_000), ("v0r", "bicubic", 2_000), ("originalr", "bicubic", 2_000),
+])  # fmt: skip
+def test_draws_have_timms_distribution(name, interpolation, count, monkeypatch):
+    """The names of the operations and, for each, the distribution of its values."""
+    chosen = policy(name, "DATA.INTERPOLATION", interpolation, "AUG.COLOR_JITTER", 0)
+    record = Record(monkeypatch)
+    timm = augment._parse(name, 64, interpolation)  # made anew: its operations are the notes
+    random.seed(1)
+    np.random.seed(1)
+    for _ in range(count):
+        timm(None)
+    rng, ours = random.Random(2), []
+    for _ in range(count):
+        ours += [step for step in chosen.draw(rng).steps[1:] if step != NOTHING]
+    assert abs(len(ours) - len(record.notes)) < 5 * math.sqrt(2 * count)
+    names = collections.Counter(step.operation for step in ours), collections.Counter(note[0] for note in record.notes)
+    for operation in names[0] | names[1]:
+        first, second = names[0][operation], names[1][operation]
+        assert abs(first - second) < 5 * math.sqrt(first + second), operation
+        a = np.array([step.value for step in ours if step.operation == operation])
+        b = np.array([note[1] for note in record.notes if note[0] == operation])
+        if len(a) > 30 and len(b) > 30:
+            distance = kolmogorov_smirnov(a, b)
+            assert distance < 2.2 * math.sqrt(1 / len(a) + 1 / len(b)), operation  # p below 1e-4
+    sampling = {note[2] for note in record.notes}
+    if interpolation == "random":  # timm's operations choose when they are called
+        assert sampling == {(Resampling.BILINEAR, Resampling.BICUBIC)}
+        assert 0.45 < np.mean([step.bicubic for step in ours]) < 0.55
+    else:
+        assert sampling == {Resampling.BICUBIC} and all(step.bicubic for step in ours)
+
+
+def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
+    points = np.unique(np.concatenate([a, b]).round(9))
+    ranks = (np.searchsorted(np.sort(x.round(9)), points, side="right") / len(x) for x in (a, b))
+    return np.abs(next(ranks) - next(ranks)).max()
+
+
+def test_the_policy_is_drawn_without_a_global_generator():
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    for name in ("rand-m9-mstd0.5-inc1", "augmix-m5", "original", "3a"):
+        draws = [policy(name).draw(random.Random(5)) for _ in range(2)]
+        assert draws[0] == draws[1] != policy(name).draw(random.Random(6))
+        assert len(draws[0].steps) == policy(name).length
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+
+
+def test_colour_jitter_takes_the_policys_place():
+    """timm jitters where there is no policy, and after 3-Augment."""
+    rng = random.Random(0)
+    for name, others in (("none", 0), ("3a", 1)):
+        chosen = policy(name, "AUG.COLOR_JITTER", 0.3, "AUG.HFLIP", 0)
+        draws = [chosen.draw(rng).steps for _ in range(300)]
+        jitter = [steps[1 + others :] for steps in draws]
+        assert all(sorted(step.operation for step in steps) == ["Brightness", "Color", "Contrast"] for steps in jitter)
+        assert len({tuple(step.operation for step in steps) for steps in jitter}) == 6  # in every order
+        factors = np.array([step.value for steps in jitter for step in steps])
+        assert 0.7 <= factors.min() < 0.71 and 1.29 < factors.max() <= 1.3 and abs(factors.mean() - 1) < 0.02
+    assert policy("rand-m9-mstd0.5-inc1").length == 3
+    assert policy("none", "AUG.COLOR_JITTER", 0).length == 1
+
+
+def test_half_of_the_images_are_flipped():
+    rng, chosen = random.Random(0), policy("none", "AUG.HFLIP", 0.3)
+    flips = [chosen.draw(rng).steps[0] == Step("Flip") for _ in range(1000)]
+    assert 0.25 < np.mean(flips) < 0.35
+
+
+def test_augmix_weights_are_timms():
+    """Dirichlet's and Beta's: uniform for alpha 1, so that mean and variance are known."""
+    rng, chosen = random.Random(0), policy("augmix-w3")
+    weights = np.array([chosen.draw(rng).weights for _ in range(20_000)])
+    np.testing.assert_allclose(weights[:, :3].sum(axis=1), 1)
+    np.testing.assert_allclose(weights.mean(axis=0), [1 / 3, 1 / 3, 1 / 3, 1 / 2], atol=0.01)
+    np.testing.assert_allclose(weights.var(axis=0), [1 / 18, 1 / 18, 1 / 18, 1 / 12], atol=0.003)
+    shares = augment.successive_weights([0.2, 0.3, 0.5], 0.6)
+    timm = policy("augmix-w3-b1").timm._calc_blended_weights(np.array([0.2, 0.3, 0.5]), 0.6)
+    np.testing.assert_allclose(shares, timm, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rand-z3", "nonsense"])
+def test_an_unknown_policy_is_an_error(name):
+    with pytest.raises(ValueError, match=f"AUG.AUTO_AUGMENT is '{name}', which timm does not understand"):
+        policy(name)

@@ -1,0 +1,115 @@
+"""The last steps of a batch against timm's and torchvision's, and the copy that runs ahead."""
+
+import numpy as np
+import pytest
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import functional as F
+
+from config import load_config
+from data import build_train_loader, build_val_loader
+from data.device import DeviceBatches, copied_ahead
+from data.transforms import Sample
+
+CPU = torch.device("cpu")
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+class Loader(list):
+    """A list of batches with what DeviceBatches asks a loader for."""
+
+    dataset = batch_sampler = None
+
+
+def sample(images: np.ndarray, erased=None) -> Sample:
+    count = len(images)
+    erased = torch.zeros(count, 0, 5, dtype=torch.int64) if erased is None else torch.tensor(erased)
+    targets = torch.arange(count)
+    return Sample(torch.from_numpy(images), targets, torch.zeros(count, 0, 3), torch.zeros(count, 0), erased)
+
+
+def noise(count=4, size=16) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def test_normalised_as_by_torchvision_to_the_bit():
+    images, targets = next(iter(DeviceBatches(Loader([sample(noise())]), CPU)))
+    expected = torch.stack([F.normalize(F.to_tensor(image), MEAN, STD) for image in noise()])
+    assert torch.equal(images, expected) and targets.tolist() == [0, 1, 2, 3]
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_erasing_fills_the_rectangles(mode):
+    """With timm's kinds of fill, each a function of its own seed, and nothing else is touched."""
+    erased = np.zeros((3, 2, 5), np.int64)
+    erased[0, 0] = 2, 3, 10, 12, 7
+    erased[2] = [(0, 0, 9, 9, 7), (12, 12, 4, 3, 2**62)]
+    plain, found, again = (
+        DeviceBatches(Loader([sample(noise(3), rows)]), CPU, erase_mode=mode).finish(sample(noise(3), rows))[0]
+        for rows in (np.zeros_like(erased), erased, erased)
+    )
+    assert torch.equal(found, again)
+    changed = (found != plain).any(dim=1)
+    inside = torch.zeros(3, 16, 16, dtype=torch.bool)
+    inside[0, 2:12, 3:15] = inside[2, :9, :9] = inside[2, 12:16, 12:15] = True
+    assert torch.equal(changed, inside)
+    patch = found[0, :, 2:12, 3:15]
+    if mode == "const":
+        assert not patch.any()
+    elif mode == "rand":
+        assert torch.equal(patch, patch[:, :1, :1].expand_as(patch)) and len(patch[:, 0, 0].unique()) == 3
+    else:
+        assert abs(patch.mean()) < 0.2 and 0.85 < patch.std() < 1.15
+        assert not torch.equal(patch[:, :4, :3], found[2, :, 12:16, 12:15])
+
+
+def test_the_noise_is_distributed_as_timms():
+    erased = np.array([[[0, 0, 60, 60, 5]]])
+    found = DeviceBatches(Loader(), CPU).finish(sample(noise(1, 64), erased))[0][0, :, :60, :60].flatten()
+    torch.manual_seed(0)
+    timm = torch.zeros(3, 64, 64)
+    RandomErasing(1.0, min_area=0.6, max_area=0.7, mode="pixel", device="cpu")(timm)
+    levels = torch.linspace(0.05, 0.95, 10)
+    torch.testing.assert_close(found.quantile(levels), timm[timm != 0].quantile(levels), atol=0.1, rtol=0)
+
+
+def test_mixing_draws_when_a_batch_is_handed_over():
+    """Not when it is read ahead: what a checkpoint saves of NumPy's generator is then where the next batch goes on."""
+    batches = DeviceBatches(Loader([sample(noise()), sample(noise())]), CPU, mixup=Mixup(0.8, 1.0, num_classes=10))
+    np.random.seed(3)
+    first = next(iter(batches))
+    state = np.random.get_state()
+    whole = iter(batches)
+    np.random.seed(3)
+    assert torch.equal(next(whole)[0], first[0])
+    assert np.random.get_state()[2] == state[2]
+    second = next(whole)
+    np.random.set_state(state)
+    resumed = DeviceBatches(Loader(batches.loader[1:]), CPU, mixup=batches.mixup)
+    assert all(torch.equal(a, b) for a, b in zip(next(iter(resumed)), second, strict=True))
+    assert second[1].shape == (4, 10)
+
+
+@pytest.mark.parametrize("augment_on", ["worker", "device"])
+def test_an_augmented_batch_is_bytes_until_the_device(augment_on):
+    config = load_config(opts=["DATA.DATASET", "digits", "MODEL.NUM_CLASSES", "10", "DATA.IMG_SIZE", "16",
+                               "DATA.NUM_WORKERS", "0", "DATA.AUGMENT_ON", augment_on])  # fmt: skip
+    for build in (build_train_loader, build_val_loader):
+        batch = next(iter(build(config).loader))
+        assert batch.images.shape == (128, 16, 16, 3) and batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous() and batch.targets.dtype == torch.int64
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_copies_run_ahead_and_give_the_same_batches():
+    batches = [sample(np.random.default_rng(i).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)) for i in range(6)]
+    pinned = [batch._replace(images=batch.images.pin_memory(), targets=batch.targets.pin_memory()) for batch in batches]
+    read = []
+    source = (read.append(number) or batch for number, batch in enumerate(pinned))
+    for number, batch in enumerate(copied_ahead(source, torch.device("cuda"))):
+        assert read == list(range(min(number + 2, 6)))  # the next one is under way
+        assert torch.equal(batch.images.cpu(), batches[number].images)
+        torch.cuda._sleep(10**7)
