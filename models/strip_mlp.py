@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from .errors import InputError
 from .fused import FusedChannelMixingBlock, FusedStripMixingBlock
 from .response_norm import grn, grn_linear
-from .strip_ops import strip_mix, without_autocast
+from .strip_ops import arrange, fuse, strip_mix, without_autocast
 from .timm_interface import TimmInterface
 from .windows import cut, merge
 
 # torch.fx keeps these calls whole: what they do depends on the input's size, type and device.
-for _name in ("_checked", "cut", "grn", "grn_linear", "merge", "strip_mix"):
+for _name in ("_checked", "arrange", "cut", "fuse", "grn", "grn_linear", "merge", "strip_mix"):
     torch.fx.wrap(_name)
 
 
@@ -50,9 +50,9 @@ class StripMLP(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x):
-        """(N, C, H, W) -> (N, C, H, W)"""
-        return strip_mix(x, self.weight, self.bias, self.axis, self.form)
+    def forward(self, x, position=None):
+        """(N, C, H, W), and a position map (C, H, W) to be added to it -> (N, C, H, W)"""
+        return strip_mix(x, self.weight, self.bias, self.axis, self.form, position)
 
     def extra_repr(self) -> str:
         channels, length, _, width = self.weight.shape
@@ -108,11 +108,12 @@ class CGSMM(nn.Module):
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
+        given, x = x, arrange(x, self.row_strip.weight, self.row_strip.form)
         windows = cut(x, self.size)  # the map itself where it has the trained size
-        row = self.row_strip(self.row_position(windows))
-        y = F.gelu(self.norm(self.row_fuse(torch.cat([row, windows], dim=1))))
-        column = merge(self.column_strip(self.column_position(y)), x.shape[2:])
-        return self.column_fuse(torch.cat([x, column], dim=1))
+        row = self.row_strip(windows, self.row_position.map())
+        y = F.gelu(self.norm(fuse(row, windows, self.row_fuse.weight, like=windows)))
+        column = merge(self.column_strip(y, self.column_position.map()), x.shape[2:])
+        return fuse(x, column, self.column_fuse.weight, like=given)
 
 
 class LSMM(nn.Module):

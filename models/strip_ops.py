@@ -35,7 +35,8 @@ _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run o
 
 
 def strip_mix(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: str, form: str = "auto"
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: str, form: str = "auto",
+    position: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mixes every token with its strip: its own row (column) and the ``K // 2`` rows (columns) on either side.
 
@@ -54,6 +55,7 @@ def strip_mix(
         form: ``"plain"``, ``"matmul"``, ``"triton"``, or ``"auto"``: Triton's kernels where tensor cores multiply,
             which is on CUDA from compute capability 8.0 on, in 16 bits, or in TF32 where it is allowed, with L up to
             128; else the matrix product.
+        position: (C, H, W) or None: what to add to every image of x beforehand; the kernels add it as they read x.
 
     Returns:
         (N, C, H, W); channels last where x is.
@@ -63,11 +65,72 @@ def strip_mix(
     """
     if _is_autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if form == "auto":
-        has_tensor_cores = x.is_cuda and _is_ampere() and (x.dtype != torch.float32 or allows_tf32())
-        form = "triton" if has_tensor_cores and not _triton_lacks(x, weight) else "matmul"
-    y = _FORMS[form](x, weight, bias, axis)
+    position = None if position is None else position.to(x.dtype)
+    if _chosen(form, x, weight) == "triton":
+        y = _triton(x, weight, bias, axis, position)
+    else:
+        form = strip_mix_plain if form == "plain" else _matmul
+        y = form(x if position is None else x + position, weight, bias, axis)
     return y.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else y
+
+
+def arrange(x: torch.Tensor, weight: torch.Tensor, form: str) -> torch.Tensor:
+    """A map in the layout that ``strip_mix`` reads without a copy: plain (N, C, H, W) order for Triton's kernels."""
+    return _Planar.apply(x) if _chosen(form, x, weight) == "triton" and _is_channels_last(x) else x
+
+
+def fuse(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The 1x1 convolution of ``concat[first, second]``: (N, C1, H, W), (N, C2, H, W) -> (N, C_out, H, W)
+
+    Maps in plain (N, C, H, W) order are multiplied where they lie, without a concatenation; the product comes out in
+    the layout of ``like`` at no cost.
+
+    Args:
+        weight: (C_out, C1 + C2, 1, 1).
+        like: a map.
+    """
+    if _is_channels_last(first) or _is_channels_last(second) or not first.is_cuda and not _IS_INTERPRETED:
+        return F.conv2d(torch.cat([first, second], dim=1), weight)
+    with without_autocast(first):
+        y = _Fuse.apply(first, second, weight.flatten(1).to(first.dtype), _is_channels_last(like))
+    return y
+
+
+class _Fuse(torch.autograd.Function):
+    """``fuse`` of maps in plain order, whose gradients come back in plain order too."""
+
+    @staticmethod
+    def forward(ctx, first, second, weight, to_channels_last):
+        ctx.save_for_backward(first, second, weight)
+        n, c, h, w = first.shape
+        a, b = first.flatten(2), second.flatten(2)  # (N, C1, H * W), (N, C2, H * W)
+        u, v = (part.expand(n, -1, -1) for part in weight.tensor_split([c], dim=1))  # (N, C_out, C1), (N, C_out, C2)
+        # In place, since torch.baddbmm begins with a copy.
+        if to_channels_last:
+            return torch.bmm(a.mT, u.mT).baddbmm_(b.mT, v.mT).mT.unflatten(2, (h, w))
+        return torch.bmm(u, a).baddbmm_(v, b).unflatten(2, (h, w))
+
+    @staticmethod
+    def backward(ctx, dy):
+        first, second, weight = ctx.saved_tensors
+        n, c, h, w = first.shape
+        dy = dy.flatten(2)
+        dmaps = [torch.bmm(part.T.expand(n, -1, -1), dy).unflatten(2, (h, w))
+                 for part in weight.tensor_split([c], dim=1)]
+        dweight = torch.cat([torch.bmm(dy, x.flatten(2).mT).sum(0) for x in (first, second)], dim=1)
+        return (*dmaps, dweight, None)
+
+
+class _Planar(torch.autograd.Function):
+    """A copy of a channels-last map in plain order; its gradient comes back channels last."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.flatten(2).contiguous().view(x.shape)  # of a map of four dimensions the compiler may keep the order
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.contiguous(memory_format=torch.channels_last)
 
 
 def without_autocast(x: torch.Tensor):
@@ -116,12 +179,21 @@ def _matmul(x, weight, bias, axis):
     return y.permute(1, 2, 0, 3, 4).reshape(n, c, h, w)
 
 
-def _triton(x, weight, bias, axis):
+def _chosen(form: str, x, weight) -> str:
+    """The form that ``"auto"`` stands for; any other is itself."""
+    if form != "auto":
+        return form
+    has_tensor_cores = x.is_cuda and _is_ampere() and (x.dtype != torch.float32 or allows_tf32())
+    return "triton" if has_tensor_cores and not _triton_lacks(x, weight) else "matmul"
+
+
+def _triton(x, weight, bias, axis, position):
     lack = _triton_lacks(x, weight)
     if lack:
         raise InputError(f"the strip layers' form 'triton' {lack}; let 'auto' choose (MODEL.STRIP_MLP.FORM auto)")
     tf32 = x.is_cuda and x.dtype == torch.float32 and allows_tf32()
-    return strip_triton.mix(x.contiguous(), weight, bias, axis, tf32)
+    position = None if position is None else position.contiguous()
+    return strip_triton.mix(x.contiguous(), position, weight, bias, axis, tf32)
 
 
 @torch.compiler.assume_constant_result
@@ -150,5 +222,3 @@ def _triton_lacks(x, weight) -> str:
         return f"takes strips of at most {_TRITON_LONGEST} tokens, and these have {weight.shape[1]}"
     return ""
 
-
-_FORMS = {"plain": strip_mix_plain, "matmul": _matmul, "triton": _triton}

@@ -22,32 +22,36 @@ from torch.utils.flop_counter import register_flop_formula
 
 @triton.jit
 def _line_offsets(m, d, patches, dim, ACROSS: tl.constexpr, LENGTH: tl.constexpr, STEP_ACROSS: tl.constexpr):
-    """Where line m of channel d begins, and its place a among the lines of its map."""
+    """Where line m of channel d begins in a map of all images and in one image's, and its place a among its lines."""
     a = m % ACROSS
     image_and_patch = m // ACROSS
     patch = image_and_patch % patches
     image = image_and_patch // patches
-    channel = (image.to(tl.int64) * patches + patch) * dim + d
-    return channel * (ACROSS * LENGTH) + a * STEP_ACROSS, a
+    channel = patch * dim + d
+    start = channel * (ACROSS * LENGTH) + a * STEP_ACROSS
+    return image.to(tl.int64) * (patches * dim * ACROSS * LENGTH) + start, start, a
 
 
 @triton.jit
-def _mix_kernel(x, weight, bias, y, lines, patches, dim,
+def _mix_kernel(x, position, weight, bias, y, lines, patches, dim,
                 ACROSS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, STEP_ACROSS: tl.constexpr,
-                STEP_ALONG: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, HAS_BIAS: tl.constexpr,
-                BLOCK_M: tl.constexpr):
-    """``BLOCK_M`` lines of one channel: x and y as stored, weight (D, K, L in, L out), bias (D, L)."""
+                STEP_ALONG: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, HAS_POSITION: tl.constexpr,
+                HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """``BLOCK_M`` lines of one channel: x, position and y as stored, weight (D, K, L in, L out), bias (D, L)."""
     d = tl.program_id(1)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     along = tl.arange(0, BLOCK_L)
-    start, a = _line_offsets(m, d, patches, dim, ACROSS, LENGTH, STEP_ACROSS)
+    start, start_in_image, a = _line_offsets(m, d, patches, dim, ACROSS, LENGTH, STEP_ACROSS)
     is_token = along < LENGTH
     total = tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)
     for k in tl.static_range(WIDTH):
         shift = k - WIDTH // 2
         is_line = (m < lines) & (a + shift >= 0) & (a + shift < ACROSS)
-        tokens = tl.load(x + (start + shift * STEP_ACROSS)[:, None] + along[None, :] * STEP_ALONG,
-                         mask=is_line[:, None] & is_token[None, :], other=0.0)
+        mask = is_line[:, None] & is_token[None, :]
+        strip = shift * STEP_ACROSS + along[None, :] * STEP_ALONG
+        tokens = tl.load(x + start[:, None] + strip, mask=mask, other=0.0)
+        if HAS_POSITION:
+            tokens += tl.load(position + start_in_image[:, None] + strip, mask=mask, other=0.0)
         matrix = tl.load(weight + ((d * WIDTH + k) * LENGTH + along[:, None]) * LENGTH + along[None, :],
                          mask=is_token[:, None] & is_token[None, :], other=0.0)
         total = tl.dot(tokens, matrix, total, input_precision=PRECISION)
@@ -58,10 +62,10 @@ def _mix_kernel(x, weight, bias, y, lines, patches, dim,
 
 
 @triton.jit
-def _weight_grad_kernel(x, dy, dw, db, lines, patches, dim, PART_LINES: tl.constexpr,
+def _weight_grad_kernel(x, position, dy, dw, db, lines, patches, dim, PART_LINES: tl.constexpr,
                         ACROSS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, STEP_ACROSS: tl.constexpr,
                         STEP_ALONG: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr,
-                        BLOCK_M: tl.constexpr):
+                        HAS_POSITION: tl.constexpr, BLOCK_M: tl.constexpr):
     """The share of one part of the lines in dw (parts, D, K, L in, L out) and db (parts, D, L), for one k and d."""
     k = tl.program_id(0)
     d = tl.program_id(1)
@@ -74,10 +78,13 @@ def _weight_grad_kernel(x, dy, dw, db, lines, patches, dim, PART_LINES: tl.const
     vector = tl.zeros((BLOCK_L,), dtype=tl.float32)
     for first in range(0, PART_LINES, BLOCK_M):
         m = part * PART_LINES + first + tl.arange(0, BLOCK_M)
-        start, a = _line_offsets(m, d, patches, dim, ACROSS, LENGTH, STEP_ACROSS)
+        start, start_in_image, a = _line_offsets(m, d, patches, dim, ACROSS, LENGTH, STEP_ACROSS)
         is_line = (m < end) & (a + shift >= 0) & (a + shift < ACROSS)
-        tokens = tl.load(x + (start + shift * STEP_ACROSS)[None, :] + along[:, None] * STEP_ALONG,
-                         mask=is_token[:, None] & is_line[None, :], other=0.0)
+        mask = is_token[:, None] & is_line[None, :]
+        strip = shift * STEP_ACROSS + along[:, None] * STEP_ALONG
+        tokens = tl.load(x + start[None, :] + strip, mask=mask, other=0.0)
+        if HAS_POSITION:
+            tokens += tl.load(position + start_in_image[None, :] + strip, mask=mask, other=0.0)
         grad = tl.load(dy + start[:, None] + along[None, :] * STEP_ALONG,
                        mask=(m < end)[:, None] & is_token[None, :], other=0.0)
         matrix = tl.dot(tokens, grad, matrix, input_precision=PRECISION)
@@ -118,11 +125,15 @@ def _tuned(kernel):
 
 
 @torch.library.custom_op("strip_mlp::mix", mutates_args=())
-def mix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: str, tf32: bool) -> torch.Tensor:
+def mix(
+    x: torch.Tensor, position: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, axis: str,
+    tf32: bool,
+) -> torch.Tensor:
     """The strip layer of ``strip_ops.strip_mix`` for x in plain (N, C, H, W) order.
 
     Args:
         x: (N, C, H, W), contiguous: float32, bfloat16 or float16.
+        position: (C, H, W), contiguous and of x's type, added to every image as it is read; or None.
         weight: (D, L, L, K), of any precision; is rounded to that of x, as autocast would.
         bias: (D, L) or None; is added in float32.
         axis: ``"row"`` or ``"column"``.
@@ -132,19 +143,19 @@ def mix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: 
     channels = weight.shape[0]
     patches, lines, constants = _shape(x, channels, weight.shape[3], axis, tf32)
     packed = weight.permute(0, 3, 2, 1).to(x.dtype).contiguous()  # (D, K, L in, L out)
-    # Without a bias the kernel reads none; the weight in its place is of the same type, so nothing is tuned anew.
+    # What is not given is not read; the tensor in its place is of the same type, so nothing is tuned anew.
     _tuned(_mix_kernel)[lambda meta: (triton.cdiv(lines, meta["BLOCK_M"]), channels)](
-        x, packed, weight if bias is None else bias.contiguous(), y, lines, patches, channels, **constants,
-        HAS_BIAS=bias is not None,
+        x, x if position is None else position, packed, weight if bias is None else bias.contiguous(), y,
+        lines, patches, channels, **constants, HAS_POSITION=position is not None, HAS_BIAS=bias is not None,
     )
     return y
 
 
 @torch.library.custom_op("strip_mlp::weight_grad", mutates_args=())
 def weight_grad(
-    x: torch.Tensor, dy: torch.Tensor, channels: int, width: int, axis: str, tf32: bool
+    x: torch.Tensor, position: torch.Tensor | None, dy: torch.Tensor, channels: int, width: int, axis: str, tf32: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of ``mix``'s weight (D, L, L, K) and bias (D, L), both float32; x and dy contiguous."""
+    """Gradients of ``mix``'s weight (D, L, L, K) and bias (D, L), both float32; the maps as ``mix`` has them."""
     patches, lines, constants = _shape(x, channels, width, axis, tf32)
     length = constants["LENGTH"]
     # Enough parts for every multiprocessor to have work; their sums meet in a fixed order.
@@ -152,7 +163,8 @@ def weight_grad(
     dw = torch.empty(parts, channels, width, length, length, device=x.device, dtype=torch.float32)
     db = torch.empty(parts, channels, length, device=x.device, dtype=torch.float32)
     _tuned(_weight_grad_kernel)[width, channels, parts](
-        x, dy, dw, db, lines, patches, channels, PART_LINES=triton.cdiv(lines, parts), **constants,
+        x, x if position is None else position, dy, dw, db, lines, patches, channels,
+        PART_LINES=triton.cdiv(lines, parts), **constants, HAS_POSITION=position is not None,
     )
     return dw.sum(0).permute(0, 3, 2, 1), db.sum(0)
 
@@ -170,34 +182,35 @@ def _shape(x: torch.Tensor, channels: int, width: int, axis: str, tf32: bool) ->
 
 
 @mix.register_fake
-def _(x, weight, bias, axis, tf32):
+def _(x, position, weight, bias, axis, tf32):
     return torch.empty_like(x)
 
 
 @weight_grad.register_fake
-def _(x, dy, channels, width, axis, tf32):
+def _(x, position, dy, channels, width, axis, tf32):
     length = x.shape[3] if axis == "row" else x.shape[2]
     weight = x.new_empty(channels, width, length, length, dtype=torch.float32).permute(0, 3, 2, 1)
     return weight, x.new_empty(channels, length, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.axis, ctx.tf32 = inputs
-    ctx.save_for_backward(x, weight)
+    x, position, weight, bias, ctx.axis, ctx.tf32 = inputs
+    ctx.save_for_backward(x, position, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx, dy):
-    x, weight = ctx.saved_tensors
+    x, position, weight = ctx.saved_tensors
     dy = dy.contiguous()
-    dx = dw = db = None
-    if ctx.needs_input_grad[0]:
-        dx = mix(dy, weight.transpose(1, 2).flip(3), None, ctx.axis, ctx.tf32)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        dw, db = weight_grad(x, dy, weight.shape[0], weight.shape[3], ctx.axis, ctx.tf32)
+    dx = dposition = dw = db = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        dx = mix(dy, None, weight.transpose(1, 2).flip(3), None, ctx.axis, ctx.tf32)
+        dposition = dx.sum(0) if ctx.needs_input_grad[1] else None
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        dw, db = weight_grad(x, position, dy, weight.shape[0], weight.shape[3], ctx.axis, ctx.tf32)
         dw = dw.to(weight.dtype)
         db = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
-    return dx, dw, db, None, None
+    return dx, dposition, dw, db, None, None
 
 
 mix.register_autograd(_backward, setup_context=_setup_context)
@@ -205,11 +218,13 @@ mix.register_autograd(_backward, setup_context=_setup_context)
 
 # What PyTorch's counter of operations takes a strip for, as it counts the other forms' products.
 @register_flop_formula(torch.ops.strip_mlp.mix)
-def _mix_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+def _mix_flops(x_shape, position_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     _, length, _, width = weight_shape
     return 2 * math.prod(x_shape) * length * width
 
 
 @register_flop_formula(torch.ops.strip_mlp.weight_grad)
-def _weight_grad_flops(x_shape, dy_shape, channels, width, axis, tf32, out_shape=None, **kwargs) -> int:
+def _weight_grad_flops(
+    x_shape, position_shape, dy_shape, channels, width, axis, tf32, out_shape=None, **kwargs
+) -> int:
     return 2 * math.prod(x_shape) * x_shape[3 if axis == "row" else 2] * width

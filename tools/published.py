@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.response_norm import grn_plain
-from models.strip_mlp import LSMM, ChannelMixingBlock, LayerNorm, RelativePosition, StripMLP
+from models.strip_mlp import CGSMM, LSMM, ChannelMixingBlock, LayerNorm, RelativePosition, StripMLP
 
 
 def published_formulation(model: nn.Module) -> nn.Module:
@@ -26,8 +26,9 @@ def published_formulation(model: nn.Module) -> nn.Module:
 
 
 class GroupedConvolution(StripMLP):
-    def forward(self, x):
-        """(N, C, H, W) -> (N, C, H, W)"""
+    def forward(self, x, position=None):
+        """(N, C, H, W), and a position map (C, H, W) to be added to it -> (N, C, H, W)"""
+        x = x if position is None else x + position
         d, length, _, width = self.weight.shape
         n, c, h, w = x.shape
         x = x.view(n, c // d, d, h, w)
@@ -57,6 +58,14 @@ class _GatheredPosition(RelativePosition):
         return x + self.map()
 
 
+class _ConcatenatedCGSMM(CGSMM):
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
+        row = self.row_strip(self.row_position(x))
+        y = F.gelu(self.norm(self.row_fuse(torch.cat([row, x], dim=1))))
+        return self.column_fuse(torch.cat([x, self.column_strip(self.column_position(y))], dim=1))
+
+
 class _SummedBranches(LSMM):
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
@@ -75,6 +84,6 @@ class _NormalisedThenLinear(ChannelMixingBlock):
 
 
 _PUBLISHED = {
-    StripMLP: GroupedConvolution, RelativePosition: _GatheredPosition, LSMM: _SummedBranches,
+    CGSMM: _ConcatenatedCGSMM, StripMLP: GroupedConvolution, RelativePosition: _GatheredPosition, LSMM: _SummedBranches,
     ChannelMixingBlock: _NormalisedThenLinear, LayerNorm: nn.LayerNorm,
 }

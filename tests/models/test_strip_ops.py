@@ -1,12 +1,14 @@
 """The strip-mixing operator: the fast form against the formula, its gradients, and the released layout."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import strip_ops
-from models.strip_ops import strip_mix, strip_mix_plain
+from models.strip_ops import fuse, strip_mix, strip_mix_plain
 from tests.nets import relative_error
 
 AXES = ["row", "column"]
@@ -214,8 +216,29 @@ def test_triton_is_chosen_from_ampere_on(monkeypatch, capability, form):
     monkeypatch.setattr(strip_ops, "strip_triton", object())
     chosen = []
     for name in ("matmul", "triton"):
-        monkeypatch.setitem(strip_ops._FORMS, name, lambda x, *args, name=name: chosen.append(name) or x)
+        monkeypatch.setattr(strip_ops, f"_{name}", lambda x, *args, name=name: chosen.append(name) or x)
     with FakeTensorMode():
         x = torch.empty(1, 4, 3, 3, device="cuda", dtype=torch.float16)
         strip_mix(x, torch.empty(2, 3, 3, 3, device="cuda"), None, "row")
     assert chosen == [form]
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=3)), ids=str)
+def test_fuse_against_the_convolution_of_the_concatenation(layouts, monkeypatch):
+    """Whatever the layouts of the two maps and of the result that is asked for."""
+    monkeypatch.setattr(strip_ops, "_IS_INTERPRETED", True)  # as on a GPU
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, c, 4, 5, generator=generator, dtype=torch.float64) for c in (3, 2)]
+    weight = torch.randn(6, 5, 1, 1, generator=generator, dtype=torch.float64)
+    like = torch.zeros(2, 6, 4, 5).contiguous(memory_format=layouts[2])
+    tensors = [x.contiguous(memory_format=layout) for x, layout in zip(maps, layouts, strict=False)] + [weight]
+    tensors = [t.requires_grad_() for t in tensors]
+    y, expected = fuse(*tensors, like), F.conv2d(torch.cat(tensors[:2], dim=1), weight)
+    torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
+    if layouts[:2] == (torch.contiguous_format, torch.contiguous_format):
+        assert y.is_contiguous(memory_format=layouts[2])
+    assert torch.autograd.gradcheck(lambda *args: fuse(*args, like), tensors)
+    assert torch.autograd.gradgradcheck(lambda *args: fuse(*args, like), tensors)

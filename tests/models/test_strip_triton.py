@@ -61,14 +61,36 @@ def test_layouts_and_missing_bias(axis):
 
 
 @pytest.mark.parametrize("axis", AXES)
+def test_position_is_added_as_the_map_is_read(axis):
+    x, weight, bias = (t.float().to(DEVICE) for t in draw(3, 4, 5, 9, 2, 3, axis))
+    position = torch.randn(4, 5, 9, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+
+    def added_before(x, weight, bias, position, axis):
+        return strip_mix_plain(x + position, weight, bias, axis)
+
+    def added_inside(x, weight, bias, position, axis):
+        return triton_mix(x, weight, bias, axis, position=position)
+
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found, expected = [], []
+    for form, values in ((added_inside, found), (added_before, expected)):
+        tensors = [t.clone().requires_grad_() for t in (x, weight, bias, position)]
+        y = form(*tensors, axis)
+        values += [y, *torch.autograd.grad(y, tensors, dy)]
+    for value, reference in zip(found, expected, strict=True):
+        assert value.shape == reference.shape and relative_error(value, reference) < 1e-5
+
+
+@pytest.mark.parametrize("axis", AXES)
 def test_as_a_pytorch_operator(axis):
     """Its shapes without data, its backward's registration, and compilation, as PyTorch itself checks them."""
     from models import strip_triton
 
     x, weight, bias = (t.float().to(DEVICE).requires_grad_() for t in draw(1, 4, 3, 5, 2, 3, axis))
-    torch.library.opcheck(strip_triton.mix, (x, weight, bias, axis, False))
+    position = torch.ones(x.shape[1:], device=DEVICE, requires_grad=True)
+    torch.library.opcheck(strip_triton.mix, (x, position, weight, bias, axis, False))
     dy = torch.ones_like(x).detach()
-    torch.library.opcheck(strip_triton.weight_grad, (x.detach(), dy, 2, 3, axis, False))
+    torch.library.opcheck(strip_triton.weight_grad, (x.detach(), position.detach(), dy, 2, 3, axis, False))
 
 
 def test_compiled_network_has_no_graph_break(monkeypatch):
@@ -133,16 +155,19 @@ for capability, length, row in ((90, 56, True), (80, 56, False), (90, 14, False)
                  "STEP_ACROSS": length if row else 1, "STEP_ALONG": 1 if row else length,
                  "BLOCK_L": max(16, triton.next_power_of_2(length))}
     for config in strip_triton.MIX_BLOCKS[-1:]:
-        check(strip_triton._mix_kernel, {"x": "*bf16", "weight": "*bf16", "bias": "*fp32", "y": "*bf16"},
-              constants | config.kwargs | {"HAS_BIAS": True}, capability, config)
+        check(strip_triton._mix_kernel,
+              {"x": "*bf16", "position": "*bf16", "weight": "*bf16", "bias": "*fp32", "y": "*bf16"},
+              constants | config.kwargs | {"HAS_POSITION": True, "HAS_BIAS": True}, capability, config)
     for config in strip_triton.WEIGHT_GRAD_BLOCKS[-1:]:
-        check(strip_triton._weight_grad_kernel, {"x": "*bf16", "dy": "*bf16", "dw": "*fp32", "db": "*fp32"},
-              constants | config.kwargs | {"PART_LINES": 1792}, capability, config)
+        check(strip_triton._weight_grad_kernel,
+              {"x": "*bf16", "position": "*bf16", "dy": "*bf16", "dw": "*fp32", "db": "*fp32"},
+              constants | config.kwargs | {"PART_LINES": 1792, "HAS_POSITION": True}, capability, config)
 # The smallest blocks fit everywhere, for the longest strips in TF32 too; larger ones that do not are passed over.
 constants |= {"ACROSS": 128, "LENGTH": 128, "STEP_ALONG": 128, "BLOCK_L": 128, "PRECISION": "tf32"}
 config = strip_triton.WEIGHT_GRAD_BLOCKS[0]
-check(strip_triton._weight_grad_kernel, {"x": "*fp32", "dy": "*fp32", "dw": "*fp32", "db": "*fp32"},
-      constants | config.kwargs | {"PART_LINES": 1792}, 80, config)
+check(strip_triton._weight_grad_kernel,
+      {"x": "*fp32", "position": "*fp32", "dy": "*fp32", "dw": "*fp32", "db": "*fp32"},
+      constants | config.kwargs | {"PART_LINES": 1792, "HAS_POSITION": True}, 80, config)
 print("compiled")
 """
 

@@ -98,8 +98,8 @@ def test_figures_of_strip_mlp_do_not_grow():
             module.form = "triton"
     network = nn.Sequential(nn.Conv2d(3, 80, 4, 4, bias=False), block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     traffic = count_step(network.to(memory_format=torch.channels_last), (128, 3, 224, 224), training=True)
-    assert traffic.total("bytes") / 128 < 118e6
-    assert traffic.total("launches") <= 284
+    assert traffic.total("bytes") / 128 < 114e6
+    assert traffic.total("launches") <= 290
     assert traffic.peak_bytes < 1.9 * 2**30
 
 
