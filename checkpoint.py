@@ -6,7 +6,6 @@ sums first and then admits nothing but tensors and plain containers (see trust.p
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -24,6 +23,11 @@ from files import move, replacing
 from models import InputError, MissingFileError
 from safe_text import printable
 from trust import plain
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.getLogger("strip_mlp")
 
@@ -169,6 +173,9 @@ def lock_folder(folder: str | Path):
     if path.is_symlink():
         raise InputError(f"{path} is a link, which a run does not write through; remove it")
     file = open(path, "a+", encoding="utf-8")
+    if fcntl is None:
+        logger.warning("no locks on this system: nothing keeps a second run out of %s", folder)
+        return file
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

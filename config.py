@@ -109,9 +109,10 @@ _C.TEST.FUSE = False  # --eval, --throughput: the network's inference form, fast
 _C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, a line per image
 
 # ---- the run -------------------------------------------------------------------------------------
-_C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto (bf16 on CUDA, fp32 on the CPU)
+_C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto, by the hardware: the first that it multiplies
 _C.DETERMINISTIC = False  # CUDA: the same bits from every run on the same GPU and versions, at a cost in speed
 _C.COMPILE = False  # compile the network with torch.compile
+_C.HANG_MINUTES = 10.0  # a process for which the others wait longer than this ends the run (an hour for downloads)
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG/
 _C.TAG = "default"  # names the run
 _C.SEED = 0  # of weights, data order, augmentation and drop path
@@ -317,7 +318,7 @@ def _check(config: CfgNode) -> None:
     depths = config.MODEL.STRIP_MLP.DEPTHS
     require(len(depths) == 4 and min(depths) >= 1, "MODEL.STRIP_MLP.DEPTHS", "four numbers, each at least 1")
     require(config.MODEL.STRIP_MLP.STRIP_WIDTH % 2 == 1, "MODEL.STRIP_MLP.STRIP_WIDTH", "odd")
-    for key in ("MODEL.STRIP_MLP.MLP_RATIO", "TRAIN.BASE_LR"):
+    for key in ("MODEL.STRIP_MLP.MLP_RATIO", "TRAIN.BASE_LR", "HANG_MINUTES"):
         require(values[key] > 0, key, "above 0")
     require(0 < config.TRAIN.LAYER_DECAY <= 1, "TRAIN.LAYER_DECAY", "above 0 and at most 1")
     for key in ("AUG.SCALE", "AUG.RATIO"):

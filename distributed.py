@@ -1,56 +1,68 @@
 """The process group: joining it, ranks, and what processes tell one another."""
 
+import contextlib
 import datetime
 import os
+import platform
+import re
+import threading
+import time
 
 import torch
 import torch.distributed as dist
 
+from models import InputError
+
 _host_group: dist.ProcessGroup | None = None  # connects the hosts where the main group connects devices; None: the main
+_patient_group: dist.ProcessGroup | None = None  # for waits that may take long
 _PATIENCE = datetime.timedelta(hours=1)  # of one process for another that downloads or caches data
+_ROLL_CALL = 10  # seconds for the processes that are left to say so
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_places: list[str] = []  # of every rank: its process and machine
+_store: dist.Store | None = None  # where the processes met
 
 
-def init_distributed(device: str = "") -> torch.device:
-    """Joins the launcher's process group, if there is a launcher, and returns this process's device.
-
-    NCCL connects CUDA devices and gloo CPUs.
-
-    Args:
-        device: ``"cuda"``, ``"cpu"``, or empty for a GPU if there is one, else the CPU.
+def launcher_local_rank() -> int:
+    """This process's number on its machine, as the launcher has set it; 0 without a launcher.
 
     Raises:
-        ValueError: the launcher's environment variables are set only in part or wrong, or there are too few GPUs.
-        OSError: the processes cannot connect.
+        InputError: the launcher's environment variables are set only in part or wrong.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu, or install a CUDA build")
-    local_rank = 0
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        _check_launcher_variables()
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if device == "cuda" and local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; lower "
-                "--nproc_per_node"
-            )
-        try:
-            _init_process_group(device, local_rank)
-        except dist.DistError as error:
-            raise OSError(
-                f"process {os.environ['RANK']} cannot join the others at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); where another run holds this port, give "
-                "the launcher another --master_port"
-            ) from error
-    return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0
+    _check_launcher_variables()
+    return int(os.environ["LOCAL_RANK"])
+
+
+def init_distributed(device: torch.device, limit_minutes: float = 10.0) -> None:
+    """Joins the launcher's process group, if there is a launcher. NCCL connects CUDA devices and gloo CPUs.
+
+    Args:
+        device: this process's.
+        limit_minutes: how long processes wait for one that does not answer.
+
+    Raises:
+        InputError: the processes cannot connect, or have a device on which they cannot work together.
+    """
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return
+    if device.type not in ("cuda", "cpu"):
+        raise InputError(f"--device {device.type} runs as one process; start it without torchrun")
+    try:
+        _init_process_group(device, datetime.timedelta(minutes=limit_minutes))
+    except dist.DistError as error:
+        raise InputError(
+            f"process {os.environ['RANK']} cannot join the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); where another run holds this port, give "
+            "the launcher another --master_port"
+        ) from error
 
 
 def _check_launcher_variables() -> None:
     values = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
     missing = [name for name, value in values.items() if not value]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"the launcher's environment variables are set in part: {', '.join(missing)} missing; start with "
             "torchrun, or unset RANK and WORLD_SIZE to run as one process"
         )
@@ -59,26 +71,55 @@ def _check_launcher_variables() -> None:
     limits = {"WORLD_SIZE": (1, 2**31 - 1), "RANK": (0, last), "LOCAL_RANK": (0, last), "MASTER_PORT": (1, 2**16 - 1)}
     for name, (low, high) in limits.items():
         if not (values[name].isdecimal() and low <= int(values[name]) <= high):
-            raise ValueError(
+            raise InputError(
                 f"the environment variable {name} is {values[name]!r}; it must be a number from {low} to {high} "
                 f"(WORLD_SIZE is {world_size}); start with torchrun, which sets it"
             )
 
 
-def _init_process_group(device: str, local_rank: int) -> None:
+def _init_process_group(device: torch.device, limit: datetime.timedelta) -> None:
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # torchrun 2.11 keeps one store over its restarts, in which a process may find a dead one's address. On several
         # machines restarts may be counted differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     group = {"store": store, "rank": rank, "world_size": world_size}
-    if device == "cpu":
-        dist.init_process_group("gloo", timeout=_PATIENCE, **group)
-        return
-    torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank), **group)
-    global _host_group
-    _host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    global _host_group, _patient_group, _places, _store
+    if device.type == "cpu":
+        dist.init_process_group("gloo", timeout=limit, **group)
+    else:
+        torch.cuda.set_device(device)
+        # The hosts notice a process that hangs, and can name it; NCCL is there for a device that does.
+        dist.init_process_group("nccl", device_id=device, timeout=limit + datetime.timedelta(minutes=1), **group)
+        _host_group = dist.new_group(backend="gloo", timeout=limit)
+    _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    _places, _store = gather_objects(f"process {os.getpid()} on {platform.node()}"), store
+
+
+def silent_processes(error: RuntimeError) -> str:
+    """Which processes do not answer, where ``error`` says that an operation waited too long; else empty.
+
+    The processes that are left tell one another, through the store where they met, that they are there.
+    """
+    if not dist.is_initialized() or not re.search("timed? ?out", str(error), re.IGNORECASE):
+        return ""
+    answers = []
+    caller = threading.Thread(target=_call_roll, args=(answers,), daemon=True)  # the store may not answer either
+    caller.start()
+    caller.join(2 * _ROLL_CALL)
+    silent = [f"rank {other} ({_places[other]})" for other in range(world_size()) if other not in answers]
+    return ", ".join(silent) or "a process that is there again"
+
+
+def _call_roll(answers: list[int]) -> None:
+    answers.append(rank())
+    _store.set(f"here: {_places[rank()]}", "")
+    deadline = time.monotonic() + _ROLL_CALL
+    for other, place in enumerate(_places):
+        left = max(deadline - time.monotonic(), 0.1)
+        with contextlib.suppress(RuntimeError):
+            _store.wait([f"here: {place}"], datetime.timedelta(seconds=left))
+            answers.append(other)
 
 
 def rank() -> int:
@@ -102,9 +143,9 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Waits for all processes, for up to an hour."""
+    """Waits for all processes, for up to an hour: they may be downloading."""
     if dist.is_initialized():
-        dist.barrier(group=_host_group)
+        dist.barrier(group=_patient_group)
 
 
 def once_per_machine(action) -> None:
@@ -118,9 +159,9 @@ def once_per_machine(action) -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums a tensor over all processes, in place."""
+    """Sums a tensor over all processes, in place; one on the CPU by their hosts."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_host_group if tensor.device.type == "cpu" else None)
     return tensor
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import distributed
 from data import DeviceBatches
+from device import choose_precision
 from models import set_train_mode
 from train_state import TrainState
 
@@ -21,13 +22,14 @@ logger = logging.getLogger("strip_mlp")
 
 
 class Precision:
-    """The arithmetic of the forward pass: autocast to bf16 or fp16, or plain fp32."""
+    """The arithmetic of the forward pass: autocast to bf16 or fp16, or plain fp32; ``auto`` goes by the hardware."""
 
     DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
     def __init__(self, name: str, device: torch.device):
+        self.reason = "AMP_DTYPE says so"
         if name == "auto":
-            name = "bf16" if device.type == "cuda" else "fp32"
+            name, self.reason = choose_precision(device)
         self.name, self.device_type, self.dtype = name, device.type, self.DTYPES[name]
 
     def autocast(self):
@@ -112,19 +114,20 @@ def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, pred
     """
     model.eval()
     device = next(model.parameters()).device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1 hits, top-5 hits, loss, images
+    hits1 = hits5 = torch.zeros((), dtype=torch.int64, device=device)
+    losses = [torch.zeros(0, device=device)]  # of every image; the host sums them in 64 bits, which MPS lacks
     for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=not _shows_progress()):
         with precision.autocast():
             logits = model(images)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        sums[0] += hits[:, 0].sum()
-        sums[1] += hits.sum()
-        sums[2] += losses.double().sum()
-        sums[3] += len(targets)
+        hits1 = hits1 + hits[:, 0].sum()
+        hits5 = hits5 + hits.sum()
         if predictions is not None:
             probabilities, classes = logits.float().softmax(dim=1).max(dim=1)
             predictions += zip(targets.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
+    losses = torch.cat(losses).cpu().double()
+    sums = torch.tensor([hits1, hits5, losses.sum(), len(losses)], dtype=torch.float64)
     hits1, hits5, loss, count = distributed.all_reduce_sum(sums).tolist()
     if count != len(loader.dataset):
         raise RuntimeError(f"{count:.0f} images were evaluated, but the validation set has {len(loader.dataset)}")
@@ -241,7 +244,7 @@ class _Progress:
         self.longest_row = self.longest_row.maximum(state.skipped_in_row)
         if state.step % self.config.PRINT_FREQ and state.batch < self.batches and not now:
             return
-        sums = torch.stack([self.loss_sum.double(), torch.tensor(self.images, device=self.device).double()])
+        sums = torch.tensor([float(self.loss_sum), self.images], dtype=torch.float64)
         loss_sum, images = distributed.all_reduce_sum(sums).tolist()
         skipped, longest_row, grad_norm = int(self.skipped), int(self.longest_row), float(grad_norm)
         seconds = (time.perf_counter() - self.start) / self.updates
@@ -278,5 +281,5 @@ def _shows_progress() -> bool:
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -14,6 +14,7 @@ import checkpoint
 import distributed
 from config import to_dict
 from data import build_val_loader, prepare_data
+from device import settle_form
 from engine import Precision, evaluate
 from files import replacing, write_text
 from hub import weights_file
@@ -38,9 +39,12 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     content = checkpoint.load_file(path)
     distributed.once_per_machine(lambda: prepare_data(config))
     loader = build_val_loader(config, distributed.rank(), distributed.world_size(), device)
+    precision = Precision(config.AMP_DTYPE, device)
+    logger.info(f"precision: {precision.name} ({precision.reason})")
+    model, ema = build_model(config).to(device, memory_format=torch.channels_last), None
+    settle_form(config, model, device, precision.dtype)
     with checkpoint.naming(path):
         _check_classes(content.get("classes"), loader.dataset.classes)
-        model, ema = build_model(config).to(device, memory_format=torch.channels_last), None
         load_strict(model, adapt_size(model_state_dict(content), model))
         if content.get("model_ema") is not None:
             ema = ModelEmaV3(model)
@@ -49,7 +53,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
             inference_form(config, ema.module)
     inference_form(config, model)
     predictions = [] if config.TEST.PREDICTIONS else None
-    results = evaluate_all(model, ema, loader, Precision(config.AMP_DTYPE, device), predictions)
+    results = evaluate_all(model, ema, loader, precision, predictions)
     log_results(results)
     if distributed.rank() == 0:
         report = results | {

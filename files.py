@@ -33,6 +33,8 @@ def write_text(path: Path, text: str) -> None:
 def move(source: Path, target: Path) -> None:
     """Gives a file on disk another name in the same folder, in place of what has that name."""
     os.replace(source, target)
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+        return
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # makes the renaming itself last

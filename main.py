@@ -32,6 +32,7 @@ import report
 import utils
 from config import load_config, nearest, to_dict
 from data import augment_on, build_train_loader, build_val_loader, prepare_data
+from device import choose_device, settle_form
 from engine import Precision, measure_throughput, train_one_epoch
 from evaluation import evaluate_all, evaluate_checkpoint, inference_form, log_results
 from hub import weights_file
@@ -79,9 +80,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", metavar="CKPT", help="go on from this checkpoint, or evaluate it; likewise")
     parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches per update")
     parser.add_argument("--use-checkpoint", action="store_true", default=None, help="gradient checkpointing")
-    parser.add_argument("--amp-dtype", metavar="TYPE", help="bf16, fp16, fp32 or auto (bf16 on CUDA, fp32 on the CPU)")
+    parser.add_argument("--amp-dtype", metavar="TYPE", help="bf16, fp16, fp32 or auto (what the hardware multiplies)")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile the network")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="", help="default: cuda where there is a GPU")
+    parser.add_argument("--device", default="", metavar="TYPE",
+                        help="cpu, cuda, mps or another that PyTorch finds; default: cuda where there is a GPU")
     parser.add_argument("--output", metavar="DIR", help="results go to DIR/<model name>/<tag>/; default: output")
     parser.add_argument("--tag", metavar="NAME", help="names the run")
     mode = parser.add_mutually_exclusive_group()
@@ -119,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         if config.DETERMINISTIC:
             utils.make_deterministic()
         torch.backends.cudnn.benchmark = not config.DETERMINISTIC  # the fastest algorithms: every batch has one shape
-        device = distributed.init_distributed(args.device)
+        device = choose_device(args.device, distributed.launcher_local_rank())
+        distributed.init_distributed(device, config.HANG_MINUTES)
         if args.throughput:
             throughput(config, device)
         else:
@@ -135,10 +138,15 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("where it happened:", exc_info=True)  # for the log file
         return 1 if isinstance(error, FloatingPointError) else 2  # without waiting for processes that wait for this one
     except RuntimeError as error:
+        silent = distributed.silent_processes(error)
         advice = next((advice for sign, advice in _ADVICE.items() if sign in str(error)), None)
-        if advice is None:
+        if silent:
+            logger.error(f"no answer for {config.HANG_MINUTES:g} minutes (HANG_MINUTES) from {silent}; it hangs, or "
+                         "its network is down. Rerun the same command to resume, or use torchrun --max-restarts")
+        elif advice:
+            logger.error(f"{str(error).splitlines()[0].rstrip('. ')}. {advice}")
+        else:
             raise
-        logger.error(f"{str(error).splitlines()[0].rstrip('. ')}. {advice}")
         logger.debug("where it happened:", exc_info=True)
         return 1
     except KeyboardInterrupt:
@@ -190,6 +198,8 @@ def train(config, device: torch.device, folder: Path) -> None:
         # 2. The state of the training; from here on every process draws its own random numbers.
         utils.seed_everything(config.SEED + distributed.rank())
         precision = Precision(config.AMP_DTYPE, device)
+        logger.info(f"precision: {precision.name} ({precision.reason})")
+        settle_form(config, model, device, precision.dtype)
         optimizer = build_optimizer(config, model)
         updates_per_epoch = -(-len(train_loader) // config.TRAIN.ACCUMULATION_STEPS)
         state = TrainState(
@@ -249,10 +259,12 @@ def train(config, device: torch.device, folder: Path) -> None:
 
 def throughput(config, device: torch.device) -> None:
     """Logs images per second of the forward pass, on random images of the config's size and batch size."""
-    model = inference_form(config, build_model(config).to(device, memory_format=torch.channels_last))
+    precision = Precision(config.AMP_DTYPE, device)
+    model = build_model(config).to(device, memory_format=torch.channels_last)
+    settle_form(config, model, device, precision.dtype)
+    model = inference_form(config, model)
     images = torch.randn(config.DATA.BATCH_SIZE, *image_shape(config), device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    precision = Precision(config.AMP_DTYPE, device)
     speed = measure_throughput(model, images, precision)
     logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s, batch size {len(images)}, {precision.name}, "
                 f"{report.describe_environment(device)['device']}")

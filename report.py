@@ -42,9 +42,15 @@ def describe_environment(device: torch.device) -> dict:
         "torchvision": str(torchvision.__version__),
         "timm": timm.__version__,
         "git_commit": git_commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "device": _device_name(device),
         "world_size": distributed.world_size(),
     }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores" if device.type == "cpu" else device.type
 
 
 def describe_run(config, state: TrainState, device: torch.device, precision: str, classes: list[str]) -> dict:

@@ -22,7 +22,7 @@ logger = logging.getLogger("strip_mlp")
 
 PREEMPTED = 75  # exit status (EX_TEMPFAIL) of a run that a signal stopped after it saved itself
 NO_ACCURACY = -1.0  # below any, so that the first evaluation is the best so far even at 0 %
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 _SAME_SIGNAL = 5  # seconds
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 

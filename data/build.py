@@ -17,6 +17,12 @@ from .transforms import EvalSet, TrainDraws, TrainSet
 
 _PREFETCH = 2  # batches that each worker prepares ahead
 
+# By which a run is told to stop, where the system has them. Without sigwaitinfo (macOS) a worker cannot tell whose
+# SIGTERM it gets, and must not be deaf to it.
+_KNOWS_SENDER = hasattr(signal, "sigwaitinfo")
+_NAMES = ["SIGINT", "SIGUSR1", "SIGTERM"] if _KNOWS_SENDER else ["SIGINT", "SIGUSR1"]
+_SIGNALS = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}
+
 
 def prepare_data(config) -> None:
     """Downloads CIFAR-10 or CIFAR-100 where it is not there yet; call it in one process per node, before the loaders.
@@ -133,10 +139,6 @@ def _loading(config, device: torch.device) -> dict:
     }
 
 
-# Windows has no signal masks and macOS no sigwaitinfo; workers there end by the usual ways of PyTorch's loader.
-_HAS_SIGNAL_MASKS = hasattr(signal, "pthread_sigmask") and hasattr(signal, "sigwaitinfo")
-
-
 class _Loader(DataLoader):
     """Its workers are deaf to signals from their first moment.
 
@@ -144,10 +146,9 @@ class _Loader(DataLoader):
     """
 
     def __iter__(self):
-        if not _HAS_SIGNAL_MASKS:
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
-        # By these a run is told to stop.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             return super().__iter__()
         finally:
@@ -156,12 +157,11 @@ class _Loader(DataLoader):
 
 def _end_with_the_parent(worker: int) -> None:
     """Lets SIGTERM end a worker when it comes from the training process, as it does when that one ends."""
-    if not _HAS_SIGNAL_MASKS:
-        return
 
     def wait_for_the_parent():
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
         os._exit(0)
 
-    threading.Thread(target=wait_for_the_parent, daemon=True).start()
+    if _KNOWS_SENDER:
+        threading.Thread(target=wait_for_the_parent, daemon=True).start()

@@ -42,6 +42,7 @@ import checkpoint  # noqa: E402
 import distributed  # noqa: E402
 from config import load_config  # noqa: E402
 from engine import Precision  # noqa: E402
+from hub import weights_file  # noqa: E402
 from logger import setup_console  # noqa: E402
 from models import InputError, adapt_size, build_model, load_strict, model_state_dict  # noqa: E402
 
@@ -66,7 +67,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.net = build_model(config)
         if weights:
-            state_dict = adapt_size(model_state_dict(checkpoint.load_file(weights)), self.net)
+            state_dict = adapt_size(model_state_dict(checkpoint.load_file(weights_file(weights))), self.net)
             head = self.net.state_dict()  # the classifier is not used: any class count will do
             load_strict(self.net, state_dict | {key: head[key] for key in ("head.weight", "head.bias")})
         self.net.dynamic_img_size = not resize

@@ -6,20 +6,31 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import FeatureGetterNet
 
-from .strip_mlp import VARIANTS, StripMLPNet
+from . import smlpnet, strip_mlp, wavemlp
+from .smlpnet import SMLPNet
+from .staged import StagedNet
+from .strip_mlp import StripMLPNet
+from .wavemlp import WaveMLP
 from .weights import fit_state_dict
+
+_NETWORKS = {  # by class: its variants, and what timm is to know of it
+    StripMLPNet: (strip_mlp.VARIANTS, {"first_conv": "stem", "classifier": "head", "fixed_input_size": True}),
+    SMLPNet: (smlpnet.VARIANTS, {
+        "first_conv": "to_patch_embedding.0.0", "classifier": "mlp_head.0", "fixed_input_size": True,
+    }),
+    WaveMLP: (wavemlp.VARIANTS, {"first_conv": "patch_embed.proj", "classifier": "head"}),
+}
 
 default_cfgs = generate_default_cfgs({
     name: {
-        "num_classes": 1000, "input_size": (3, 224, 224), "fixed_input_size": True, "pool_size": (7, 7),
-        "crop_pct": 224 / 256, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem", "classifier": "head",
+        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 224 / 256,
+        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, **about,
     }
-    for name in VARIANTS
+    for variants, about in _NETWORKS.values() for name in variants
 })
 
 
-class StripMLPFeatures(FeatureGetterNet):
+class StageFeatures(FeatureGetterNet):
     """What ``features_only`` makes: timm's feature extractor, which also loads the weights of a whole network."""
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
@@ -27,39 +38,82 @@ class StripMLPFeatures(FeatureGetterNet):
             return super().load_state_dict(state_dict, strict, assign)
 
         def part(key):
-            return re.match(r"(stages|merging)\.\d+|[^.]*", key)[0]
+            return re.match(r"[^.]*\.\d+|[^.]*", key)[0]
 
         parts = {part(key) for key in self.model.state_dict()}  # the others were pruned
         weights = {key: value for key, value in fit_state_dict(state_dict, self.model).items() if part(key) in parts}
         return self.model.load_state_dict(weights, strict, assign)
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> StripMLPNet:
+def _create(network: type[StagedNet], variant: str, pretrained: bool, **kwargs) -> StagedNet:
     return build_model_with_cfg(
-        StripMLPNet, variant, pretrained, pretrained_filter_fn=fit_state_dict,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": StripMLPFeatures}, **(VARIANTS[variant] | kwargs),
+        network, variant, pretrained, pretrained_filter_fn=fit_state_dict,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": StageFeatures},
+        **(_NETWORKS[network][0][variant] | kwargs),
     )
 
 
 @register_model
 def strip_mlp_tiny_light(pretrained=False, **kwargs) -> StripMLPNet:
     """Strip-MLP-T*: 18.2 M parameters, 2.5 G multiply-accumulates at 224."""
-    return _create("strip_mlp_tiny_light", pretrained, **kwargs)
+    return _create(StripMLPNet, "strip_mlp_tiny_light", pretrained, **kwargs)
 
 
 @register_model
 def strip_mlp_tiny(pretrained=False, **kwargs) -> StripMLPNet:
     """Strip-MLP-T: 24.9 M parameters, 3.7 G multiply-accumulates at 224."""
-    return _create("strip_mlp_tiny", pretrained, **kwargs)
+    return _create(StripMLPNet, "strip_mlp_tiny", pretrained, **kwargs)
 
 
 @register_model
 def strip_mlp_small(pretrained=False, **kwargs) -> StripMLPNet:
     """Strip-MLP-S: 42.6 M parameters, 6.8 G multiply-accumulates at 224."""
-    return _create("strip_mlp_small", pretrained, **kwargs)
+    return _create(StripMLPNet, "strip_mlp_small", pretrained, **kwargs)
 
 
 @register_model
 def strip_mlp_base(pretrained=False, **kwargs) -> StripMLPNet:
     """Strip-MLP-B: 57.2 M parameters, 9.2 G multiply-accumulates at 224."""
-    return _create("strip_mlp_base", pretrained, **kwargs)
+    return _create(StripMLPNet, "strip_mlp_base", pretrained, **kwargs)
+
+
+@register_model
+def smlpnet_tiny(pretrained=False, **kwargs) -> SMLPNet:
+    """sMLPNet-T: 24.1 M parameters."""
+    return _create(SMLPNet, "smlpnet_tiny", pretrained, **kwargs)
+
+
+@register_model
+def smlpnet_small(pretrained=False, **kwargs) -> SMLPNet:
+    """sMLPNet-S: 48.6 M parameters."""
+    return _create(SMLPNet, "smlpnet_small", pretrained, **kwargs)
+
+
+@register_model
+def smlpnet_base(pretrained=False, **kwargs) -> SMLPNet:
+    """sMLPNet-B: 65.9 M parameters."""
+    return _create(SMLPNet, "smlpnet_base", pretrained, **kwargs)
+
+
+@register_model
+def wave_mlp_tiny(pretrained=False, **kwargs) -> WaveMLP:
+    """Wave-MLP-T: 17.2 M parameters."""
+    return _create(WaveMLP, "wave_mlp_tiny", pretrained, **kwargs)
+
+
+@register_model
+def wave_mlp_small(pretrained=False, **kwargs) -> WaveMLP:
+    """Wave-MLP-S: 30.7 M parameters."""
+    return _create(WaveMLP, "wave_mlp_small", pretrained, **kwargs)
+
+
+@register_model
+def wave_mlp_medium(pretrained=False, **kwargs) -> WaveMLP:
+    """Wave-MLP-M: 44.1 M parameters."""
+    return _create(WaveMLP, "wave_mlp_medium", pretrained, **kwargs)
+
+
+@register_model
+def wave_mlp_base(pretrained=False, **kwargs) -> WaveMLP:
+    """Wave-MLP-B: 63.6 M parameters."""
+    return _create(WaveMLP, "wave_mlp_base", pretrained, **kwargs)

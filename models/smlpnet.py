@@ -9,11 +9,10 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
-from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from .errors import InputError
-from .staged import StagedNet, create, default_cfg
+from .staged import StagedNet
 
 
 class TokenLinear(nn.Conv2d):
@@ -117,7 +116,12 @@ class SMLPNet(StagedNet):
         drop_path_rate: float = 0.0,
     ):
         dims = [embed_dim * 2**stage for stage in range(4)]
-        super().__init__(dims, in_chans, drop_rate)
+        super().__init__()
+        self.in_chans, self.drop_rate = in_chans, drop_rate
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"stage {stage}"} for stage, dim in enumerate(dims)
+        ]
         self.img_size = to_2tuple(img_size)
         if any(side < 32 or side % 32 for side in self.img_size):
             raise InputError(f"img_size {img_size} is not a multiple of 32; choose one, such as 224")
@@ -138,7 +142,7 @@ class SMLPNet(StagedNet):
         self.mlp_head = nn.Sequential(nn.Identity())
         self.reset_classifier(num_classes, global_pool)
 
-    def run_stages(self, x, count: int) -> list[torch.Tensor]:
+    def _run_stages(self, x, count: int) -> list[torch.Tensor]:
         """The outputs of the first ``count`` stages: (N, C, H/4, W/4) to (N, 8C, H/32, W/32).
 
         Raises:
@@ -153,11 +157,11 @@ class SMLPNet(StagedNet):
         for embedding, blocks in zip(self.to_patch_embedding[:count], self.blocks, strict=False):
             x = embedding(x)
             for i in blocks:
-                x = self.run_block(self.channel_mix[i], self.run_block(self.token_mix[i], x))
+                x = self._run_block(self.channel_mix[i], self._run_block(self.token_mix[i], x))
             outputs.append(x)
         return outputs
 
-    def keep_stages(self, count: int) -> None:
+    def _keep_stages(self, count: int) -> None:
         """Removes the stages after the first ``count``."""
         end = self.blocks[count - 1].stop
         self.to_patch_embedding = self.to_patch_embedding[:count]
@@ -176,33 +180,8 @@ class SMLPNet(StagedNet):
         return {"stem": r"^to_patch_embedding\.0\.", "blocks": found}
 
 
-# ---- the variants, registered with timm ----------------------------------------------------------
-
 VARIANTS = {
     "smlpnet_tiny": {"embed_dim": 80, "depths": (2, 8, 14, 2)},
     "smlpnet_small": {"embed_dim": 96, "depths": (2, 10, 24, 2), "drop_path_rate": 0.2},
     "smlpnet_base": {"embed_dim": 112, "depths": (2, 10, 24, 2), "drop_path_rate": 0.3},
 }
-
-default_cfgs = generate_default_cfgs({
-    name: default_cfg(first_conv="to_patch_embedding.0.0", classifier="mlp_head.0", fixed_input_size=True)
-    for name in VARIANTS
-})
-
-
-@register_model
-def smlpnet_tiny(pretrained=False, **kwargs) -> SMLPNet:
-    """sMLPNet-T: 24.1 M parameters."""
-    return create(SMLPNet, "smlpnet_tiny", pretrained, VARIANTS, kwargs)
-
-
-@register_model
-def smlpnet_small(pretrained=False, **kwargs) -> SMLPNet:
-    """sMLPNet-S: 48.6 M parameters."""
-    return create(SMLPNet, "smlpnet_small", pretrained, VARIANTS, kwargs)
-
-
-@register_model
-def smlpnet_base(pretrained=False, **kwargs) -> SMLPNet:
-    """sMLPNet-B: 65.9 M parameters."""
-    return create(SMLPNet, "smlpnet_base", pretrained, VARIANTS, kwargs)

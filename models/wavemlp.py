@@ -10,10 +10,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .staged import StagedNet, create, default_cfg
+from .staged import StagedNet
 
 NORMS = {"batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, 1)}
 
@@ -110,7 +109,12 @@ class WaveMLP(StagedNet):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
-        super().__init__(list(embed_dims), in_chans, drop_rate)
+        super().__init__()
+        self.in_chans, self.drop_rate = in_chans, drop_rate
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"network.{2 * i}"} for i, dim in enumerate(embed_dims)
+        ]
         make_norm, blocks = NORMS[norm], sum(depths)
         rates = iter([drop_path_rate * i / max(blocks - 1, 1) for i in range(blocks)])
 
@@ -130,17 +134,17 @@ class WaveMLP(StagedNet):
         self.head = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
 
-    def run_stages(self, x, count: int) -> list[torch.Tensor]:
+    def _run_stages(self, x, count: int) -> list[torch.Tensor]:
         """The outputs of the first ``count`` stages: (N, dims[0], H/4, W/4) to (N, dims[3], H/32, W/32)."""
         outputs = []
         for embed, stage in zip([self.patch_embed, *self.network[1::2]], self.network[: 2 * count : 2], strict=False):
             x = embed(x)
             for block in stage:
-                x = self.run_block(block, x)
+                x = self._run_block(block, x)
             outputs.append(x)
         return outputs
 
-    def keep_stages(self, count: int) -> None:
+    def _keep_stages(self, count: int) -> None:
         """Removes the stages after the first ``count``."""
         self.network = self.network[: 2 * count - 1]
 
@@ -157,39 +161,9 @@ class WaveMLP(StagedNet):
         }
 
 
-# ---- the variants, registered with timm ----------------------------------------------------------
-
 VARIANTS = {
     "wave_mlp_tiny": {"depths": (2, 2, 4, 2), "norm": "batch"},
     "wave_mlp_small": {"depths": (2, 3, 10, 3)},
     "wave_mlp_medium": {"depths": (3, 4, 18, 3), "mlp_ratios": (8, 8, 4, 4), "embed_norm": False},
     "wave_mlp_base": {"embed_dims": (96, 192, 384, 768), "depths": (2, 2, 18, 2), "embed_norm": False},
 }
-
-default_cfgs = generate_default_cfgs({
-    name: default_cfg(first_conv="patch_embed.proj", classifier="head") for name in VARIANTS
-})
-
-
-@register_model
-def wave_mlp_tiny(pretrained=False, **kwargs) -> WaveMLP:
-    """Wave-MLP-T: 17.2 M parameters."""
-    return create(WaveMLP, "wave_mlp_tiny", pretrained, VARIANTS, kwargs)
-
-
-@register_model
-def wave_mlp_small(pretrained=False, **kwargs) -> WaveMLP:
-    """Wave-MLP-S: 30.7 M parameters."""
-    return create(WaveMLP, "wave_mlp_small", pretrained, VARIANTS, kwargs)
-
-
-@register_model
-def wave_mlp_medium(pretrained=False, **kwargs) -> WaveMLP:
-    """Wave-MLP-M: 44.1 M parameters."""
-    return create(WaveMLP, "wave_mlp_medium", pretrained, VARIANTS, kwargs)
-
-
-@register_model
-def wave_mlp_base(pretrained=False, **kwargs) -> WaveMLP:
-    """Wave-MLP-B: 63.6 M parameters."""
-    return create(WaveMLP, "wave_mlp_base", pretrained, VARIANTS, kwargs)

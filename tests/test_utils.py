@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import distributed
+import report
 import utils
 from config import load_config
-from models import StripMLPNet, build_model
+from models import InputError, StripMLPNet, build_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LAUNCHER = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -103,7 +104,7 @@ def launcher(monkeypatch):
 def test_half_a_launcher(missing, launcher):
     launcher({name: value for name, value in LAUNCHER.items() if name not in missing})
     with pytest.raises(ValueError, match="environment variables are set in part") as error:
-        distributed.init_distributed("cpu")
+        distributed.launcher_local_rank()
     named = str(error.value).partition(":")[2].partition(" missing")[0].replace(",", "").split()
     assert named == [name for name in LAUNCHER if name in missing]
     assert not torch.distributed.is_initialized()
@@ -112,12 +113,13 @@ def test_half_a_launcher(missing, launcher):
 def test_empty_variable_counts_as_missing(launcher):
     launcher(LAUNCHER | {"MASTER_PORT": ""})
     with pytest.raises(ValueError, match="MASTER_PORT missing"):
-        distributed.init_distributed("cpu")
+        distributed.launcher_local_rank()
 
 
 def test_no_launcher(launcher):
     launcher({"MASTER_ADDR": "127.0.0.1"})  # alone it says nothing
-    assert distributed.init_distributed("cpu") == torch.device("cpu")
+    assert distributed.launcher_local_rank() == 0
+    distributed.init_distributed(torch.device("cpu"))
     assert (distributed.rank(), distributed.local_rank(), distributed.world_size()) == (0, 0, 1)
     assert distributed.gather_objects("a") == ["a"]
     assert distributed.broadcast_object("a") == "a"
@@ -125,20 +127,16 @@ def test_no_launcher(launcher):
     distributed.barrier()
 
 
-def test_device_that_is_not_there(launcher):
-    launcher({})
-    if torch.cuda.is_available():
-        assert distributed.init_distributed("") == torch.device("cuda", 0)
-    else:
-        assert distributed.init_distributed("") == torch.device("cpu")
-        with pytest.raises(ValueError, match="--device cuda: PyTorch finds no CUDA GPU here"):
-            distributed.init_distributed("cuda")
+def test_one_process_on_other_accelerators(launcher):
+    launcher(LAUNCHER)
+    with pytest.raises(InputError, match="--device mps runs as one process; start it without torchrun"):
+        distributed.init_distributed(torch.device("mps"))
 
 
 # ---- what a run says about itself ----------------------------------------------------------------
 
 def test_describe_environment():
-    found = utils.describe_environment(torch.device("cpu"))
+    found = report.describe_environment(torch.device("cpu"))
     assert (found["torch"], found["world_size"]) == (torch.__version__, 1)
     assert {"python", "torchvision", "timm", "git_commit", "device"} <= found.keys()
     assert all(isinstance(value, (str, int)) for value in found.values())  # YAML and JSON take them as they are

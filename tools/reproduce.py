@@ -135,7 +135,8 @@ def run(command: list[str]) -> tuple[int, bool]:
         signals.append(number)
         process.send_signal(number)
 
-    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+    handlers = {number: signal.signal(number, pass_on) for number in numbers}
     status = process.wait()
     for number, handler in handlers.items():
         signal.signal(number, handler)

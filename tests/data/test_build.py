@@ -1,7 +1,5 @@
-import importlib
 import pickle
 import random
-import signal
 import subprocess
 import sys
 import zipfile
@@ -15,7 +13,6 @@ from PIL import Image
 from config import load_config
 from data import (
     augment_on,
-    build,
     build_mixup,
     build_train_loader,
     build_val_loader,
@@ -144,18 +141,6 @@ def test_where_images_are_augmented():
 def test_shared_memory_of_the_workers():
     """Two batches of bytes ahead for each worker, and the one in use."""
     assert shared_memory_needed(config("DATA.NUM_WORKERS", 4, "DATA.BATCH_SIZE", 10)) == 9 * 10 * 16 * 16 * 3
-
-
-@pytest.mark.parametrize("names", [("sigwaitinfo",), ("sigwaitinfo", "pthread_sigmask", "SIGUSR1")])
-def test_without_signal_masks(names, monkeypatch):
-    """As on macOS and Windows: the module can be imported, and batches are made, by workers too."""
-    for name in names:
-        monkeypatch.delattr(signal, name)
-    monkeypatch.setattr(build, "_HAS_SIGNAL_MASKS", importlib.reload(build)._HAS_SIGNAL_MASKS)
-    assert not build._HAS_SIGNAL_MASKS
-    for workers in (0, 1):
-        loader = build.build_val_loader(config("DATA.NUM_WORKERS", workers))
-        assert next(iter(loader))[0].shape == (128, 3, 16, 16)
 
 
 # ---- images on the device --------------------------------------------------------------------------

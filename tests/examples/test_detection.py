@@ -10,7 +10,8 @@ from PIL import Image
 from config import load_config
 from engine import Precision
 from models import build_model
-from tests.helpers import DIGITS, ROOT, save_network
+from tests.helpers import DIGITS, save_network
+from tests.processes import ROOT
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install pycocotools")
 sys.path.insert(0, str(ROOT / "examples"))

@@ -22,7 +22,7 @@ def check(value, expected):
 
 
 def parameters(img_size, embed_dim, depths, classes, patches=2, width=3, mixers="both", shortcuts=True):
-    """Trainable numbers of a network of patch size 4 and alpha 3, from the design's sentences."""
+    """Trainable numbers of a network of patch size 4 and alpha 3, counted by hand."""
 
     def cgsmm(c, side):
         strip = c // patches * (side * side * width + side)

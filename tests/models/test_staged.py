@@ -119,6 +119,23 @@ def test_features_only(name, out_indices):
 
 
 @each
+@pytest.mark.parametrize("out_indices", [(0, 2), (0, 1, 2, 3)])
+def test_features_only_loads_a_whole_network(name, out_indices, tmp_path):
+    """As a detector starts from a classifier: what was pruned is left out, all else must fit."""
+    net = created(name, num_classes=7)
+    torch.save({"model": net.state_dict()}, tmp_path / "checkpoint.pth")
+    backbone = timm.create_model(name, **TINY[name], features_only=True, out_indices=out_indices,
+                                 checkpoint_path=tmp_path / "checkpoint.pth").double()
+    expected = stage_outputs(net, images())
+    found = backbone.eval()(images())
+    for i, output in zip(out_indices, found, strict=True):
+        torch.testing.assert_close(output, expected[i], rtol=1e-4, atol=1e-5)  # through 32 bits
+    deeper = TINY[name] | {"depths": (1, 2, 2, 1)}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        timm.create_model(name, **deeper, features_only=True, checkpoint_path=tmp_path / "checkpoint.pth")
+
+
+@each
 def test_reset_classifier(name):
     net, x = created(name), images()
     features, before = net.forward_features(x), copy.deepcopy(net.state_dict())

@@ -1,4 +1,4 @@
-"""The modules against re-implementations that follow the design sentence by sentence, and the network around them."""
+"""The modules against re-implementations that follow their definitions sentence by sentence, and the network."""
 
 import copy
 

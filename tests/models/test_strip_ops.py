@@ -31,7 +31,7 @@ def draw(n, c, h, w, p, width, axis, dtype=torch.float64, seed=0):
 
 
 def naive(x, weight, bias, axis):
-    """The design's two formulas, number by number."""
+    """The two formulas of the strip layers, number by number."""
     channels_per_patch, length, _, width = weight.shape
     images, channels, height, breadth = x.shape
     y = torch.zeros_like(x)

@@ -16,7 +16,7 @@ from tests.nets import relative_error, tiny_net
 # ---- cutting and merging -------------------------------------------------------------------------
 
 def starts_of(side, length):
-    """Where windows start, as the design has it."""
+    """Where windows start."""
     if side <= length:
         return [0]
     n = round(side / length + 1 / 2)
@@ -42,7 +42,7 @@ def random_sizes(count):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_cut_and_merge(memory_format):
-    """On 40 random sizes, against the design's words written out."""
+    """On 40 random sizes, against the definition written out."""
     for (length_h, length_w), (height, width) in random_sizes(40):
         tops, lefts = starts_of(height, length_h), starts_of(width, length_w)
         x = torch.randn(2, 3, height, width, dtype=torch.float64).contiguous(memory_format=memory_format)

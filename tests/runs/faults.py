@@ -63,6 +63,18 @@ def kill_once_at_step(step, marker):
 
 
 @fault
+def stop_once_at_step(step, marker, rank="1"):
+    """SIGSTOP to one process, the first time: it is there and never answers, as one that waits for a dead disk."""
+
+    def action():
+        if distributed.rank() == int(rank) and not os.path.exists(marker):
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    _before_update(action, int(step))
+
+
+@fault
 def kill_while_saving(nth):
     """SIGKILL when half of the n-th checkpoint is written."""
     save, count = torch.save, 0

@@ -75,7 +75,7 @@ for name, argv, *message in [
     ("flag with a value of another type", ["--cfg", DIGITS, "--batch-size", "many"], "--batch-size", "'many'"),
     ("flag with a value out of range", ["--cfg", DIGITS, "--batch-size", "0"], "DATA.BATCH_SIZE is 0"),
     ("flags that exclude each other", ["--cfg", DIGITS, "--eval", "--throughput"], "--throughput", "--eval"),
-    ("unknown device", ["--cfg", DIGITS, "--device", "tpu"], "--device", "'tpu'"),
+    ("unknown device", ["--cfg", DIGITS, "--device", "tpu"], "--device tpu", "finds no such device here"),
     ("unknown precision", ["--cfg", DIGITS, "--amp-dtype", "fp8"], "AMP_DTYPE is 'fp8'"),
     ("unknown cache mode", ["--cfg", DIGITS, "--cache-mode", "all"], "DATA.CACHE_MODE is 'all'"),
     ("tag that is a path", ["--cfg", DIGITS, "--tag", "a/b"], "TAG is 'a/b'"),

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import re
 import shutil
 import signal
 
@@ -34,6 +35,7 @@ def final_state(output):
     state = {"newest": checkpoint.load_file(newest), "best": checkpoint.load_file(run_folder / "best.pth")}
     for content in state.values():
         content["config"].pop("OUTPUT")
+        content["config"].pop("HANG_MINUTES")
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("images_per_second", None)
@@ -132,6 +134,18 @@ def test_launcher_restarts_a_killed_worker(references, tmp_path):
     result = run([*torchrun(2, "--max-restarts", 1), *fault, *arguments(tmp_path, *OPTIONS[2])])
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "marker").exists() and "updates done" in result.stdout
+    assert differences(references(2), final_state(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_launcher_restarts_after_a_process_that_hangs(references, tmp_path):
+    """The other process names it after HANG_MINUTES; torchrun takes half a minute to kill it, and restarts the run."""
+    fault = [FAULTS, "stop_once_at_step", 7, tmp_path / "marker", "--"]
+    result = run([*torchrun(2, "--max-restarts", "1"), *fault, *arguments(tmp_path, *OPTIONS[2], "HANG_MINUTES", 0.1)])
+    assert result.returncode == 0, result.stderr
+    message = r"no answer for 0.1 minutes \(HANG_MINUTES\) from rank 1 \(process \d+ on .+\); it hangs"
+    assert re.search(message, result.stdout), result.stdout
+    assert "updates done" in result.stdout
     assert differences(references(2), final_state(tmp_path)) == []
 
 
