@@ -2,10 +2,8 @@
 
 import signal
 import socket
-import subprocess
-import sys
 
-from tests.helpers import ROOT, environment
+from tests.processes import Fork
 
 HANG = """
 import os, signal, torch, distributed
@@ -24,12 +22,10 @@ def test_the_process_that_hangs_is_named():
     """Rank 1 is stopped; rank 0 waits three seconds for it and then asks who is there."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]  # free once more when this ends
-    processes = []
-    for rank in range(2):
-        variables = environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        processes.append(subprocess.Popen([sys.executable, "-c", HANG], cwd=ROOT, env=variables, text=True,
-                                          stdout=subprocess.PIPE))
-    output = processes[0].communicate(timeout=120)[0]
-    processes[1].send_signal(signal.SIGKILL)
-    processes[1].communicate()
-    assert output.startswith("rank 1 (process ") and output.count("rank") == 1, output
+    launcher = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    waiting, stopped = (Fork(["-c", HANG], RANK=rank, LOCAL_RANK=rank, **launcher) for rank in range(2))
+    try:
+        waiting.wait()
+    finally:
+        stopped.signal(signal.SIGKILL)
+    assert waiting.stdout.startswith("rank 1 (process ") and waiting.stdout.count("rank") == 1, waiting.stderr

@@ -1,12 +1,15 @@
 """Windows has no fcntl, SIGUSR1, signal masks or folders to open; macOS no sigwaitinfo. Both start workers afresh."""
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 
 from config import load_config
 from data import build_train_loader
-from tests.helpers import DIGITS, TINY, arguments, folder, run
+from tests.helpers import DIGITS, TINY, arguments, folder
+from tests.processes import ROOT, environment
 
 # A training of one process with a data worker, then a prediction and an export, on a Python that lacks these names.
 PROGRAM = """
@@ -24,10 +27,11 @@ assert export.main([best, sys.argv[2] + "/network.safetensors"]) in (0, None)
 """
 
 
-@pytest.mark.parametrize("system", ["windows", "macos"])
+@pytest.mark.parametrize("system", ["windows", pytest.param("macos", marks=pytest.mark.slow)])
 def test_a_training_a_prediction_and_an_export(tmp_path, system):
     options = arguments(tmp_path, "TRAIN.EPOCHS", 1, "DATA.NUM_WORKERS", 1)
-    result = run(["-c", PROGRAM, system, folder(tmp_path), *options])
+    result = subprocess.run([sys.executable, "-c", PROGRAM, system, folder(tmp_path), *options], cwd=ROOT,
+                            env=environment(), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (folder(tmp_path) / "network.safetensors").exists()
     assert ("no locks on this system" in result.stdout) == (system == "windows")
