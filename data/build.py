@@ -1,12 +1,15 @@
 """From the config to the batches of training and evaluation."""
 
 import os
+import shutil
 import signal
 import threading
 
 import torch
 from timm.data import Mixup
 from torch.utils.data import DataLoader
+
+from models import InputError
 
 from . import resident
 from .cifar import CIFAR, download_cifar
@@ -95,6 +98,27 @@ def shared_memory_needed(config) -> int:
     return batch * (_PREFETCH * config.DATA.NUM_WORKERS + 1)  # the one in use comes on top
 
 
+def check_shared_memory(config, folder: str = "/dev/shm") -> None:
+    """Raises InputError where the machine's shared memory does not hold what the data workers share.
+
+    Writing beyond it ends a worker with a bus error. Docker gives a container 64 MB.
+
+    Args:
+        config: the run's config.
+        folder: where the system keeps shared memory; without this folder nothing is checked.
+    """
+    if not config.DATA.NUM_WORKERS or not os.path.isdir(folder):
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, as torchrun says
+    needed, free = processes * shared_memory_needed(config), shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"the data workers need {needed / 2**20:.0f} MB of shared memory, and {folder} has {free / 2**20:.0f} MB "
+            f"free; start the container with --shm-size {-(-2 * needed // 2**30)}g, or lower DATA.NUM_WORKERS (0 needs "
+            "none) or --batch-size"
+        )
+
+
 def build_mixup(config) -> Mixup | None:
     """timm's mixup and cutmix, from (images, labels) to (images, smoothed soft targets); None where both are off.
 
@@ -128,6 +152,7 @@ def _check_channels(config) -> None:
 
 
 def _loading(config, device: torch.device) -> dict:
+    check_shared_memory(config)
     workers = config.DATA.NUM_WORKERS
     return {
         "num_workers": workers,

@@ -20,10 +20,12 @@ from data import (
     resident,
     shared_memory_needed,
 )
+from data.build import check_shared_memory
 from data.cifar import CIFAR
 from data.images import ImageError
 from data.resident import ResidentEvalLoader, ResidentTrainLoader
 from data.samplers import TrainBatchSampler
+from models import InputError
 
 
 def config(*opts):
@@ -141,6 +143,33 @@ def test_where_images_are_augmented():
 def test_shared_memory_of_the_workers():
     """Two batches of bytes ahead for each worker, and the one in use."""
     assert shared_memory_needed(config("DATA.NUM_WORKERS", 4, "DATA.BATCH_SIZE", 10)) == 9 * 10 * 16 * 16 * 3
+
+
+@pytest.fixture
+def small_folder(tmp_path):
+    """A file system of 1 MB in memory, as Docker's shared memory is one of 64."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a file system here: {mounted.stderr}")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_too_little_shared_memory_is_an_error(small_folder, monkeypatch):
+    """Each process needs 9 batches of 100 images, 0.66 MB: one fits, two do not, nor one beside other files."""
+    needed = config("DATA.NUM_WORKERS", 4, "DATA.BATCH_SIZE", 100)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    check_shared_memory(needed, small_folder)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="need 1 MB of shared memory, and .* 1 MB free; .*--shm-size 1g.*NUM_WORKERS"):
+        check_shared_memory(needed, small_folder)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    (small_folder / "another's").write_bytes(bytes(2**19))
+    with pytest.raises(InputError, match="need 1 MB of shared memory, and .* 0 MB free"):
+        check_shared_memory(needed, small_folder)
+    check_shared_memory(config("DATA.NUM_WORKERS", 0), small_folder)
+    check_shared_memory(needed, small_folder / "not there")
 
 
 # ---- images on the device --------------------------------------------------------------------------
