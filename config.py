@@ -111,7 +111,7 @@ _C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, a line per im
 # ---- the run -------------------------------------------------------------------------------------
 _C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto, by the hardware: the first that it multiplies
 _C.DETERMINISTIC = False  # CUDA: the same bits from every run on the same GPU and versions, at a cost in speed
-_C.COMPILE = False  # compile the network with torch.compile
+_C.COMPILE = "auto"  # torch.compile the network: on | off | auto (in training, on CUDA, where it works)
 _C.HANG_MINUTES = 10.0  # a process for which the others wait longer than this ends the run (an hour for downloads)
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG/
 _C.TAG = "default"  # names the run
@@ -137,6 +137,7 @@ _CHOICES = {
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),
+    "COMPILE": ("auto", "on", "off"),
 }
 _RETIRED = ("DATA.PIN_MEMORY",)  # in configs and checkpoints of older versions; ignored
 _AT_LEAST_ONE = (
@@ -260,6 +261,8 @@ def _merge(node: CfgNode, values: dict, source: str, prefix: str = "") -> None:
                 raise InputError(f"{source}: {name} is a group of keys, not a value; set e.g. {name}.{first}")
             _merge(node[key], value, source, name + ".")
         else:
+            if name == "COMPILE":  # a truth value in configs of older versions, and in YAML where on has no quotes
+                value = {"true": "on", "false": "off"}.get(str(value).lower(), value)
             # What is text stays as it is: a TAG may look like a number.
             value = value if isinstance(node[key], str) else _decode(value)
             node[key] = _coerce(value, node[key], name, source)

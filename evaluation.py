@@ -12,6 +12,7 @@ from torch import nn
 
 import checkpoint
 import distributed
+from compiling import OPTIONS
 from config import to_dict
 from data import build_val_loader, prepare_data
 from device import settle_form
@@ -69,13 +70,13 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
 
 
 def inference_form(config, model: nn.Module) -> nn.Module:
-    """The network fused (TEST.FUSE) and compiled (COMPILE), where the config says so."""
+    """The network fused (TEST.FUSE) and compiled (COMPILE on; auto compiles training alone)."""
     if config.TEST.FUSE:
         if not hasattr(model, "fuse"):
             raise InputError(f"TEST.FUSE is True, but {config.MODEL.NAME} has no inference form; set it False")
         model.fuse()
-    if config.COMPILE:
-        model.compile()
+    if config.COMPILE == "on":
+        model.compile(options=OPTIONS)
     return model
 
 

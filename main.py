@@ -30,6 +30,7 @@ import checkpoint
 import distributed
 import report
 import utils
+from compiling import compile_network
 from config import load_config, nearest, to_dict
 from data import augment_on, build_train_loader, build_val_loader, prepare_data
 from device import choose_device, settle_form
@@ -81,7 +82,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches per update")
     parser.add_argument("--use-checkpoint", action="store_true", default=None, help="gradient checkpointing")
     parser.add_argument("--amp-dtype", metavar="TYPE", help="bf16, fp16, fp32 or auto (what the hardware multiplies)")
-    parser.add_argument("--compile", action="store_true", default=None, help="torch.compile the network")
+    parser.add_argument("--compile", nargs="?", const="on", choices=["auto", "on", "off"],
+                        help="torch.compile the network; auto, the default: on CUDA, where it works")
     parser.add_argument("--device", default="", metavar="TYPE",
                         help="cpu, cuda, mps or another that PyTorch finds; default: cuda where there is a GPU")
     parser.add_argument("--output", metavar="DIR", help="results go to DIR/<model name>/<tag>/; default: output")
@@ -230,11 +232,9 @@ def train(config, device: torch.device, folder: Path) -> None:
             metrics = _open_metrics(config, state, len(train_loader), folder)
 
         # 3. The network as the loop calls it.
-        if config.COMPILE:
-            model.compile()
-        wrapped = model
+        wrapped = compile_network(model, config.COMPILE, device, config.DETERMINISTIC)
         if distributed.is_distributed():
-            wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False, gradient_as_bucket_view=True)
 
         # 4. The epochs.
         while state.epoch < config.TRAIN.EPOCHS:

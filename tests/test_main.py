@@ -353,7 +353,7 @@ def test_flags_reach_the_config():
     config = load_config(args.cfg, main.config_overrides(args))
     assert config.DATA.BATCH_SIZE == 6 and config.SEED == 4  # a flag wins over --opts
     assert (config.DATA.ZIP_MODE, config.DATA.CACHE_MODE, config.TRAIN.ACCUMULATION_STEPS) == (True, "no", 3)
-    assert (config.TRAIN.USE_CHECKPOINT, config.AMP_DTYPE, config.COMPILE) == (True, "bf16", True)
+    assert (config.TRAIN.USE_CHECKPOINT, config.AMP_DTYPE, config.COMPILE) == (True, "bf16", "on")
     assert (config.OUTPUT, config.TAG, config.MODEL.PRETRAINED, config.MODEL.RESUME) == ("out", "1e5", "p", "r")
 
 

@@ -1,0 +1,76 @@
+"""torch.compile for a training: where it is on by default, its settings, and going on without it where it fails."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+import torch._functorch.config
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+from models.strip_ops import strip_triton
+
+logger = logging.getLogger("strip_mlp")
+
+# Inductor's defaults write a normalised map to memory because two kernels read it; computing it twice moves less.
+# tools/roofline.py --compiled counts the difference. The layouts are chosen already: the network is channels last.
+OPTIONS = {
+    "realize_opcount_threshold": 300,
+    "realize_reads_threshold": 20,
+    "realize_acc_reads_threshold": 40,
+    "layout_optimization": False,
+}
+_EARLY = {"force_non_lazy_backward_lowering": True}  # in PyTorch since 2.8
+if not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+    _EARLY = {}
+
+
+def compile_network(model: nn.Module, setting: str, device: torch.device, deterministic: bool = False) -> nn.Module:
+    """The network as a training calls it: compiled at its first batch, or ``model`` itself.
+
+    The compiler's results stay in ~/.cache/strip_mlp, unless TORCHINDUCTOR_CACHE_DIR names another place, so a resumed
+    run finds them. ``model`` itself stays as it is: evaluation and checkpoints use it.
+
+    Args:
+        setting: COMPILE of the config. ``"auto"``: on CUDA GPUs of compute capability 7.0 or later with Triton, unless
+            ``deterministic``; where the compiler fails, training goes on without it. ``"on"``: such a failure is an
+            error. ``"off"``.
+    """
+    if setting == "off" or setting == "auto" and (deterministic or not _can_compile(device)):
+        return model
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strip_mlp"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    logger.info(f"compiling the network at the first batch, which takes minutes the first time (COMPILE {setting}); "
+                f"results are kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']}")
+    return CompiledNetwork(model, may_fail=setting == "auto")
+
+
+def _can_compile(device: torch.device) -> bool:
+    is_recent = device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (7, 0))
+    return is_recent and strip_triton is not None  # which needs the package that compiled code needs
+
+
+class CompiledNetwork(nn.Module):
+    """A network whose forward and backward passes are compiled, or the network itself where that fails."""
+
+    def __init__(self, network: nn.Module, may_fail: bool):
+        super().__init__()
+        self.network = network
+        self.may_fail = may_fail
+        self.run = torch.compile(network.forward, options=OPTIONS)
+
+    def forward(self, x):
+        """(N, C, H, W) -> (N, num_classes)"""
+        try:
+            # The backward pass is compiled with the forward pass, so that a failure comes before anything has run.
+            with torch._functorch.config.patch(_EARLY):
+                return self.run(x)
+        except TorchDynamoException as error:
+            if not self.may_fail:
+                raise
+            reason = next(iter(str(error).splitlines()), "")
+            logger.warning(f"THE NETWORK COULD NOT BE COMPILED ({type(error).__name__}: {reason}); training goes on "
+                           "without, more slowly. --compile off leaves it out, --compile on shows the whole error")
+            self.run = self.network
+            return self.run(x)
