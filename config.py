@@ -121,6 +121,7 @@ _C.WANDB_PROJECT = ""  # Weights & Biases project that gets the metrics too (pip
 _C.SAVE_FREQ = 1  # epochs between two checkpoints
 _C.SAVE_STEPS = 0  # updates between two checkpoints within an epoch; 0: none
 _C.SAVE_MINUTES = 0.0  # minutes between two checkpoints within an epoch; 0: none
+_C.SAVE_ELSEWHERE = ""  # folder on another disk for the last checkpoint, where OUTPUT's stays full
 _C.KEEP_CHECKPOINTS = 3  # newest checkpoints kept beside the best one
 
 _CHOICES = {

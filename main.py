@@ -43,7 +43,7 @@ from lr_scheduler import LRScheduler
 from metrics import MetricsWriter, start_wandb
 from models import InputError, build_model, count_batches_once, load_pretrained
 from optimizer import build_optimizer
-from train_state import PREEMPTED, Checkpointer, Layout, Preempted, TrainState
+from train_state import NOT_SAVED, PREEMPTED, Checkpointer, Layout, NotSavedError, Preempted, TrainState
 
 logger = logging.getLogger("strip_mlp")
 
@@ -110,8 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        The exit status: 0; 2 for what the user can put right; 1 for a training that failed; 75 for one that saved
-        itself and stopped on a signal, to be resumed by the same command; 130 for an interruption by Ctrl-C.
+        The exit status: 0; 2 for what the user can put right; 1 for a training that failed; 74 for one whose last
+        checkpoint could not be saved into its folder; 75 for one that saved itself and stopped on a signal, to be
+        resumed by the same command; 130 for an interruption by Ctrl-C.
     """
     args = parse_arguments(argv)
     status = 0
@@ -135,18 +136,22 @@ def main(argv: list[str] | None = None) -> int:
     except Preempted as signal:
         logger.warning("stopped by %s; rerun the same command to resume", signal)
         status = PREEMPTED
+    except NotSavedError as error:
+        logger.error(error)
+        status = NOT_SAVED
     except (ValueError, OSError, FloatingPointError) as error:
         logger.error(_message(error))
         logger.debug("where it happened:", exc_info=True)  # for the log file
         return 1 if isinstance(error, FloatingPointError) else 2  # without waiting for processes that wait for this one
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        text = str(error) or type(error).__name__
         silent = distributed.silent_processes(error)
-        advice = next((advice for sign, advice in _ADVICE.items() if sign in str(error)), None)
+        advice = next((advice for sign, advice in _ADVICE.items() if sign in text), None)
         if silent:
             logger.error(f"no answer for {config.HANG_MINUTES:g} minutes (HANG_MINUTES) from {silent}; it hangs, or "
                          "its network is down. Rerun the same command to resume, or use torchrun --max-restarts")
         elif advice:
-            logger.error(f"{str(error).splitlines()[0].rstrip('. ')}. {advice}")
+            logger.error(f"{text.splitlines()[0].rstrip('. ')}. {advice}")
         else:
             raise
         logger.debug("where it happened:", exc_info=True)
@@ -159,11 +164,14 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-# What to do about failures that PyTorch reports as a RuntimeError of some words.
+# What to do about failures that Python and PyTorch report in these words.
 _ADVICE = {
     "DataLoader worker": "Memory is often the reason: lower DATA.NUM_WORKERS, or cache less (--cache-mode).",
     "gloo/transport": "Another process of this run has ended; its own message says why.",
     "deterministic": "Set DETERMINISTIC False, or choose a network without this operation.",
+    "DefaultCPUAllocator": "Lower --batch-size, with --accumulation-steps to make up for it, or DATA.NUM_WORKERS.",
+    "MemoryError": "Lower --batch-size, with --accumulation-steps to make up for it, or DATA.NUM_WORKERS.",
+    "Too many open files": "Raise the limit (ulimit -n), or lower DATA.NUM_WORKERS.",
     "out of memory": "Lower --batch-size, with --accumulation-steps to make up for it, or add --use-checkpoint.",
 }
 
@@ -248,8 +256,10 @@ def train(config, device: torch.device, folder: Path) -> None:
                 for name, result in results.items():
                     metrics.write(name, state.step, state.epoch - 1, state.epoch, **result)
             if is_best or state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
-                if not checkpointer.save(state, is_best):
+                if not checkpointer.save(state, is_best, is_last=state.epoch == config.TRAIN.EPOCHS):
                     state.max_accuracy = best_before  # best.pth is still the one before
+        if not distributed.broadcast_object(checkpoint.list_checkpoints(folder)):  # nothing was left to train
+            checkpointer.save(state, is_last=True)
         if metrics:
             metrics.close()
             report.draw_curves(folder)

@@ -20,8 +20,11 @@ from resume_checks import check_training
 
 logger = logging.getLogger("strip_mlp")
 
+NOT_SAVED = 74  # exit status (EX_IOERR) of a run whose last checkpoint is not in its folder
 PREEMPTED = 75  # exit status (EX_TEMPFAIL) of a run that a signal stopped after it saved itself
 NO_ACCURACY = -1.0  # below any, so that the first evaluation is the best so far even at 0 %
+SECONDS_WHEN_STOPPED = 20  # for saving after a signal where the disk is full; torchrun kills what still runs after 30
+SECONDS_BETWEEN = 10  # two such tries
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 _SAME_SIGNAL = 5  # seconds
 _NOTHING, _SAVE, _STOP = 0, 1, 2
@@ -134,7 +137,11 @@ class TrainState:
 # ---- when ---------------------------------------------------------------------------------------
 
 class Preempted(Exception):
-    """The run has saved itself, as far as it could, and stops because of a signal."""
+    """The run has saved itself and stops because of a signal."""
+
+
+class NotSavedError(Exception):
+    """The run is over and its last checkpoint is not in its folder."""
 
 
 class Checkpointer:
@@ -176,30 +183,57 @@ class Checkpointer:
             wish = _STOP
         return distributed.agree_on_largest(wish) != _NOTHING
 
-    def save(self, state: TrainState, is_best: bool = False) -> bool:
+    def save(self, state: TrainState, is_best: bool = False, is_last: bool = False) -> bool:
         """Saves the run. A failure to write is logged and the run goes on; older checkpoints stay as they are.
+
+        The last checkpoint of a run, of a finished or a stopped one, is tried again for half of HANG_MINUTES, and then
+        put into SAVE_ELSEWHERE.
 
         Returns:
             Whether it was saved.
 
         Raises:
             Preempted: a signal has reached any of the processes.
+            NotSavedError: the last checkpoint is not in the run's folder.
         """
-        is_saved = True
+        patience = 30 * self.config.HANG_MINUTES  # seconds: half of what the other processes wait for this one
         content = state.state_dict() | self.about
-        if distributed.rank() == 0:
-            try:
-                path = checkpoint.save_checkpoint(content, self.folder, is_best, self.config.KEEP_CHECKPOINTS)
-                logger.info(f"saved {path}{' (best)' if is_best else ''}")
-            except OSError as error:
-                is_saved = False
-                logger.error("COULD NOT SAVE A CHECKPOINT: %s. Older ones are untouched and the run goes on; make "
-                             "room, or what comes after them may be lost", error)
+        is_saved = distributed.rank() != 0 or self._write(content, self.folder, is_best)
+        is_stopping = distributed.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP
+        if not is_saved and (is_last or is_stopping):
+            is_saved = self._insist(content, is_best, SECONDS_WHEN_STOPPED if is_stopping else patience)
         is_saved = distributed.broadcast_object(is_saved)
         self.saved_at = time.monotonic()
-        if distributed.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP:
+        if not is_saved and (is_last or is_stopping):
+            raise NotSavedError(f"the last checkpoint is not in {self.folder}; the log says why")
+        if is_stopping:
             raise Preempted(self.signal.name if self.signal else "signal to another process")
         return is_saved
+
+    def _write(self, content: dict, folder: Path, is_best: bool) -> bool:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = checkpoint.save_checkpoint(content, folder, is_best, self.config.KEEP_CHECKPOINTS)
+            logger.info(f"saved {path}{' (best)' if is_best else ''}")
+            return True
+        except OSError as error:
+            logger.error("COULD NOT SAVE A CHECKPOINT: %s. Older ones are untouched; make room, or what comes after "
+                         "them may be lost", error)
+            return False
+
+    def _insist(self, content: dict, is_best: bool, seconds: float) -> bool:
+        """Tries again until there is room, time is up or a signal comes; then elsewhere, which counts as not saved."""
+        logger.warning("this is the run's last checkpoint: trying again for %.0f seconds", seconds)
+        deadline, signal_before = time.monotonic() + seconds, self.signal
+        while time.monotonic() < deadline and self.signal is signal_before:
+            time.sleep(SECONDS_BETWEEN)
+            if self._write(content, self.folder, is_best):
+                return True
+        if self.config.SAVE_ELSEWHERE:
+            other = Path(self.config.SAVE_ELSEWHERE, self.config.MODEL.NAME, self.config.TAG)
+            if self._write(content, other, is_best):
+                logger.warning("the last checkpoint is in %s; move it to %s to resume from it", other, self.folder)
+        return False
 
     def _receive(self, number: int, frame) -> None:
         if self.signal is None:
