@@ -25,7 +25,7 @@ class ParallelCGSMM(CGSMM):
         row = self.row_strip(self.row_position(windows))
         y = F.gelu(self.norm(self.row_fuse(torch.cat([row, windows], dim=1))))
         column = self.column_strip(self.column_position(windows))
-        y, column = (merge(part, x.shape[2:]) for part in (y, column))
+        y, column = (merge(part, x.shape) for part in (y, column))
         return self.column_fuse(torch.cat([y, column], dim=1))
 
 

@@ -59,7 +59,7 @@ class FusedStripMixingBlock(nn.Module):
         row = strip_mix(windows, self.row_weight, None, "row", self.row_form).add_(self.row_map)
         y = _gelu_(F.conv2d(torch.cat([row, windows], dim=1), self.fuse_weight, self.fuse_bias))
         column = strip_mix(y, self.column_weight, None, "column", self.column_form).add_(self.column_map)
-        column = merge(column, first.shape[2:])
+        column = merge(column, first.shape)
         return F.conv2d(torch.cat([first, column, self.lsmm(second)], dim=1), self.out_weight)
 
 

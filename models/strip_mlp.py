@@ -22,7 +22,7 @@ from .timm_interface import TimmInterface
 from .windows import cut, merge
 
 # torch.fx keeps these calls whole: what they do depends on the input's size, type and device.
-for _name in ("_checked", "arrange", "cut", "fuse", "grn", "grn_linear", "merge", "strip_mix"):
+for _name in ("_checked", "_layer_norm", "arrange", "cut", "fuse", "grn", "grn_linear", "merge", "strip_mix"):
     torch.fx.wrap(_name)
 
 
@@ -112,7 +112,7 @@ class CGSMM(nn.Module):
         windows = cut(x, self.size)  # the map itself where it has the trained size
         row = self.row_strip(windows, self.row_position.map())
         y = F.gelu(self.norm(fuse(row, windows, self.row_fuse.weight, like=windows)))
-        column = merge(self.column_strip(y, self.column_position.map()), x.shape[2:])
+        column = merge(self.column_strip(y, self.column_position.map()), x.shape)
         return fuse(x, column, self.column_fuse.weight, like=given)
 
 
@@ -182,8 +182,12 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x):
         """(..., C) -> (..., C)"""
-        with without_autocast(x):
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return _layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def _layer_norm(x, weight, bias, eps: float):
+    with without_autocast(x):
+        return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
 class ChannelMixingBlock(nn.Module):

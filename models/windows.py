@@ -17,24 +17,24 @@ def cut(x, size: tuple[int, int]):
     """
     if x.shape[2:] == size:
         return x
-    (height, width), n, c = size, x.shape[0], x.shape[1]
-    layout = _layout(x)
+    layout, (n, c), (height, width) = _layout(x), x.shape[:2], size
+    rows, columns = (_starts(side, length, x.device) for side, length in zip(x.shape[2:], size, strict=True))
     x = F.pad(x, (0, max(width - x.shape[3], 0), 0, max(height - x.shape[2], 0)))
-    rows, columns = _starts(x.shape[2], height, x.device), _starts(x.shape[3], width, x.device)
     x = x.index_select(2, (rows[:, None] + torch.arange(height, device=x.device)).flatten())
     x = x.index_select(3, (columns[:, None] + torch.arange(width, device=x.device)).flatten())
     x = x.reshape(n, c, len(rows), height, len(columns), width).permute(2, 4, 0, 1, 3, 5)
     return x.reshape(-1, c, height, width).contiguous(memory_format=layout)
 
 
-def merge(windows, size: tuple[int, int]):
-    """The map of ``size`` (H, W) from its windows: (windows * N, C, L_H, L_W) -> (N, C, H, W)"""
-    c, height, width = windows.shape[1:]
-    if size == (height, width):
+def merge(windows, shape: tuple[int, int, int, int]):
+    """The map of ``shape`` (N, C, H, W) from its windows: (windows * N, C, L_H, L_W) -> (N, C, H, W)"""
+    if windows.shape[2:] == shape[2:]:
         return windows
-    rows, columns = _shares(size[0], height, windows), _shares(size[1], width, windows)
-    x = windows.reshape(rows.shape[1], columns.shape[1], -1, c, height, width).permute(2, 3, 0, 4, 1, 5)
-    x = x.reshape(*x.shape[:2], rows[0].numel(), columns[0].numel())  # (N, C, n_H * L_H, n_W * L_W)
+    n, c, *sides = shape
+    rows, columns = (_shares(side, length, windows) for side, length in zip(sides, windows.shape[2:], strict=True))
+    (_, n_rows, height), (_, n_columns, width) = rows.shape, columns.shape
+    x = windows.reshape(n_rows, n_columns, n, c, height, width).permute(2, 3, 0, 4, 1, 5)
+    x = x.reshape(n, c, n_rows * height, n_columns * width)
     x = torch.matmul(rows.flatten(1)[None, None], torch.matmul(x, columns.flatten(1).T))
     return x.contiguous(memory_format=_layout(windows))
 
