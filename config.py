@@ -51,6 +51,7 @@ _C.MODEL.STRIP_MLP.DEPTHS = [2, 2, 6, 2]  # blocks of the four stages
 _C.MODEL.STRIP_MLP.MLP_RATIO = 3.0  # alpha: width of the channel mixing over its input's
 _C.MODEL.STRIP_MLP.NUM_PATCHES = 2  # P: channel patches that share the strip weights
 _C.MODEL.STRIP_MLP.STRIP_WIDTH = 3  # rows (columns) that a strip spans, odd
+_C.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = 0  # side the strip weights are for, windows of it elsewhere; 0: IMG_SIZE
 _C.MODEL.STRIP_MLP.FORM = "auto"  # how strips are computed: plain | matmul | triton | auto, by device, shape and type
 _C.MODEL.STRIP_MLP.TOKEN_MIXERS = "both"  # ablation: both, on half of the channels each | cgsmm | lsmm, on all of them
 _C.MODEL.STRIP_MLP.CASCADE = True  # ablation: CGSMM's column strips read what the row strips made; False: the input
@@ -147,6 +148,7 @@ _AT_LEAST_ONE = (
     "MODEL.STRIP_MLP.IN_CHANS MODEL.STRIP_MLP.EMBED_DIM MODEL.STRIP_MLP.NUM_PATCHES MODEL.STRIP_MLP.STRIP_WIDTH"
 ).split()
 _AT_LEAST_ZERO = (
+    "MODEL.STRIP_MLP.TRAINED_IMG_SIZE "
     "DATA.NUM_WORKERS TRAIN.WARMUP_EPOCHS TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.WEIGHT_DECAY TRAIN.OPTIMIZER.EPS "
     "TRAIN.CLIP_GRAD TRAIN.FREEZE_STAGES AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX SEED SAVE_STEPS SAVE_MINUTES"
 ).split()

@@ -19,7 +19,9 @@ MAX_TEXT = 500  # characters of a key, a config value or a class name
 MAX_ELEMENTS = 2_000_000_000  # of a network's parameters and buffers
 
 _SCALARS = (type(None), bool, float, complex, str, bytes, torch.dtype, torch.device)
-_SIZES = {"DATA.IMG_SIZE": 4096, "MODEL.NUM_CLASSES": 10**6}  # other numbers: 65,536
+_SIZES = {  # of other numbers: 65,536
+    "DATA.IMG_SIZE": 4096, "MODEL.STRIP_MLP.TRAINED_IMG_SIZE": 4096, "MODEL.NUM_CLASSES": 10**6,
+}
 _CHOSEN_BY_CHECKPOINTS = {"DATA": ("DATASET", "IMG_SIZE", "INTERPOLATION"), "TEST": ("CROP",)}
 _CHOSEN_BY_USERS = ("PRETRAINED", "RESUME")  # of MODEL, all else of which is the architecture
 _TIMM_ARGUMENTS = {  # the arguments of timm's networks that a checkpoint may give, and the largest number in each

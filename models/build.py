@@ -63,7 +63,8 @@ def timm_arguments(config) -> tuple[str, dict]:
 def _strip_mlp_arguments(config) -> dict:
     strip_mlp = config.MODEL.STRIP_MLP
     return {
-        "img_size": config.DATA.IMG_SIZE,
+        "img_size": strip_mlp.TRAINED_IMG_SIZE or config.DATA.IMG_SIZE,
+        "dynamic_img_size": strip_mlp.TRAINED_IMG_SIZE > 0,
         "patch_size": strip_mlp.PATCH_SIZE,
         "in_chans": strip_mlp.IN_CHANS,
         "num_classes": config.MODEL.NUM_CLASSES,

@@ -16,13 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
 from .fused import FusedChannelMixingBlock, FusedStripMixingBlock
+from .input_size import check_images, check_img_size, map_sizes
 from .response_norm import grn, grn_linear
 from .strip_ops import arrange, fuse, strip_mix, without_autocast
 from .timm_interface import TimmInterface
 from .windows import cut, merge
 
 # torch.fx keeps these calls whole: what they do depends on the input's size, type and device.
-for _name in ("_checked", "_layer_norm", "arrange", "cut", "fuse", "grn", "grn_linear", "merge", "strip_mix"):
+for _name in ("_layer_norm", "arrange", "check_images", "cut", "fuse", "grn", "grn_linear", "merge", "strip_mix"):
     torch.fx.wrap(_name)
 
 
@@ -114,6 +115,17 @@ class CGSMM(nn.Module):
         y = F.gelu(self.norm(fuse(row, windows, self.row_fuse.weight, like=windows)))
         column = merge(self.column_strip(y, self.column_position.map()), x.shape)
         return fuse(x, column, self.column_fuse.weight, like=given)
+
+    def set_size(self, size: tuple[int, int]) -> None:
+        """Gives the strip layers and position tables their shapes for maps of ``size``; load their weights next."""
+        height, width = self.size = size
+        for strip, length in ((self.row_strip, width), (self.column_strip, height)):
+            d, _, _, k = strip.weight.shape
+            strip.weight.data = strip.weight.new_empty(d, length, length, k)
+            strip.bias.data = strip.bias.new_empty(d, length)
+        for position in (self.row_position, self.column_position):
+            position.width = width
+            position.table.data = position.table.new_empty(height + width + 1, position.table.shape[1])
 
 
 class LSMM(nn.Module):
@@ -236,11 +248,11 @@ class Block(nn.Module):
         return self
 
 
-class StripMLPNet(TimmInterface, nn.Module):
+class StripMLPNet(TimmInterface):
     """Strip-MLP (figure 2a): four stages at 1/4, 1/8, 1/16 and 1/32 of the input size for ``patch_size`` 4.
 
     The strip weights depend on the size of the feature maps, so a network is built for one input size. With
-    ``dynamic_img_size`` it takes images of any size; ``weights.adapt_size`` carries weights over to another size.
+    ``dynamic_img_size`` it takes images of any size; ``set_input_size`` carries its weights over to another size.
 
     Args:
         img_size: side of the square input in pixels, or its (height, width), multiples of ``8 * patch_size``.
@@ -283,7 +295,16 @@ class StripMLPNet(TimmInterface, nn.Module):
         token_mixing: Callable[..., nn.Module] = StripMixingBlock,
     ):
         super().__init__()
-        self.img_size = _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width)
+        self.img_size = check_img_size(img_size, patch_size)
+        if len(depths) != 4 or min(depths) < 1:
+            raise InputError(f"depths {tuple(depths)} must be four numbers, each at least 1")
+        if num_patches < 1:
+            raise InputError(f"num_patches {num_patches} must be at least 1")
+        if embed_dim % (2 * num_patches):
+            raise InputError(f"embed_dim {embed_dim} is not a multiple of 2 x num_patches ({2 * num_patches}): half of "
+                             f"the channels are cut into {num_patches} patches")
+        if strip_width < 1 or strip_width % 2 == 0:
+            raise InputError(f"strip_width {strip_width} must be odd, at least 1: a strip is centred on its row")
         if drop_path_schedule not in ("constant", "linear"):
             raise InputError(f"drop_path_schedule {drop_path_schedule!r} is neither 'constant' nor 'linear'")
         self.in_chans = in_chans
@@ -291,7 +312,7 @@ class StripMLPNet(TimmInterface, nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         dims = [embed_dim * 2**stage for stage in range(4)]
-        sizes = [tuple(side // patch_size // 2**stage for side in self.img_size) for stage in range(4)]  # (H, W)
+        sizes = map_sizes(self.img_size, patch_size)
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size * 2**stage, "module": f"stages.{stage}"}
@@ -337,7 +358,7 @@ class StripMLPNet(TimmInterface, nn.Module):
 
     def _run_stages(self, x, count: int) -> list[torch.Tensor]:
         """The outputs of the first ``count`` stages."""
-        x = _checked(x, self.img_size, 8 * self.stem.stride[0], self.dynamic_img_size)
+        x = check_images(x, self.img_size, 8 * self.stem.stride[0], self.dynamic_img_size)
         outputs = [self._run_stage(0, self.stem(x))]
         if count > 1:
             m1 = self.merging[0](outputs[0])
@@ -364,51 +385,3 @@ VARIANTS = {
     "strip_mlp_small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_patches": 4},
     "strip_mlp_base": {"embed_dim": 112, "depths": (2, 2, 18, 2), "num_patches": 4},
 }
-
-
-# ---- what the network refuses --------------------------------------------------------------------
-
-def _check_sizes(img_size, patch_size, embed_dim, depths, num_patches, strip_width) -> tuple[int, int]:
-    """(height, width) of the input; raises InputError when the sizes do not fit together."""
-    sides = tuple(to_2tuple(img_size))
-    if len(sides) != 2:
-        raise InputError(f"img_size {sides} is neither a side nor (height, width)")
-    multiple = 8 * patch_size
-    for side in sides:
-        if side < multiple or side % multiple:
-            raise InputError(
-                f"img_size {side} is not a multiple of {multiple} (patch size {patch_size} x 8); "
-                f"the nearest legal sizes are {_legal_sizes(side, multiple)}"
-            )
-    if len(depths) != 4 or min(depths) < 1:
-        raise InputError(f"depths {tuple(depths)} must be four numbers, each at least 1")
-    if num_patches < 1:
-        raise InputError(f"num_patches {num_patches} must be at least 1")
-    if embed_dim % (2 * num_patches):
-        raise InputError(
-            f"embed_dim {embed_dim} is not a multiple of 2 x num_patches ({2 * num_patches}): half of the channels are "
-            f"cut into {num_patches} patches"
-        )
-    if strip_width < 1 or strip_width % 2 == 0:
-        raise InputError(f"strip_width {strip_width} must be odd, at least 1: a strip is centred on its row")
-    return sides
-
-
-def _checked(x, img_size: tuple[int, int], smallest: int, dynamic_img_size: bool):
-    """x; raises InputError where the network does not take images of its size."""
-    if x.ndim == 4 and (x.shape[2:] == img_size or (dynamic_img_size and min(x.shape[2:]) >= smallest)):
-        return x
-    got = f"got a batch of shape {tuple(x.shape)}"
-    if dynamic_img_size:
-        raise InputError(f"this network takes images (N, C, H, W) of at least {smallest}x{smallest} pixels, {got}")
-    legal = "; ".join(f"legal near {side}: {_legal_sizes(side, smallest)}" for side in dict.fromkeys(x.shape[-2:]))
-    raise InputError(
-        f"this network was built for images of {'x'.join(map(str, img_size))}, {got}; resize the images, build the "
-        f"network with their img_size ({legal}), or build it with dynamic_img_size=True, which takes any size"
-    )
-
-
-def _legal_sizes(size: int, multiple: int) -> str:
-    """The multiples next to ``size``, for a message."""
-    below, above = size // multiple * multiple, -(-size // multiple) * multiple
-    return " and ".join(str(legal) for legal in sorted({below, above})) if below else f"{multiple} and up"

@@ -1,7 +1,10 @@
 """What timm's tools ask of a Strip-MLP beside its forward pass."""
 
+from timm.models._input import update_model_input_size
 from torch import nn
 
+from .errors import InputError
+from .input_size import check_img_size, map_sizes
 from .staged import StagedNet
 from .weights import fit_state_dict
 
@@ -19,6 +22,25 @@ class TimmInterface(StagedNet):
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As PyTorch's. Released keys are converted, and weights for another input size are resized."""
         return super().load_state_dict(fit_state_dict(state_dict, self), strict, assign)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Makes this a network for images of another size, its weights resized to it as ``adapt_size`` does.
+
+        The parameters stay the same objects. With ``dynamic_img_size``, windows have the new size from here on.
+
+        Raises:
+            InputError: sides that are not multiples of ``8 * patch_size``, or a network after ``fuse``.
+        """
+        weights, patch_size = self.state_dict(), self.stem.stride[0]
+        if not any(key.endswith("_strip.weight") for key in weights):
+            raise InputError("this network holds no strip layers to resize; call set_input_size before fuse")
+        self.img_size = check_img_size(img_size, patch_size)
+        for blocks, size in zip(self.stages, map_sizes(self.img_size, patch_size), strict=False):  # some may be pruned
+            for module in blocks.modules():
+                if hasattr(module, "set_size"):
+                    module.set_size(size)
+        self.load_state_dict(weights)
+        update_model_input_size(self, self.img_size)
 
     def fuse(self) -> nn.Module:
         """Turns the network, in place, into its inference form: faster, equal within rounding, not to be trained.

@@ -1,14 +1,20 @@
 """Images of any size: CGSMM in windows (models/windows.py), and the network around it."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
+from timm.models._input import get_model_input_config
 
-from models import InputError, StripMLPNet, convert_released_state_dict, load_strict
+from config import load_config
+from models import InputError, StripMLPNet, build_model, convert_released_state_dict, load_strict
+from models.ablations import build_ablated
+from models.strip_mlp import CGSMM
 from models.windows import cut, merge
 from tests.models.test_fidelity import FLOAT32, FLOAT64, load_figures, released_weights
 from tests.nets import relative_error, tiny_net
@@ -124,6 +130,110 @@ def test_fused(size):
             norm.running_var.uniform_(0.5, 1.5)
     x = images(*size).double()
     torch.testing.assert_close(copy.deepcopy(net).fuse()(x), net(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (2, 9), (4, 3)])
+def test_gradients(size):
+    """Of the windowed CGSMM with respect to its input and to all that is learnt, against finite differences."""
+    torch.manual_seed(0)
+    cgsmm = CGSMM(2, (4, 3), 1).double().eval()
+    parameters = dict(cgsmm.named_parameters())
+    x = torch.randn(1, 2, *size, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *values):
+        return torch.func.functional_call(cgsmm, dict(zip(parameters, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters.values()), fast_mode=True)
+
+
+def test_autocast_keeps_16_bits():
+    cgsmm = CGSMM(4, 4, 2).eval()
+    x = torch.randn(2, 4, 9, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = cgsmm(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), cgsmm(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_once_for_many_sizes():
+    cgsmm = CGSMM(2, 4, 1).eval()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(cgsmm, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size in ((9, 13), (11, 14), (22, 30), (8, 12), (40, 17)):
+            x = torch.randn(2, 2, *size)
+            torch.testing.assert_close(compiled(x), cgsmm(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_onnx_at_a_fixed_size(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    net, x = tiny_net(dynamic_img_size=True, depths=(1, 1, 1, 1)), images(50, 70)
+    torch.onnx.export(net, (x,), tmp_path / "net.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    found, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), net(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_symbolic_trace():
+    """Forward, at several sizes, and backward."""
+    net = tiny_net(dynamic_img_size=True)
+    traced = torch.fx.symbolic_trace(net)
+    for size in ((32, 32), (50, 70)):
+        torch.testing.assert_close(traced(images(*size)), net(images(*size)), rtol=0, atol=0)
+    traced(images(32, 32)).sum().backward()
+    assert all(p.grad is not None for p in traced.parameters())
+
+
+def test_create_feature_extractor():
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    net = tiny_net(drop_path_rate=0.0)
+    names = {f"stages.{stage}": str(stage) for stage in range(4)}
+    extractor = feature_extraction.create_feature_extractor(net, names, suppress_diff_warning=True)
+    expected = net.forward_intermediates(images(32, 32), intermediates_only=True)
+    for found, output in zip(extractor(images(32, 32)).values(), expected, strict=True):
+        assert torch.equal(found, output)
+    sum(output.sum() for output in extractor.train()(images(32, 32)).values()).backward()
+    assert all(p.grad is not None for key, p in extractor.named_parameters() if not key.startswith(("norm", "head")))
+
+
+@pytest.mark.parametrize("build", [StripMLPNet, partial(build_ablated, "cgsmm", False, True)], ids=["net", "ablated"])
+@torch.no_grad()
+def test_set_input_size(build):
+    """The network that is built for the new size and loads the weights, with the same parameter objects."""
+    kwargs = {"num_classes": 5, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_patches": 2}
+    net = build(img_size=32, **kwargs).double().eval()
+    expected = build(img_size=(64, 96), **kwargs).double().eval()
+    expected.load_state_dict(net.state_dict())
+    parameters = list(net.parameters())
+    net.set_input_size(img_size=(64, 96))
+    assert net.img_size == (64, 96)
+    assert all(a is b for a, b in zip(parameters, net.parameters(), strict=True))
+    x = images(64, 96).double()
+    assert torch.equal(net(x), expected(x))
+    with pytest.raises(InputError, match="img_size 40 is not a multiple of 32"):
+        net.set_input_size(img_size=40)
+    assert torch.equal(net(x), expected(x))
+
+
+def test_set_input_size_with_timm_s_helpers():
+    net = timm.create_model("strip_mlp_tiny", img_size=32, embed_dim=8, depths=(1, 1, 1, 1), dynamic_img_size=True)
+    net.set_input_size(img_size=64)
+    assert get_model_input_config(net)["input_size"] == (3, 64, 64)
+    assert net.eval()(images(70, 100)).shape == (2, 1000)
+    with pytest.raises(InputError, match="call set_input_size before fuse"):
+        net.fuse().set_input_size(img_size=32)
+
+
+def test_in_a_config():
+    config = load_config("", ["MODEL.NAME", "x", "DATA.IMG_SIZE", "48", "MODEL.STRIP_MLP.TRAINED_IMG_SIZE", "32",
+                              "MODEL.STRIP_MLP.EMBED_DIM", "8", "MODEL.STRIP_MLP.DEPTHS", "[1, 1, 1, 1]"])
+    net = build_model(config).eval()
+    assert net.img_size == (32, 32)
+    assert net(images(48, 48)).shape == (2, 1000)
 
 
 def test_features_only():
