@@ -171,7 +171,7 @@ def test_compiled_once_for_many_sizes():
 def test_onnx_at_a_fixed_size(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    net, x = tiny_net(dynamic_img_size=True, depths=(1, 1, 1, 1)), images(50, 70)
+    net, x = tiny_net(dynamic_img_size=True, depths=(1, 1, 1, 1)).eval(), images(50, 70)
     torch.onnx.export(net, (x,), tmp_path / "net.onnx", dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
     found, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -180,7 +180,7 @@ def test_onnx_at_a_fixed_size(tmp_path):
 
 def test_symbolic_trace():
     """Forward, at several sizes, and backward."""
-    net = tiny_net(dynamic_img_size=True)
+    net = tiny_net(dynamic_img_size=True).eval()
     traced = torch.fx.symbolic_trace(net)
     for size in ((32, 32), (50, 70)):
         torch.testing.assert_close(traced(images(*size)), net(images(*size)), rtol=0, atol=0)
@@ -190,7 +190,7 @@ def test_symbolic_trace():
 
 def test_create_feature_extractor():
     feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
-    net = tiny_net(drop_path_rate=0.0)
+    net = tiny_net(drop_path_rate=0.0).eval()
     names = {f"stages.{stage}": str(stage) for stage in range(4)}
     extractor = feature_extraction.create_feature_extractor(net, names, suppress_diff_warning=True)
     expected = net.forward_intermediates(images(32, 32), intermediates_only=True)
