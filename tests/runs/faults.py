@@ -40,6 +40,12 @@ def _before_update(action, step: int) -> None:
     engine._Updater.update = patched
 
 
+def _kill() -> None:
+    """SIGKILL to this process, which says so first: a launcher may report another one that failed because of it."""
+    print("killed by the fault", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _only_on_rank(rank: str, action):
     return lambda: action() if distributed.rank() == int(rank) else None
 
@@ -47,7 +53,7 @@ def _only_on_rank(rank: str, action):
 @fault
 def kill_at_step(step, rank="0"):
     """SIGKILL to one process in the middle of an update."""
-    _before_update(_only_on_rank(rank, lambda: os.kill(os.getpid(), signal.SIGKILL)), int(step))
+    _before_update(_only_on_rank(rank, _kill), int(step))
 
 
 @fault
@@ -57,7 +63,7 @@ def kill_once_at_step(step, marker):
     def action():
         if distributed.rank() == 0 and not os.path.exists(marker):
             Path(marker).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            _kill()
 
     _before_update(action, int(step))
 
@@ -86,7 +92,7 @@ def kill_while_saving(nth):
         if count == int(nth):
             file.flush()
             os.truncate(file.fileno(), file.tell() // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            _kill()
 
     torch.save = patched
 
