@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-import torch.distributed.run
+import torch.distributed.launcher  # noqa: F401  what torchrun imports
 
 import main  # noqa: F401
 import report
@@ -64,18 +64,7 @@ def run(command, variables, folder, stdout, stderr) -> None:
         runpy.run_path(command[0], run_name="__main__")
 
 
-def run_as_rank(script: str, *arguments: str) -> None:
-    """What ``torchrun --run-path`` calls in its workers; PyTorch's own would wait forever after a ``sys.exit(0)``."""
-    sys.argv = [script, *arguments]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
-
-
 if __name__ == "__main__":
-    torch.distributed.run.run_script_path = run_as_rank
     report.draw_curves = lambda folder: None  # matplotlib would take half of the time of a tiny training
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads; a fork would only have one of them"

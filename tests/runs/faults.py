@@ -110,6 +110,20 @@ def hang_at_step(step, seconds):
 
 
 @fault
+def hang_at_batch(batch, seconds):
+    """A micro-batch of the first epoch that takes very long, and says so on the terminal when it begins."""
+    backward = engine._Updater.backward
+
+    def patched(self, loss):
+        if (self.state.epoch, self.state.batch) == (0, int(batch)):
+            print("hangs", flush=True)
+            time.sleep(int(seconds))
+        return backward(self, loss)
+
+    engine._Updater.backward = patched
+
+
+@fault
 def slow_start_of_workers(seconds):
     """Data workers that take long to get ready, and say so on the terminal."""
     get_ready = build._end_with_the_parent

@@ -34,18 +34,13 @@ def image_folder(root, train, val, seed=0):
 
 @pytest.fixture
 def start():
-    """``start(output, *options)``: a training, once it trains. With ``fault``: one that waits somewhere, once it does.
-
-    Whatever it leaves running is ended after the test.
-    """
+    """``start(output, *options, fault=...)``: a training that waits somewhere, once it does; ended after the test."""
     started = []
 
-    def start(output, *options, launcher=(), fault=()):
-        script = [FAULTS, *fault, "--"] if fault else ["main.py"]
-        process = Fork([*launcher, *script, *arguments(output, *options)], merge=True)
+    def start(output, *options, launcher=(), fault):
+        process = Fork([*launcher, FAULTS, *fault, "--", *arguments(output, *options)], merge=True)
         started.append(process)
-        metrics = folder(output) / "metrics.jsonl"
-        wait_for(lambda: "hangs" in process.stdout if fault else metrics.exists() and metrics.read_text(), process)
+        wait_for(lambda: "hangs" in process.stdout, process)
         return process
 
     yield start
@@ -64,14 +59,13 @@ def wait_until_gone(process, seconds):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_a_whole_process_group(start, tmp_path, number):
     """Ctrl-C in a terminal, or a scheduler: the data workers get the signal too and must finish the update."""
-    options = ("DATA.NUM_WORKERS", 2, "TRAIN.ACCUMULATION_STEPS", 7, "SAVE_FREQ", 1000)
-    process = start(tmp_path, *options, "TRAIN.EPOCHS", 500)
+    options = ("DATA.NUM_WORKERS", 2, "DATA.BATCH_SIZE", 10, "TRAIN.ACCUMULATION_STEPS", 28)
+    process = start(tmp_path, *options, fault=["hang_at_batch", 2, 1])
     process.signal_all(number)
     assert process.wait() == 75, process.stdout
     assert f"stopped by {number.name}" in process.stdout and "Traceback" not in process.stdout
-    step = checkpoint.newest_checkpoint(folder(tmp_path))[1]["step"]
-    assert main.main(arguments(tmp_path, *options, "TRAIN.EPOCHS", 1 + step)) == 0
-    assert f"{step} updates done" in (folder(tmp_path) / "log_rank0.txt").read_text()
+    assert main.main(arguments(tmp_path, *options)) == 0
+    assert "1 updates done" in (folder(tmp_path) / "log_rank0.txt").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -192,9 +186,7 @@ def test_bad_image_of_one_of_two_processes(tmp_path):
     options = [*image_folder(tmp_path / "data", 16, 4), "DATA.NUM_WORKERS", 1]
     bad = tmp_path / "data" / "train" / "b" / "5.png"
     bad.write_bytes(b"")
-    begin = time.monotonic()
     result = run([*torchrun(2), "main.py", *arguments(tmp_path, *options)])
-    assert time.monotonic() - begin < 60
     assert result.returncode != 0 and "[rank" not in result.stderr  # as an uncaught exception would be marked
     errors = [line for line in result.stdout.splitlines() if "ERROR" in line]
     assert sum(f"ERROR: {bad} is empty" in line for line in errors) == 1
