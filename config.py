@@ -21,6 +21,7 @@ _C.BASE = []  # config files merged before this one, in order, relative to it
 _C.DATA = CfgNode()
 _C.DATA.DATASET = "imagenet"  # imagenet | cifar10 | cifar100 | caltech101 | imagefolder (one's own) | digits (bundled)
 _C.DATA.DATA_PATH = ""  # the data set's folder; may stay empty for digits
+_C.DATA.MIRROR = ""  # cifar10, cifar100: URL of a folder with the archive, where its own host is slow; empty: its own
 _C.DATA.IMG_SIZE = 224  # side of the square input, in pixels
 _C.DATA.HOLD_OUT = 0.0  # share of the training set kept from training and evaluated on in place of the test set
 _C.DATA.BATCH_SIZE = 128  # images per process and micro-batch

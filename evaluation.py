@@ -116,13 +116,13 @@ def _write_predictions(path: Path, dataset, predictions: list) -> None:
     shares = distributed.gather_objects(predictions)
     if distributed.rank() != 0:
         return
-    classes, paths = dataset.classes, getattr(dataset.images, "samples", None)
+    classes = dataset.classes
     with replacing(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "image", "target", "prediction", "probability", "target_label", "prediction_label"])
         for index in range(len(dataset)):
             target, prediction, probability = shares[index % len(shares)][index // len(shares)]
-            image = str(paths[index][0]) if paths else ""
+            image = dataset.images.name(index)
             names = classes[target], classes[prediction]
             writer.writerow([index, *map(csv_cell, (image, *names)), f"{probability:.6f}", target, prediction])
     logger.info(f"predictions written to {path}")

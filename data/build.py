@@ -13,7 +13,7 @@ from models import InputError
 
 from . import resident
 from .cifar import CIFAR, download_cifar
-from .datasets import build_dataset, data_path
+from .datasets import FOLDER_SETS, build_dataset, data_path, prepare_listings
 from .device import DeviceBatches
 from .samplers import TrainBatchSampler, eval_order
 from .transforms import EvalSet, TrainDraws, TrainSet
@@ -28,13 +28,16 @@ _SIGNALS = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}
 
 
 def prepare_data(config) -> None:
-    """Downloads CIFAR-10 or CIFAR-100 where it is not there yet; call it in one process per node, before the loaders.
+    """What needs to be done once a machine: downloads CIFAR, lists folders, indexes shards. Call it before the loaders.
 
     Raises:
         FileNotFoundError: the download failed; the message says what to put where.
+        ValueError: a data set's files are not usable.
     """
     if config.DATA.DATASET in CIFAR:
-        download_cifar(config.DATA.DATASET, data_path(config))
+        download_cifar(config.DATA.DATASET, data_path(config), config.DATA.MIRROR)
+    elif config.DATA.DATASET in FOLDER_SETS and not config.DATA.ZIP_MODE:
+        prepare_listings(data_path(config))
 
 
 def build_train_loader(config, rank: int = 0, world_size: int = 1, device="cpu") -> DeviceBatches:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from torchvision import datasets
+from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Cifar:
     binary_folder: str
     train_files: tuple[str, ...]
     val_files: tuple[str, ...]
+    binary_md5: str  # of the binary version's archive
     label_bytes: int  # before the 3072 pixel bytes of a record; the last one is the label
     names_file: str
     names: tuple[str, ...]  # of the classes, where the names file is missing
@@ -27,6 +29,7 @@ CIFAR = {
         binary_folder="cifar-10-batches-bin",
         train_files=tuple(f"data_batch_{part}.bin" for part in range(1, 6)),
         val_files=("test_batch.bin",),
+        binary_md5="c32a1d4ab5d03f1284b67883e8d87530",
         label_bytes=1,
         names_file="batches.meta.txt",
         names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
@@ -36,6 +39,7 @@ CIFAR = {
         binary_folder="cifar-100-binary",
         train_files=("train.bin",),
         val_files=("test.bin",),
+        binary_md5="03b5dce01913d631647c71ecec9e9cb8",
         label_bytes=2,
         names_file="fine_label_names.txt",
         names=tuple(str(label) for label in range(100)),
@@ -53,18 +57,48 @@ MD5 = {
 }
 
 
-def download_cifar(name: str, root: Path) -> None:
-    """Downloads the Python version of ``name`` into ``root``, unless one of the two versions is there.
+def download_cifar(name: str, root: Path, mirror: str = "") -> None:
+    """Makes ``name`` ready in ``root``: unpacks an archive that is there, else downloads the Python version.
+
+    Args:
+        name: ``"cifar10"`` or ``"cifar100"``.
+        root: the folder, or one of the two archives in it.
+        mirror: URL of a folder that holds the Python version's archive; empty: the data set's own host.
 
     Raises:
         FileNotFoundError: the download failed; the message says what to put where.
+        ValueError: an archive that is there is not the published one.
     """
-    if _binary_folder(name, root):
+    root, cifar = cifar_folder(root), CIFAR[name]
+    if _binary_folder(name, root) or (root / cifar.python.base_folder).is_dir():
         return
+    for file, md5 in ((_binary_archive(cifar), cifar.binary_md5), (cifar.python.filename, cifar.python.tgz_md5)):
+        path = root / file
+        if path.is_file():
+            found = _md5(path.read_bytes())
+            if found != md5:
+                raise ValueError(f"{path} is damaged: its MD5 is {found}, expected {md5}; download it again")
+            extract_archive(str(path), str(root))
+            return
+    url = f"{mirror.rstrip('/')}/{cifar.python.filename}" if mirror else cifar.python.url
     try:
-        CIFAR[name].python(root, download=True)
-    except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(f"{name} could not be downloaded ({error}); {_wanted(name, root)}") from error
+        download_and_extract_archive(url, str(root), filename=cifar.python.filename, md5=cifar.python.tgz_md5)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileNotFoundError(f"{name} could not be downloaded from {url} ({error}); {_wanted(name, root)}, or name "
+                                "another host of this file with --opts DATA.MIRROR URL") from error  # fmt: skip
+
+
+def cifar_folder(path: Path) -> Path:
+    """The folder that ``--data-path`` names, which may be one of the archives in it."""
+    return path.parent if path.name.endswith(".tar.gz") else path
+
+
+def _binary_archive(cifar: Cifar) -> str:
+    return cifar.binary_folder.replace("-batches-bin", "-binary") + ".tar.gz"
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def read_cifar(name: str, root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
@@ -76,6 +110,7 @@ def read_cifar(name: str, root: Path, split: str) -> tuple[np.ndarray, list[int]
         FileNotFoundError: neither is there, or a file is missing.
         ValueError: a file of the binary version is damaged.
     """
+    root = cifar_folder(root)
     folder = _binary_folder(name, root)
     if folder:
         return _read_binary(CIFAR[name], folder, split)
@@ -89,8 +124,9 @@ def read_cifar(name: str, root: Path, split: str) -> tuple[np.ndarray, list[int]
 def _wanted(name: str, root: Path) -> str:
     cifar = CIFAR[name]
     return (
-        f"put {cifar.binary_folder}/ (the binary version) or {cifar.python.base_folder}/ (the Python version, "
-        f"unpacked from {cifar.python.url}) into {root}"
+        f"by hand: put {cifar.python.filename} (170 MB, MD5 {cifar.python.tgz_md5}, from {cifar.python.url}) or "
+        f"{_binary_archive(cifar)} (170 MB, MD5 {cifar.binary_md5}) into {root}, or unpacked as "
+        f"{cifar.python.base_folder}/ or {cifar.binary_folder}/"
     )
 
 
@@ -108,7 +144,7 @@ def _read_binary(cifar: Cifar, folder: Path, split: str):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; unpack the whole binary version into {folder}")
         data = path.read_bytes()
-        found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        found = _md5(data)
         if found != MD5[file]:
             raise ValueError(f"{path} is damaged: its MD5 is {found}, expected {MD5[file]}; download it again")
         parts.append(np.frombuffer(data, np.uint8).reshape(-1, cifar.label_bytes + 3072))

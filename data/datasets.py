@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from models import InputError
 
 from .cifar import read_cifar
-from .images import load_image
+from .folders import FolderDataset, class_folders
+from .hub import HubDataset, is_hub_folder
+from .listing import list_images
+from .shards import ShardDataset, find_shards, read_index
 from .zipped import ZipDataset, read_map
 
 DIGITS_FILE = Path(__file__).parent / "digits" / "digits.csv.gz"
@@ -38,8 +40,8 @@ class ArrayDataset(Dataset):
         return Image.fromarray(self.images[index]), self.labels[index]
 
     def name(self, index: int) -> str:
-        """What to call an image in messages."""
-        return f"image {index}"
+        """Empty: these images have no files."""
+        return ""
 
 
 def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Dataset:
@@ -60,7 +62,8 @@ def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Dat
         check_zip_classes(where, num_classes)
         dataset = ZipDataset(where, split, num_classes, config.DATA.CACHE_MODE, rank, world_size)
     elif name in FOLDER_SETS:
-        dataset = folder_dataset(where, split, name)
+        hint = f"; run: python split_caltech101.py 101_ObjectCategories {where}" if name == "caltech101" else ""
+        dataset = open_images(where, split, hint)
     elif name == "digits":
         dataset = ArrayDataset(*read_digits(split))
     else:
@@ -98,33 +101,31 @@ def data_path(config) -> Path:
     return Path(config.DATA.DATA_PATH).expanduser()
 
 
-def folder_dataset(root: Path, split: str, name: str = "imagefolder") -> ImageFolder:
-    """Images ``root/<split>/<class>/*.jpg`` (or another format); labels follow the sorted names of the classes.
+def open_images(root: Path, split: str, hint: str = "") -> Dataset:
+    """One split of a data set in whichever form ``root`` holds: tar shards, Hugging Face's, or class folders.
 
     Raises:
-        FileNotFoundError: a folder is missing or holds no image.
-        ValueError: images lie outside the class folders, or ``train/`` and ``val/`` have different classes.
+        FileNotFoundError, ValueError: see ``ShardDataset``, ``HubDataset``, ``FolderDataset``; or the two splits have
+            different classes.
     """
-    folder = root / split
-    if not folder.is_dir():
-        hint = f"; run: python split_caltech101.py 101_ObjectCategories {root}" if name == "caltech101" else ""
-        raise FileNotFoundError(f"{folder} does not exist; {root} must hold train/ and val/ with class folders{hint}")
-    for entry in folder.iterdir():
-        if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
-            raise ValueError(f"{entry} lies outside the class folders; move it to {folder}/<its class>/")
-    names = {part: _class_folders(root / part) for part in ("train", "val")}
-    if not names[split]:
-        raise FileNotFoundError(f"{folder} holds no class folders; it must hold one folder of images for each class")
-    if all(names.values()):
-        check_same_classes(names["train"], names["val"], root)
-    try:
-        return ImageFolder(str(folder), loader=load_image)
-    except FileNotFoundError as error:  # torchvision names the empty classes but not where they are
-        raise FileNotFoundError(f"{folder}: {error}. Fill these folders or remove them") from None
+    if find_shards(root, split):
+        return ShardDataset(root, split)
+    if is_hub_folder(root):
+        return HubDataset(root, split)
+    dataset = FolderDataset(root, split, hint)
+    other = class_folders(root / ("val" if split == "train" else "train"))
+    if other:
+        check_same_classes(*(dataset.classes, other) if split == "train" else (other, dataset.classes), root)
+    return dataset
 
 
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+def prepare_listings(root: Path) -> None:
+    """Indexes the shards in ``root``, or lists its class folders, so that every process finds what one has listed."""
+    for split in ("train", "val"):
+        if find_shards(root, split):
+            read_index(root, split)
+        elif not is_hub_folder(root) and class_folders(root / split):
+            list_images(root / split, class_folders(root / split), IMG_EXTENSIONS)
 
 
 def check_zip_classes(root: Path, num_classes: int) -> None:

@@ -4,24 +4,24 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 
 class ImageError(ValueError):
     """An image that cannot be used; the message names its file."""
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, upright: bool = False) -> Image.Image:
     """The image file at ``path``, as ``decode_image`` gives it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImageError: it is not a complete image.
     """
-    return decode_image(Path(path).read_bytes(), str(path))
+    return decode_image(Path(path).read_bytes(), str(path), upright)
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str, upright: bool = False) -> Image.Image:
     """The 8-bit RGB image that ``data`` encodes.
 
     Grayscale, palette and CMYK images are converted, an alpha channel is dropped, 16-bit grayscale is scaled to 8 bits.
@@ -29,6 +29,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     Args:
         data: a whole image file, in any format that Pillow reads.
         name: what to call it in errors.
+        upright: turn it as its EXIF orientation says. Training and evaluation do not, as torchvision and timm do not.
 
     Raises:
         ImageError: ``data`` is empty, truncated, damaged or no image at all.
@@ -38,7 +39,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a global of Pillow that some libraries switch on
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _to_rgb(image)
+            return _to_rgb(ImageOps.exif_transpose(image) if upright else image)
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image of a known format") from None
     except Exception as error:  # decoders raise a dozen types, none of which names the file

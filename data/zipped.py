@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from .images import ImageError, decode_image
 from .samplers import eval_order
@@ -42,23 +43,28 @@ class ZipDataset(Dataset):
             "part": eval_order(len(self), rank, world_size),
             "full": range(len(self)),
         }[cache]
-        self._cache = {index: self._read(index) for index in cached}
+        bar = tqdm(cached, f"caching {self.archive}", unit=" images", delay=2, leave=False, disable=None)
+        self._cache = {index: self._read(index) for index in bar}
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getitem__(self, index: int):
-        data = self._cache[index] if index in self._cache else self._read(index)
-        return decode_image(data, self._name(index)), self.labels[index]
+        return decode_image(self.read(index), self.name(index)), self.labels[index]
 
-    def _name(self, index: int) -> str:
+    def read(self, index: int) -> bytes:
+        """An image as it is stored."""
+        return self._cache[index] if index in self._cache else self._read(index)
+
+    def name(self, index: int) -> str:
+        """What to call an image in messages."""
         return f"{self.archive}:{self.members[index]}"
 
     def _read(self, index: int) -> bytes:
         try:
             return _open_archive(self.archive, os.getpid()).read(self.members[index])
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise ImageError(f"{self._name(index)} cannot be read from the archive ({error})") from error
+            raise ImageError(f"{self.name(index)} cannot be read from the archive ({error})") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -79,18 +85,25 @@ def read_map(path: Path, num_classes: int) -> tuple[list[str], list[int], list[s
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is empty, a line is malformed, a label is not in ``0 .. num_classes - 1``, or one has no image.
+        ValueError: it is empty, a line is malformed, an image is listed twice, a label is not in
+            ``0 .. num_classes - 1``, or one has no image.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it holds one line 'path/in/zip.jpg<TAB>label' for each image")
-    members, labels, folders = [], [], {}
-    for line, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    members, labels, folders, lines = [], [], {}, {}
+    for line, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         member, tab, label = text.rpartition("\t")
         if not (member and tab and label.strip().isdecimal()):
             raise ValueError(f"{path}:{line}: expected 'path/in/zip.jpg<TAB>label', got {text!r}")
         if int(label) >= num_classes:
             raise ValueError(
                 f"{path}:{line}: label {int(label)} is not in 0..{num_classes - 1} (MODEL.NUM_CLASSES is {num_classes})"
+            )
+        first = lines.setdefault(member, line)
+        if first != line:
+            raise ValueError(
+                f"{path}:{line}: {member} has label {int(label)} here and label {labels[first - 1]} in line {first}; "
+                "keep one of the two lines"
             )
         members.append(member)
         labels.append(int(label))

@@ -47,18 +47,16 @@ def find_pictures(paths: list[Path]) -> list[Path]:
 
 
 @torch.inference_mode()
-def predict(model, transform, pictures: list[Image.Image], top_k: int) -> list[list[tuple[int, float]]]:
+def predict(model, images: torch.Tensor, top_k: int) -> list[list[tuple[int, float]]]:
     """The ``top_k`` most probable labels of each picture and their probabilities, the likeliest first.
 
     Args:
         model: a network in evaluation mode; the pictures go to where its parameters are.
-        transform: from a picture to the tensor that the network takes.
-        pictures: one batch of RGB pictures of any sizes.
+        images: one batch (N, 3, S, S), as the network takes them.
         top_k: at most the number of classes.
     """
     device = next(model.parameters()).device
-    images = torch.stack([transform(picture) for picture in pictures]).to(device)
-    probabilities, labels = model(images).softmax(dim=1).topk(top_k)
+    probabilities, labels = model(images.to(device)).softmax(dim=1).topk(top_k)
     rows = zip(labels.tolist(), probabilities.tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in rows]
 
@@ -146,14 +144,16 @@ def run(args: argparse.Namespace) -> int:
         batch = []
         for path in paths[first : first + args.batch_size]:
             try:
-                batch.append((path, load_image(path)))
+                picture = load_image(path, upright=True)
+                batch.append((path, picture, transform(picture)))
             except (ImageError, OSError) as error:
                 bad += 1
-                print(f"predict.py: {printable(str(error))}; left out", file=sys.stderr)
+                message = str(error) if str(path) in str(error) else f"{path}: {error}"
+                print(f"predict.py: {printable(message)}; left out", file=sys.stderr)
         if not batch:
             continue
-        rankings = predict(model, transform, [picture for _, picture in batch], top_k)
-        for (path, picture), ranking in zip(batch, rankings, strict=True):
+        rankings = predict(model, torch.stack([prepared for *_, prepared in batch]), top_k)
+        for (path, picture, _), ranking in zip(batch, rankings, strict=True):
             named = [(classes[label], probability) for label, probability in ranking]
             print(_json_line(path, named) if args.json else _text_line(path, named))
             if args.sheet:

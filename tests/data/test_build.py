@@ -16,12 +16,12 @@ from data import (
     build_mixup,
     build_train_loader,
     build_val_loader,
+    cifar,
     prepare_data,
     resident,
     shared_memory_needed,
 )
 from data.build import check_shared_memory
-from data.cifar import CIFAR
 from data.images import ImageError
 from data.resident import ResidentEvalLoader, ResidentTrainLoader
 from data.samplers import TrainBatchSampler
@@ -316,12 +316,12 @@ def test_no_mixup():
 
 
 def test_prepare_data_downloads_cifar_only(tmp_path, monkeypatch):
-    def download(self):
+    def download(*args, **options):
         raise OSError("asked")
 
     for name in ("cifar10", "cifar100"):
-        monkeypatch.setattr(CIFAR[name].python, "download", download)
-        with pytest.raises(FileNotFoundError, match=f"{name} could not be downloaded .asked."):
+        monkeypatch.setattr(cifar, "download_and_extract_archive", download)
+        with pytest.raises(FileNotFoundError, match=f"{name} could not be downloaded from .*asked"):
             prepare_data(config("DATA.DATASET", name, "DATA.DATA_PATH", tmp_path))
         with pytest.raises(ValueError, match=r"DATA\.DATA_PATH is empty"):
             prepare_data(config("DATA.DATASET", name))

@@ -1,5 +1,7 @@
+import dataclasses
 import hashlib
 import pickle
+import tarfile
 from urllib.error import URLError
 
 import numpy as np
@@ -112,7 +114,7 @@ def test_python_version(tmp_path, monkeypatch):
 
 
 def test_missing_or_damaged_python_version(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"cifar100 is not in .*cifar-100-binary/ .*cifar-100-python/"):
+    with pytest.raises(FileNotFoundError, match=r"cifar100 is not in .*cifar-100-python/ or cifar-100-binary/"):
         read_cifar("cifar100", tmp_path, "val")
     write_python(tmp_path, monkeypatch)
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"")
@@ -125,14 +127,42 @@ def no_network(*_, **__):
 
 
 def test_download_failure_says_what_to_put_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR["cifar10"].python, "download", no_network)
-    expected = rf"could not be downloaded .*no network.* put cifar-10-batches-bin/ .* into {tmp_path}$"
+    monkeypatch.setattr(cifar, "download_and_extract_archive", no_network)
+    expected = (
+        r"cifar10 could not be downloaded from https://www.cs.toronto.edu/.*no network.* put cifar-10-python.tar.gz "
+        rf".170 MB, MD5 c58f.*cifar-10-binary.tar.gz .* into {tmp_path}, or unpacked as .*DATA.MIRROR URL$"
+    )
     with pytest.raises(FileNotFoundError, match=expected):
         download_cifar("cifar10", tmp_path)
 
 
+def test_a_mirror_is_asked_instead(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cifar, "download_and_extract_archive", lambda *args, **options: asked.append((args, options)))
+    download_cifar("cifar100", tmp_path, "https://mirror.example/data/")
+    assert asked == [(("https://mirror.example/data/cifar-100-python.tar.gz", str(tmp_path)),
+                      {"filename": "cifar-100-python.tar.gz", "md5": "eb9058c3a382ffc7106e4002c42a8d85"})]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_archive_that_is_there_is_unpacked(named, tmp_path, monkeypatch):
+    """The folder that holds it or the archive itself is the data path; a damaged one is named."""
+    content = write_binary(tmp_path / "made" / "cifar-10-batches-bin", "cifar10", monkeypatch)
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(tmp_path / "made" / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    root = archive if named else tmp_path
+    with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is damaged: its MD5 is .*, expected c32a1d4a"):
+        download_cifar("cifar10", root)
+    digest = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(CIFAR, "cifar10", dataclasses.replace(CIFAR["cifar10"], binary_md5=digest))
+    monkeypatch.setattr(cifar, "download_and_extract_archive", no_network)
+    download_cifar("cifar10", root)
+    assert read_cifar("cifar10", root, "val")[1] == content["test_batch.bin"][0]
+
+
 def test_nothing_is_downloaded_when_a_version_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    monkeypatch.setattr(cifar, "download_and_extract_archive", no_network)
     write_binary(tmp_path / "a" / "cifar-100-binary", "cifar100", monkeypatch)
     download_cifar("cifar100", tmp_path / "a")
     write_python(tmp_path / "b", monkeypatch)

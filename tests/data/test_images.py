@@ -103,3 +103,14 @@ def test_a_huge_image_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match=r"x cannot be decoded \(DecompressionBombError: Image size \(10000 pixels\)"):
         decode_image(data, "x")
+
+
+def test_exif_rotation_is_followed_where_asked(tmp_path):
+    """Not in training and evaluation, as in torchvision and timm; in predictions, where phones' pictures come."""
+    image, exif = Image.new("RGB", (6, 4)), Image.Exif()
+    image.putpixel((0, 0), (255, 0, 0))
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.save(tmp_path / "phone.png", exif=exif)
+    assert load_image(tmp_path / "phone.png").size == (6, 4)
+    upright = load_image(tmp_path / "phone.png", upright=True)
+    assert upright.size == (4, 6) and upright.getpixel((3, 0)) == (255, 0, 0)

@@ -73,6 +73,8 @@ def test_workers_and_pickles_read_the_same_images(tmp_path):
         ("cat/0.png\tcat\n", r"train_map\.txt:1: expected"),
         ("cat/0.png\t-1\n", r"train_map\.txt:1: expected"),
         ("cat/0.png\t0\ncat/1.png\t2\n", r"train_map\.txt:2: label 2 is not in 0\.\.1 \(MODEL\.NUM_CLASSES is 2\)"),
+        ("cat/0.png\t0\ncat/1.png\t1\ncat/0.png\t1\n", r"txt:3: cat/0\.png has label 1 here and label 0 in line 1"),
+        ("cat/0.png\t0\ncat/0.png\t0\n", r"txt:2: cat/0\.png has label 0 here and label 0 in line 1"),
         ("cat/0.png\t1\n", r"train_map\.txt: no image has label 0, though labels go up to 1"),
         ("cat/0.png\t0\ncat/99.png\t1\n", r"train_map\.txt:2: cat/99\.png is not in .*train\.zip"),
     ],
@@ -132,3 +134,10 @@ def test_classes_are_named_by_folder_where_that_is_unambiguous(members, classes,
     lines = [f"{member}\t{label}\n" for member, label in zip(members, labels, strict=True)]
     (tmp_path / "map.txt").write_text("".join(lines))
     assert read_map(tmp_path / "map.txt", 1000) == (members, labels, classes)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    write_split(tmp_path)
+    path = tmp_path / "train_map.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert red(ZipDataset(tmp_path, "train", 2)) == list(range(10))

@@ -1,0 +1,68 @@
+"""Images in a folder for each class: ``root/<split>/<class>/*.jpg``."""
+
+import os
+from pathlib import Path
+
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from .images import load_image
+from .listing import list_images
+
+
+class FolderDataset(Dataset):
+    """The images below the class folders of one split; labels follow the sorted names of the classes.
+
+    Args:
+        root: the folder of ``train/`` and ``val/``.
+        split: ``"train"`` or ``"val"``.
+        hint: what to add to the error where the split is missing.
+
+    Raises:
+        FileNotFoundError: a folder is missing or holds no image.
+        ValueError: images lie outside the class folders, or a link leads back to a folder that it lies in.
+    """
+
+    def __init__(self, root: Path, split: str, hint: str = ""):
+        self.folder = root / split
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"{self.folder} does not exist; {root} must hold train/ and val/ with class folders, or another form "
+                f"of the data set (see docs/data.md){hint}"
+            )
+        for entry in os.scandir(self.folder):
+            if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
+                raise ValueError(f"{entry.path} lies outside the class folders; move it to {self.folder}/<its class>/")
+        self.classes = class_folders(self.folder)
+        if not self.classes:
+            raise FileNotFoundError(
+                f"{self.folder} holds no class folders; it must hold one folder of images for each class"
+            )
+        self.names, labels = list_images(self.folder, self.classes, IMG_EXTENSIONS)
+        self.labels = labels.tolist()
+        filled = set(self.labels)
+        empty = [name for label, name in enumerate(self.classes) if label not in filled]
+        if empty:
+            shown = ", ".join(empty[:10]) + ", ..." * (len(empty) > 10)
+            raise FileNotFoundError(
+                f"{self.folder}: no images in the class folders {shown}. Fill these folders or remove them"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return load_image(self.name(index)), self.labels[index]
+
+    def read(self, index: int) -> bytes:
+        """An image as it is stored."""
+        return Path(self.name(index)).read_bytes()
+
+    def name(self, index: int) -> str:
+        """The path of an image."""
+        return os.path.join(self.folder, self.names[index])
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The sorted names of the folders in ``folder``, none where it does not exist."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []

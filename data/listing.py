@@ -1,0 +1,136 @@
+"""Lists of many files: kept compactly, cached beside the data and checked before they are used again."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+logger = logging.getLogger("strip_mlp")
+
+WORTH_CACHING = 20_000  # files; fewer are listed in a moment
+_SETTLED = 3  # seconds after which a folder's time stamp tells a later change from an earlier one
+
+
+class Names(Sequence):
+    """Text by index, in two arrays: a list of a million strings would be copied into every data worker.
+
+    Args:
+        text: uint8, the names one after the other in UTF-8.
+        ends: int64, where each ends.
+    """
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray):
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def of(cls, names) -> "Names":
+        """From strings; file names that are not UTF-8 stay what they are."""
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        begin = self.ends[index - 1] if index % len(self) else 0
+        return self.text[begin : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+
+def list_images(folder: Path, classes: list[str], extensions: tuple[str, ...]) -> tuple[Names, np.ndarray]:
+    """The images below each class folder, in the order of their names: paths relative to ``folder``, and labels.
+
+    A listing of 20,000 images or more is cached as ``.listing_<folder>.npz`` beside ``folder``, or in the user's cache
+    where that cannot be written, and used again as long as no folder in it has changed.
+
+    Raises:
+        ValueError: a link leads back to a folder that it lies in.
+    """
+    place = folder.parent / f".listing_{folder.name}.npz"
+    cached = load(place)
+    if cached and cached["classes"].tolist() == classes and _unchanged(folder, cached):
+        return Names(cached["text"], cached["ends"]), cached["labels"]
+    names, labels, folders = [], [], {"": _time(folder)}
+    with tqdm(desc=f"listing {folder}", unit=" images", delay=2, leave=False, disable=None) as bar:
+        for label, name in enumerate(classes):
+            for path in _walk(folder, name, folders, ()):
+                if path.lower().endswith(extensions):
+                    names.append(path)
+                    labels.append(label)
+                    bar.update()
+    listing = Names.of(names)
+    if len(names) >= WORTH_CACHING and time.time() - max(folders.values()) / 1e9 > _SETTLED:
+        paths = Names.of(folders)
+        save(place, {"classes": np.array(classes), "text": listing.text, "ends": listing.ends,
+                     "labels": np.array(labels), "folders": paths.text, "folder_ends": paths.ends,
+                     "times": np.array(list(folders.values()))})  # fmt: skip
+    return listing, np.array(labels, np.int64)
+
+
+def _walk(root: Path, relative: str, folders: dict[str, int], above: tuple) -> Iterator[str]:
+    """Files below ``root/relative``, sorted; notes the folders' times."""
+    status = os.stat(root / relative)
+    identity = status.st_dev, status.st_ino
+    if identity in above:
+        raise ValueError(f"{root / relative} is a link to a folder that it lies in, and would be listed without end; "
+                         "remove it")  # fmt: skip
+    folders[relative] = status.st_mtime_ns
+    inner = []
+    for entry in sorted(os.scandir(root / relative), key=lambda entry: entry.name):
+        if entry.is_dir():
+            inner.append(entry.name)
+        else:
+            yield f"{relative}/{entry.name}"
+    for name in inner:
+        yield from _walk(root, f"{relative}/{name}", folders, (*above, identity))
+
+
+def _unchanged(folder: Path, cached: dict) -> bool:
+    folders = Names(cached["folders"], cached["folder_ends"])
+    try:
+        return all(_time(folder / path) == time for path, time in zip(folders, cached["times"].tolist(), strict=True))
+    except OSError:
+        return False
+
+
+def _time(path: Path) -> int:
+    return os.stat(path).st_mtime_ns
+
+
+# ---- arrays in files -----------------------------------------------------------------------------
+
+
+def load(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays saved for ``path``, there or in the user's cache; None where there are none that can be read."""
+    for place in (path, _in_cache(path)):
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            with np.load(place, allow_pickle=False) as arrays:
+                return dict(arrays)
+    return None
+
+
+def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Saves arrays as ``path``, whole or not at all, or in the user's cache where that cannot be written."""
+    for place in (path, _in_cache(path)):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".npz", delete=False) as file:
+                np.savez(file, **arrays)
+            os.replace(file.name, place)
+            return
+        except OSError as error:
+            failure = error
+    logger.warning("no listing was saved for %s (%s); the next run makes it again", path, failure)
+
+
+def _in_cache(path: Path) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "strip_mlp", hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16] + path.name)

@@ -1,0 +1,147 @@
+"""WebDataset tar shards, as the Hub's ``timm/imagenet-1k-wds`` has them, read at random through an index.
+
+A sample is a run of files of one name: ``n01440764_10026.jpg`` and ``n01440764_10026.cls``, the label as text. The
+index says where each image lies in which shard; it is built once and kept beside them as ``.index_<split>.npz``.
+"""
+
+import posixpath
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from . import listing
+from .images import ImageError, decode_image
+from .listing import Names
+
+SPLITS = {"train": ("*train*.tar",), "val": ("*validation*.tar", "*val*.tar")}
+
+
+def find_shards(root: Path, split: str) -> list[Path]:
+    """The shards of a split in a folder, by name; empty where there are none."""
+    for pattern in SPLITS[split]:
+        found = sorted(root.glob(pattern))
+        if found:
+            return found
+    return []
+
+
+class ShardDataset(Dataset):
+    """Images of numbered tars with their labels.
+
+    Class names are the lines of ``classes.txt`` beside the shards, if there is one; else the numbers.
+
+    Args:
+        root: the folder of the shards.
+        split: ``"train"`` or ``"val"``.
+
+    Raises:
+        FileNotFoundError: there are no shards.
+        ValueError: a shard is damaged or has changed since it was indexed, or a sample has no image or no label.
+    """
+
+    def __init__(self, root: Path, split: str):
+        self.shards = find_shards(root, split)
+        if not self.shards:
+            raise FileNotFoundError(f"{root} holds no shards of {split}: none is named {' or '.join(SPLITS[split])}")
+        index = read_index(root, split)
+        self.names = Names(index["text"], index["ends"])
+        self.shard, self.offset, self.size = index["shard"], index["offset"], index["size"]
+        self.labels = index["labels"].tolist()
+        self.classes = class_names(root, max(self.labels) + 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return decode_image(self.read(index), self.name(index)), self.labels[index]
+
+    def read(self, index: int) -> bytes:
+        """An image as it is stored."""
+        with open(self.shards[self.shard[index]], "rb") as file:
+            file.seek(self.offset[index])
+            data = file.read(self.size[index])
+        if len(data) < self.size[index]:
+            raise ImageError(f"{self.name(index)}: the shard ends within the image; download it again")
+        return data
+
+    def name(self, index: int) -> str:
+        """What to call an image in messages."""
+        return f"{self.shards[self.shard[index]]}:{self.names[index]}"
+
+
+def class_names(root: Path, count: int) -> list[str]:
+    """The lines of ``classes.txt``, or the numbers up to ``count`` where there is no such file.
+
+    Raises:
+        ValueError: there are fewer names than labels.
+    """
+    path = root / "classes.txt"
+    if not path.is_file():
+        return [str(label) for label in range(count)]
+    names = path.read_text(encoding="utf-8-sig").splitlines()
+    if len(names) < count:
+        raise ValueError(f"{path} names {len(names)} classes, but labels go up to {count - 1}; give each class a line")
+    return names
+
+
+def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
+    """The index of a split's shards, built where there is none yet.
+
+    Raises:
+        ValueError: as ``ShardDataset``.
+    """
+    shards, place = find_shards(root, split), root / f".index_{split}.npz"
+    names = np.array([path.name for path in shards])
+    states = np.array([(path.stat().st_size, path.stat().st_mtime_ns) for path in shards])
+    index = listing.load(place)
+    if index is not None:
+        if not np.array_equal(index["shards"], names):
+            raise ValueError(f"{root} had {len(index['shards'])} shards of {split} when they were indexed, and others "
+                             f"than its {len(names)} now; if that is meant, remove {place}")  # fmt: skip
+        changed = [str(name) for name in names[(index["states"] != states).any(axis=1)]]
+        if changed:
+            raise ValueError(f"{root / changed[0]} has changed since it was indexed; if that is meant, remove {place}")
+        return index
+    parts = [_index_shard(path, number) for number, path in enumerate(tqdm(
+        shards, desc=f"indexing {split} shards", delay=2, leave=False, disable=None))]  # fmt: skip
+    rows = [row for part in parts for row in part]
+    if not rows:
+        raise ValueError(f"the shards of {split} in {root} hold no sample")
+    names_of_images, shard, offset, size, labels = zip(*rows, strict=True)
+    members = Names.of(names_of_images)
+    index = {"shards": names, "states": states, "text": members.text, "ends": members.ends, "shard": np.array(shard),
+             "offset": np.array(offset), "size": np.array(size), "labels": np.array(labels)}  # fmt: skip
+    listing.save(place, index)
+    return index
+
+
+def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]]:
+    """Name, shard, offset, size and label of each sample's image."""
+    images, labels, end = {}, {}, 0
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                end = member.offset_data + -(-member.size // 512) * 512
+                stem, dot, extension = posixpath.basename(member.name).partition(".")
+                stem = posixpath.join(posixpath.dirname(member.name), stem)
+                if not member.isfile():
+                    continue
+                if f".{extension.lower()}" in IMG_EXTENSIONS:
+                    images[stem] = member.name, number, member.offset_data, member.size
+                elif extension == "cls":
+                    text = shard.extractfile(member).read().decode("utf-8", "replace").strip()
+                    if not text.isdecimal():
+                        raise ValueError(f"{path}:{member.name} holds {text!r:.60}, not the number of a class")
+                    labels[stem] = int(text)
+            shard.fileobj.seek(end)
+            if shard.fileobj.read(512) != bytes(512):  # the end of an archive, which tarfile does not ask for
+                raise tarfile.ReadError("its end is missing")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a complete tar file ({error}); download it again") from None
+    for stem in images.keys() ^ labels.keys():
+        raise ValueError(f"{path}: {stem} has no {'.cls file' if stem in images else 'image'}")
+    return [(*image, labels[stem]) for stem, image in images.items()]

@@ -1,0 +1,81 @@
+"""Data sets that Hugging Face's package wrote to disk, and Parquet files in the Hub's layout."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import load_config
+from data.datasets import build_dataset
+from data.hub import HubDataset
+
+datasets = pytest.importorskip("datasets")
+FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Parquet files are converted into this one, not the user's."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def table(count, label=lambda i: i % 2):
+    rows = []
+    for i in range(count):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(file, "PNG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": f"{i}.png"}, "label": label(i)})
+    return datasets.Dataset.from_list(rows, features=FEATURES)
+
+
+def config(root):
+    return load_config(opts=["DATA.DATASET", "imagenet", "DATA.DATA_PATH", str(root), "MODEL.NUM_CLASSES", "2"])
+
+
+def write(root, form):
+    if form == "saved":
+        datasets.DatasetDict({"train": table(10), "validation": table(4)}).save_to_disk(str(root))
+        return
+    (root / "data").mkdir(parents=True)
+    table(6).to_parquet(root / "data" / "train-00000-of-00002.parquet")
+    table(10).select(range(6, 10)).to_parquet(root / "data" / "train-00001-of-00002.parquet")
+    table(4).to_parquet(root / "data" / "validation-00000-of-00001.parquet")
+    table(2, lambda i: -1).to_parquet(root / "data" / "test-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_images_at_random(form, tmp_path):
+    write(tmp_path / "set", form)
+    for split, count in (("train", 10), ("val", 4)):
+        dataset = build_dataset(config(tmp_path / "set"), split)
+        order = np.random.default_rng(0).permutation(count).tolist()
+        assert len(dataset) == count and dataset.classes == ["cat", "dog"]
+        for again in (dataset, pickle.loads(pickle.dumps(dataset))):
+            assert [again[i][0].getpixel((0, 0)) for i in order] == [(10 * i, 0, 0) for i in order]
+            assert [again[i][1] for i in order] == [i % 2 for i in order]
+
+
+def test_faults(tmp_path):
+    datasets.DatasetDict({"train": table(2, lambda i: -1)}).save_to_disk(str(tmp_path / "a"))
+    with pytest.raises(ValueError, match="the train split has images without a label"):
+        HubDataset(tmp_path / "a", "train")
+    with pytest.raises(FileNotFoundError, match="has no split validation or val or test; it has train"):
+        HubDataset(tmp_path / "a", "val")
+    other = datasets.Dataset.from_dict({"picture": [1], "label": [0]})
+    datasets.DatasetDict({"train": other}).save_to_disk(str(tmp_path / "b"))
+    with pytest.raises(ValueError, match="needs a column image of the type Image; its columns are .*picture"):
+        HubDataset(tmp_path / "b", "train")
+    write(tmp_path / "c", "parquet")
+    path = tmp_path / "c" / "data" / "train-00001-of-00002.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="c: the train split cannot be read .*; get it again"):
+        HubDataset(tmp_path / "c", "train")
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+    write(tmp_path / "set", "parquet")
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(FileNotFoundError, match="needs a package: pip install datasets"):
+        HubDataset(tmp_path / "set", "train")

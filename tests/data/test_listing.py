@@ -1,0 +1,88 @@
+"""Lists of images: their order, their cache, links that lead in a circle."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from data import listing
+from data.listing import Names, list_images
+
+
+def write(root, classes=("cat", "dog"), files=("2.jpg", "10.png", "deep/3.JPG", "notes.txt")):
+    for name in classes:
+        for file in files:
+            path = root / "train" / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return root / "train"
+
+
+def settle(folder):
+    """Makes every folder look an hour old, as those of a data set do."""
+    for path, _, _ in os.walk(folder):
+        os.utime(path, (1e9, 1e9))
+
+
+def found(folder, classes=("cat", "dog")):
+    names, labels = list_images(folder, list(classes), (".jpg", ".png"))
+    return list(names), labels.tolist()
+
+
+FILES = [f"{name}/{file}" for name in ("cat", "dog") for file in ("10.png", "2.jpg", "deep/3.JPG")]
+EXPECTED = FILES, [0] * 3 + [1] * 3
+
+
+def test_images_in_the_order_of_their_names(tmp_path):
+    assert found(write(tmp_path)) == EXPECTED
+    assert not list(tmp_path.glob(".listing*"))  # a small set is listed in a moment
+
+
+def test_names_are_what_they_were():
+    names = ["a", "", "käse.png", os.fsdecode(b"\xff.png"), "b"]
+    assert list(Names.of(names)) == names and Names.of(names)[-1] == "b"
+
+
+def test_a_long_listing_is_cached_until_a_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "WORTH_CACHING", 2)
+    folder = write(tmp_path)
+    found(folder)
+    assert not list(tmp_path.glob(".listing*"))  # it has just been written: a change in this second would go unseen
+    settle(folder)
+    assert found(folder) == EXPECTED and (tmp_path / ".listing_train.npz").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(listing, "_walk", lambda *_: pytest.fail("listed again"))
+        assert found(folder) == EXPECTED
+    (folder / "dog" / "deep" / "4.png").touch()
+    assert found(folder) == (EXPECTED[0] + ["dog/deep/4.png"], EXPECTED[1] + [1])
+    (tmp_path / ".listing_train.npz").write_bytes(b"damaged")
+    (folder / "dog" / "deep" / "4.png").unlink()
+    settle(folder)
+    assert found(folder) == EXPECTED
+    shutil.rmtree(folder / "cat" / "deep")
+    assert len(found(folder)[0]) == 5
+
+
+def test_a_folder_that_cannot_be_written_has_its_listing_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = tmp_path / "file" / ".listing_train.npz"  # in a "folder" that is a file
+    (tmp_path / "file").touch()
+    listing.save(place, {"a": np.arange(3)})
+    assert listing.load(place)["a"].tolist() == [0, 1, 2] and len(list((tmp_path / "cache").rglob("*.npz"))) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert listing.load(place) is None
+
+
+def test_a_link_in_a_circle_is_an_error(tmp_path):
+    """torchvision's listing follows it until the path is too long, and finds the images forty times."""
+    folder = write(tmp_path)
+    (folder / "dog" / "deep" / "again").symlink_to(folder / "dog")
+    with pytest.raises(ValueError, match="train/dog/deep/again is a link to a folder that it lies in.*; remove it"):
+        found(folder)
+
+
+def test_other_links_are_followed(tmp_path):
+    folder = write(tmp_path)
+    (folder / "eel").symlink_to(folder / "cat")
+    assert found(folder, ("cat", "dog", "eel"))[1] == [0] * 3 + [1] * 3 + [2] * 3

@@ -1,0 +1,125 @@
+"""Tar shards written by the webdataset package and by hand, read at random."""
+
+import io
+import pickle
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import load_config
+from data import prepare_data
+from data.datasets import build_dataset
+from data.images import ImageError
+from data.shards import ShardDataset
+
+
+def jpeg(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, value, value)).save(file, "JPEG", quality=100)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """20 training images in three shards and 6 of validation, as the Hub's timm/imagenet-1k-wds names them."""
+    wds = pytest.importorskip("webdataset")
+    root = tmp_path_factory.mktemp("shards")
+    with wds.ShardWriter(str(root / "imagenet1k-train-%04d.tar"), maxcount=8, verbose=0) as writer:
+        for i in range(20):
+            writer.write({"__key__": f"n0144_{i}", "jpg": jpeg(10 * i), "cls": i % 3, "json": {"label": i % 3}})
+    with wds.ShardWriter(str(root / "imagenet1k-validation-%02d.tar"), maxcount=8, verbose=0) as writer:
+        for i in range(6):
+            writer.write({"__key__": f"ILSVRC2012_val_{i}", "jpg": jpeg(10 * i), "cls": i % 3})
+    return root
+
+
+@pytest.fixture
+def root(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "data")
+
+
+def values(dataset, order) -> list[int]:
+    return [round(int(np.asarray(dataset[index][0]).mean()) / 10) for index in order]
+
+
+def config(root, *opts):
+    return load_config(opts=["DATA.DATASET", "imagenet", "DATA.DATA_PATH", str(root), "MODEL.NUM_CLASSES", "3", *opts])
+
+
+def test_images_at_random(root):
+    prepare_data(config(root))
+    assert {path.name for path in root.glob(".index*")} == {".index_train.npz", ".index_val.npz"}
+    dataset = build_dataset(config(root), "train")
+    order = np.random.default_rng(0).permutation(20).tolist()
+    assert len(dataset) == 20 and values(dataset, order) == order
+    assert [dataset[i][1] for i in order] == [i % 3 for i in order] and dataset.classes == ["0", "1", "2"]
+    assert values(pickle.loads(pickle.dumps(dataset)), [17]) == [17]
+    assert values(build_dataset(config(root), "val"), range(6)) == list(range(6))
+    (root / "classes.txt").write_text("cat\ndog\neel\n")
+    assert build_dataset(config(root), "train").classes == ["cat", "dog", "eel"]
+
+
+def test_labels_must_fit(root):
+    with pytest.raises(ValueError, match="has 3 classes but MODEL.NUM_CLASSES is 5"):
+        build_dataset(config(root, "MODEL.NUM_CLASSES", "5"), "train")
+    (root / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match=r"classes.txt names 2 classes, but labels go up to 2"):
+        ShardDataset(root, "train")
+
+
+def test_a_shard_that_changed_is_named(root):
+    ShardDataset(root, "train")
+    path = root / "imagenet1k-train-0001.tar"
+    path.write_bytes(path.read_bytes() + bytes(512))
+    with pytest.raises(ValueError, match=r"train-0001.tar has changed since it was indexed; .* remove .*index_tr"):
+        ShardDataset(root, "train")
+    path.unlink()
+    with pytest.raises(ValueError, match="had 3 shards of train when they were indexed, and others than its 2 now"):
+        ShardDataset(root, "train")
+    (root / ".index_train.npz").unlink()
+    assert len(ShardDataset(root, "train")) == 12
+    (root / ".index_train.npz").write_bytes(b"damaged")  # it is made again
+    assert len(ShardDataset(root, "train")) == 12
+
+
+@pytest.mark.parametrize("cut", [100, 700, 5000])
+def test_a_damaged_shard_is_named(root, cut):
+    path = root / "imagenet1k-train-0002.tar"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"train-0002.tar is not a complete tar file .*; download it again"):
+        ShardDataset(root, "train")
+
+
+def test_a_damaged_image_is_named(root):
+    dataset = ShardDataset(root, "train")
+    path = dataset.shards[1]
+    state = path.stat()
+    data = bytearray(path.read_bytes())
+    data[dataset.offset[9] : dataset.offset[9] + 50] = bytes(50)
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=r"train-0001.tar:n0144_9.jpg is not an image"):
+        dataset[9]
+    path.write_bytes(data[: dataset.offset[9] + 20])
+    with pytest.raises(ImageError, match="the shard ends within the image"):
+        dataset[9]
+    assert state.st_size != path.stat().st_size
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"a.jpg": b"x"}, "a has no .cls file"), ({"a.cls": b"1"}, "a has no image"),
+    ({"a.jpg": b"x", "a.cls": b"cat"}, "a.cls holds 'cat', not the number of a class"),
+    ({"readme.txt": b"x"}, "hold no sample"),
+])  # fmt: skip
+def test_samples_that_are_not_whole(files, message, tmp_path):
+    with tarfile.open(tmp_path / "x-train-0.tar", "w") as shard:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+    with pytest.raises(ValueError, match=message):
+        ShardDataset(tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match="holds no shards of val"):
+        ShardDataset(tmp_path, "val")
