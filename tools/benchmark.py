@@ -1,11 +1,12 @@
 """How fast Strip-MLP is: networks, the strip operator alone, and the input pipeline.
 
-    python tools/benchmark.py                        # everything that fits into ten minutes on this machine's device
+    python tools/benchmark.py                                        # all of it, on this machine's device
+    python tools/benchmark.py --parts networks --models strip_mlp_tiny --modes training --dtypes bf16
     python tools/benchmark.py --device cpu --json docs/benchmarks/cpu.json
 
 Networks are measured in one process, in turns: this project's Strip-MLP, its inference form, the published formulation
-(``published.py``) and timm's peers of the same accuracy. What is printed is Markdown; the JSON file holds every single
-time. The most telling cases come first; those that the time does not suffice for are listed as left out.
+(``published.py``) and timm's peers of the same accuracy. What is printed is Markdown; the JSON file holds the time of
+every turn.
 """
 
 import argparse
@@ -29,8 +30,10 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from torch.utils.benchmark import Timer
 
 import models  # noqa: F401  registers Strip-MLP with timm
+from compiling import OPTIONS
 from config import load_config
 from data import build_train_loader
 from engine import Precision
@@ -38,6 +41,7 @@ from models.strip_mlp import VARIANTS, StripMLP
 from report import describe_environment
 from tools.published import GroupedConvolution, published_formulation
 
+PARTS = ["networks", "operator", "pipeline"]
 PEERS = ["convnext_tiny", "swin_tiny_patch4_window7_224", "resnet50"]
 CLASSES = 1000
 STAGES = {"strip_mlp_tiny_light": (80, 2), "strip_mlp_base": (112, 4)}  # embed_dim, P of the operator's shapes
@@ -61,8 +65,12 @@ class Case:
         return self.batch_size / statistics.median(self.seconds)
 
 
-def cases_in_order(args, device: torch.device) -> list[list[Case]]:
-    """Groups of cases to be measured in turns, the most telling first."""
+def groups_of_cases(args, device: torch.device) -> list[list[Case]]:
+    """What the command line asks for; the cases of a group are measured in turns.
+
+    Inference comes before anything is trained: a process that has trained finds its memory at hand, one that only
+    infers waits for the system's pages.
+    """
 
     def group(names, mode, dtype, compiled) -> list[Case]:
         forms = {"inference": ["published", "ours", "fused"], "training": ["published", "ours"]}[mode]
@@ -75,22 +83,10 @@ def cases_in_order(args, device: torch.device) -> list[list[Case]]:
             for name in names for form in (forms if name in VARIANTS else ["timm"])
         ]
 
-    both, first = ("inference", "training"), args.dtypes[0]
-    smallest_and_largest = [name for name in args.models if name in STAGES]
-    others = [name for name in args.models if name not in STAGES]
-    rivals = [name for name in ("strip_mlp_tiny", "convnext_tiny") if name in args.models + args.peers]
-    # Inference before anything is trained: a process that has trained finds its memory at hand, one that only infers
-    # waits for the system's pages.
-    groups = [group([name], mode, first, False) for mode in both for name in smallest_and_largest]
-    if args.compile:
-        groups += [group(rivals, mode, first, True) for mode in both]
-    groups += [group([name], mode, first, False) for name in others for mode in both]
-    groups += [group(args.peers, mode, first, False) for mode in both]
-    if args.compile:
-        groups += [group([name], mode, first, True) for name in args.models if name not in rivals for mode in both]
-    for dtype in args.dtypes[1:]:
-        groups += [group([name], mode, dtype, False) for name in args.models for mode in both]
-        groups += [group(args.peers, mode, dtype, False) for mode in both]
+    settings = itertools.product(args.modes, args.dtypes, [False, True] if args.compile else [False])
+    groups = [
+        group(names, *setting) for setting in settings for names in [*([name] for name in args.models), args.peers]
+    ]
     return [cases for cases in groups if cases]
 
 
@@ -109,7 +105,7 @@ def build_step(case: Case, img_size: int, device: torch.device):
     targets = torch.arange(case.batch_size, device=device) % CLASSES
     precision = Precision("fp32" if case.dtype == "tf32" else case.dtype, device)
     if case.compiled:
-        network.compile()
+        network.compile(options=OPTIONS)
 
     if case.mode == "inference":
         @torch.inference_mode()
@@ -139,18 +135,10 @@ def own_bytes(network: torch.nn.Module, mode: str) -> int:
     return buffers + weights * (3 if mode == "training" else 1)
 
 
-def seconds_of(function, device: torch.device, least: float = 0.0) -> float:
-    """Seconds of one call, averaged over as many as take ``least`` seconds together."""
-    calls, total = 1, -1.0
-    while total < least:
-        calls = calls if total < 0 else min(10 * calls, int(1.2 * calls * least / max(total, 1e-6)) + 1)
-        _synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        _synchronize(device)
-        total = time.perf_counter() - start
-    return total / calls
+def seconds_of(function, least: float = 0.0) -> float:
+    """Seconds of one call: the median of as many as take ``least`` seconds together, or one call's."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=least).median if least else timer.timeit(1).mean
 
 
 def measure(cases: list[Case], args, device: torch.device) -> None:
@@ -170,32 +158,25 @@ def measure(cases: list[Case], args, device: torch.device) -> None:
     for _ in range(args.repeats):
         for case, step in zip(cases, steps, strict=True):
             with _multiplication(case.dtype):
-                case.seconds.append(seconds_of(step, device, least=0.2 if device.type == "cuda" else 0.0))
+                case.seconds.append(seconds_of(step, least=0.2 if device.type == "cuda" else 0.0))
 
 
-def measure_groups(groups: list[list[Case]], args, device: torch.device, deadline: float, result: dict) -> None:
-    """Measures the groups that can be expected to end before the deadline; ``result`` says what came of each.
-
-    A case is expected to take as long as the slowest before it, eager or compiled, and the first compiled a minute.
-    """
-    slowest = {False: 0.0, True: 60.0}  # seconds of a case, eager and compiled
+def measure_groups(groups: list[list[Case]], args, device: torch.device) -> tuple[list[dict], list[str]]:
+    """The measured cases, and the groups that failed and why."""
+    measured, failed = [], []
     for cases in groups:
-        compiled, start = cases[0].compiled, time.monotonic()
-        label = f"{cases[0].mode} {cases[0].dtype}{' compiled' * compiled} {cases[0].model}"
-        if start + len(cases) * slowest[compiled] > deadline:
-            result["left_out"].append(f"{label} (time)")
-            continue
+        label = f"{cases[0].mode} {cases[0].dtype}{' compiled' * cases[0].compiled} {cases[0].model}"
         print(label, file=sys.stderr, flush=True)
         try:
             measure(cases, args, device)
-            result["cases"] += [asdict(case) for case in cases]
+            measured += [asdict(case) for case in cases]
         except RuntimeError as error:  # out of memory, mostly; the other groups are worth having
-            result["left_out"].append(f"{label} ({str(error).splitlines()[0]})")
+            failed.append(f"{label} ({str(error).splitlines()[0]})")
         torch.compiler.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        slowest[compiled] = max(slowest[compiled], (time.monotonic() - start) / len(cases))
+    return measured, failed
 
 
 @contextlib.contextmanager
@@ -217,10 +198,10 @@ def measure_device(device: torch.device, dtype: torch.dtype) -> dict:
     size = 2**28 if device.type == "cuda" else 2**25
     source = torch.randn(size, device=device).to(dtype)
     target = torch.empty_like(source)
-    copy = min(seconds_of(lambda: target.copy_(source), device, 0.2) for _ in range(5))
+    copy = min(seconds_of(lambda: target.copy_(source), 0.2) for _ in range(5))
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = min(seconds_of(lambda: a @ b, device, 0.2) for _ in range(5))
+    product = min(seconds_of(lambda: a @ b, 0.2) for _ in range(5))
     return {"bytes_per_second": 2 * source.nbytes / copy, "flops": 2 * side**3 / product}
 
 
@@ -231,34 +212,37 @@ def measure_operator(args, device: torch.device) -> list[dict]:
     rows = []
     for (name, (dim, patches)), stage, axis in itertools.product(STAGES.items(), range(4), ("row", "column")):
         channels, side = dim // 2 * 2**stage, args.img_size // 4 // 2**stage
-        x = torch.randn(args.batch_size, channels, side, side, device=device).to(dtype).requires_grad_()
-        grad = torch.randn_like(x)
+        shape = args.batch_size, 2 * channels, side, side
+        # As the network has it: the first half of a channels-last map's channels, which the kernels get as a copy.
+        half = torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last).chunk(2, dim=1)[0]
         layers = {form: StripMLP(channels, side, patches, axis).to(device, dtype) for form in forms}
+        inputs = {form: (half if form == "matmul" else half.contiguous()).detach().requires_grad_() for form in forms}
         for form, layer in layers.items():
             if form == "published":
                 layer.__class__ = GroupedConvolution
             layer.form = form
         times = {(form, part): [] for form in forms for part in ("forward", "both")}
-        for layer in layers.values():
-            layer(x).backward(grad)  # chooses algorithms, compiles kernels
+        for form, layer in layers.items():
+            _forward_backward(layer, inputs[form])  # chooses algorithms, compiles kernels
         for _ in range(args.repeats):
             for form, layer in layers.items():
                 with torch.no_grad():
-                    times[form, "forward"].append(seconds_of(partial(layer, x), device, 0.02))
-                times[form, "both"].append(seconds_of(partial(_forward_backward, layer, x, grad), device, 0.02))
+                    times[form, "forward"].append(seconds_of(partial(layer, inputs[form]), 0.02))
+                times[form, "both"].append(seconds_of(partial(_forward_backward, layer, inputs[form]), 0.02))
         for form in forms:
             forward, both = (statistics.median(times[form, part]) for part in ("forward", "both"))
             rows.append({
-                "shapes_of": name, "stage": stage + 1, "axis": axis, "shape": list(x.shape), "form": form,
+                "shapes_of": name, "stage": stage + 1, "axis": axis, "shape": list(half.shape), "form": form,
                 "forward_seconds": forward, "forward_backward_seconds": both,
-                "bytes_per_second": 2 * x.nbytes / forward,  # the input once and the output once
-                "flops": 2 * x.numel() * 3 * side / forward,
+                "bytes_per_second": 2 * half.nbytes / forward,  # the input once and the output once
+                "flops": 2 * half.numel() * 3 * side / forward,
             })
     return rows
 
 
-def _forward_backward(layer, x, grad) -> None:
-    layer(x).backward(grad)
+def _forward_backward(layer, x) -> None:
+    y = layer(x)
+    y.backward(y)  # any gradient in the layout of the result
 
 
 def measure_pipeline(args, device: torch.device) -> dict:
@@ -275,7 +259,7 @@ def measure_pipeline(args, device: torch.device) -> dict:
         loader = build_train_loader(config)
         batches = iter(loader)
         next(batches)
-        per_worker = args.batch_size / statistics.median(seconds_of(lambda: next(batches), device) for _ in range(3))
+        per_worker = args.batch_size / statistics.median(seconds_of(lambda: next(batches)) for _ in range(3))
         config = config.clone()
         config.defrost()
         config.DATA.NUM_WORKERS = workers
@@ -351,8 +335,8 @@ def report(result: dict) -> str:
                   f"500x375, ImageNet's augmentation). Training {pipeline['model']} with {pipeline['workers']} workers "
                   f"waits for data {100 * pipeline['share_of_step_waiting']:.0f} % of the time "
                   f"({pipeline['images_per_second']:.1f} images/s)."]
-    if result["left_out"]:
-        lines += ["", "Left out: " + "; ".join(result["left_out"]) + "."]
+    if result["failed"]:
+        lines += ["", "Failed: " + "; ".join(result["failed"]) + "."]
     return "\n".join(lines)
 
 
@@ -365,7 +349,6 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, prints Markdown, writes JSON."""
     args = parse_arguments(argv)
     device = torch.device(args.device)
-    deadline = time.monotonic() + 60 * (args.minutes - 1)  # the last minute is the input pipeline's
     torch.backends.cudnn.benchmark = True
     result = {
         "environment": describe_environment(device),
@@ -374,13 +357,15 @@ def main(argv: list[str] | None = None) -> int:
         "settings": {"batch_size": args.batch_size, "img_size": args.img_size, "repeats": args.repeats,
                      "dtypes": args.dtypes, "threads": torch.get_num_threads()},
     }
+    result |= {"cases": [], "failed": [], "operator": [], "pipeline": None}
+    if "networks" in args.parts:
+        result["cases"], result["failed"] = measure_groups(groups_of_cases(args, device), args, device)
     with _multiplication(args.dtypes[0]):
-        result |= {"device": measure_device(device, Precision.DTYPES.get(args.dtypes[0], torch.float32)),
-                   "operator": measure_operator(args, device)}
-    result |= {"cases": [], "left_out": []}
-    measure_groups(cases_in_order(args, device), args, device, deadline, result)
-    with _multiplication(args.dtypes[0]):
-        result["pipeline"] = measure_pipeline(args, device)
+        if "operator" in args.parts:
+            result["device"] = measure_device(device, Precision.DTYPES.get(args.dtypes[0], torch.float32))
+            result["operator"] = measure_operator(args, device)
+        if "pipeline" in args.parts:
+            result["pipeline"] = measure_pipeline(args, device)
     Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     print(f"# `{result['command'].strip()}`\n\n{report(result)}")
@@ -392,23 +377,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda where there is a GPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all three")
+    parser.add_argument("--modes", nargs="+", choices=["inference", "training"], default=["inference", "training"],
+                        help="of the networks; default: both")
     parser.add_argument("--models", nargs="+", choices=list(VARIANTS), metavar="NAME",
-                        help="variants to measure; default: all on a GPU, tiny_light and base on a CPU")
+                        help="variants to measure; default: tiny_light, tiny and base on a GPU, without tiny on a CPU")
     parser.add_argument("--peers", nargs="*", default=PEERS, metavar="NAME", help="timm models to measure beside them")
     parser.add_argument("--dtypes", nargs="+", choices=["bf16", "fp16", "tf32", "fp32"],
-                        help="precisions, the most telling first; default: bf16 fp16 tf32 fp32 on a GPU, fp32 on a CPU")
+                        help="precisions; the first is also the operator's; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="measure compiled networks too; default: on a GPU only, since it takes minutes on a CPU")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images; default: 128 on a GPU, 8 on a CPU")
     parser.add_argument("--img-size", type=int, default=224, metavar="S", help="side of the images; default: 224")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns; default: 5")
-    parser.add_argument("--minutes", type=float, default=9.5, metavar="M",
-                        help="leave out what would end later; default: 9.5")
     parser.add_argument("--json", default="output/benchmark.json", metavar="FILE", help="where every time goes")
     args = parser.parse_args(argv)
     on_gpu = args.device == "cuda"
-    args.models = args.models or (list(VARIANTS) if on_gpu else ["strip_mlp_tiny_light", "strip_mlp_base"])
-    args.dtypes = args.dtypes or (["bf16", "fp16", "tf32", "fp32"] if on_gpu else ["fp32"])
+    args.models = args.models or (
+        ["strip_mlp_tiny_light", *["strip_mlp_tiny"] * on_gpu, "strip_mlp_base"])
+    args.dtypes = args.dtypes or (["bf16"] if on_gpu else ["fp32"])
     args.compile = on_gpu if args.compile is None else args.compile
     args.batch_size = args.batch_size or (128 if on_gpu else 8)
     return args

@@ -8,6 +8,7 @@ import torch._inductor.config
 from torch import nn
 from torch._inductor.graph import GraphLowering
 
+from compiling import OPTIONS
 from models import strip_ops
 from tools.traffic import Operation, Traffic
 
@@ -32,8 +33,9 @@ def count_compiled_step(
 ) -> Traffic:
     """Bytes and launches of a step of a compiled network; each kernel is charged what it reads and writes, once.
 
-    The plan is Inductor's for the CPU, whose fusions differ from a GPU's in details; convolutions and matrix products
-    are calls, as on a GPU. Operations are not counted, nor is memory.
+    The plan is Inductor's for the CPU with a GPU's rule of what to compute twice, so its fusions differ from a GPU's in
+    details; convolutions and matrix products are calls, as on a GPU, and one that reads a part of a tensor is charged
+    all of it. Operations are not counted, nor is memory.
 
     Args:
         network: on the CPU, in the memory format and mode to count it in.
@@ -63,13 +65,14 @@ def count_compiled_step(
     with (
         mock.patch.object(GraphLowering, "compile_to_module", plan),
         mock.patch.object(strip_ops, "_IS_INTERPRETED", True),
+        mock.patch("torch._inductor.ir.is_cpu", return_value=False),  # asked where a CPU would store an exponential
         torch._inductor.config.patch(force_disable_caches=True),
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
         torch.autocast("cpu", dtype, enabled=dtype is not None),
         torch.set_grad_enabled(training),
     ):
         try:
-            torch.compile(network, fullgraph=True)(x)
+            torch.compile(network, fullgraph=True, options=OPTIONS)(x)
         except _Planned:
             pass
     torch.compiler.reset()

@@ -1,12 +1,14 @@
 """The benchmark: what it computes from its times, and one small run of it as a user starts it."""
 
+import itertools
 import json
+import time
 
 import pytest
 import torch
 
 from tools import benchmark
-from tools.benchmark import Case, cases_in_order, parse_arguments, report, seconds_of, speed_up
+from tools.benchmark import Case, groups_of_cases, parse_arguments, report, seconds_of, speed_up
 
 
 def case(form="ours", seconds=(2.0, 1.0, 4.0), **changes):
@@ -31,59 +33,52 @@ def test_report_shows_the_cells():
         "device": {"bytes_per_second": 4e9, "flops": 1e12},
         "operator": [{"stage": 1, "shape": [8, 40, 56, 56], "axis": "row", "form": "matmul", "forward_seconds": 1e-3,
                       "forward_backward_seconds": 4e-3, "bytes_per_second": 1e9, "flops": 5e11}],
-        "pipeline": None, "left_out": ["training bf16 resnet50 (time)"],
+        "pipeline": None, "failed": ["training bf16 resnet50 (out of memory)"],
     }
     text = report(result)
     assert "| strip_mlp_tiny | published | fp32 | 2.0 (100 %) | 1.00 |  |" in text
     assert "| strip_mlp_tiny | ours | fp32 | 4.0 (150 %) | 2.00 |  |" in text
     assert "| resnet50 | timm | fp32 | 4.0 (150 %) |  |  |" in text
     assert "| 1 (8, 40, 56, 56) | row | matmul | 1.000 ms | 4.000 ms | 1.0, 25 % | 0.500 |" in text
-    assert "Left out: training bf16 resnet50 (time)." in text
+    assert "Failed: training bf16 resnet50 (out of memory)." in text
 
 
-def test_cases_on_a_gpu_begin_with_the_targets():
-    args = parse_arguments(["--device", "cuda"])
-    groups = cases_in_order(args, torch.device("cuda"))
-    cases = [c for group in groups for c in group]
-    assert [{c.mode for c in group} for group in groups[:4]] == [{"inference"}] * 2 + [{"training"}] * 2
-    assert {c.form for c in groups[0]} == {"published", "ours", "fused", "ours NCHW"}
-    assert [c.form for c in groups[2]] == ["published", "ours", "ours NCHW"]
-    first = {(c.model, c.compiled) for group in groups[:6] for c in group}
-    assert first == {("strip_mlp_tiny_light", False), ("strip_mlp_base", False), ("strip_mlp_tiny", True),
-                     ("convnext_tiny", True)}
-    compiled = [c for c in cases if c.compiled]
-    rivals = next(group for group in groups if group[0].compiled)  # in one group, for a fair comparison
-    assert [c.model for c in rivals] == ["strip_mlp_tiny", "strip_mlp_tiny", "convnext_tiny"]
-    assert all(c.form != "published" for c in compiled)
-    for dtype in ("bf16", "fp16", "tf32", "fp32"):
-        for name in [*args.models, *args.peers]:
-            assert {c.mode for c in cases if c.model == name and c.dtype == dtype} == {"training", "inference"}
+def test_the_flags_choose_the_cases():
+    args = parse_arguments(["--device", "cuda", "--models", "strip_mlp_tiny", "--peers", "convnext_tiny", "--modes",
+                            "training", "--dtypes", "bf16", "fp16"])
+    groups = groups_of_cases(args, torch.device("cuda"))
+    assert {(c.model, c.form, c.mode, c.dtype, c.compiled) for group in groups for c in group} == {
+        *(("strip_mlp_tiny", form, "training", "bf16", False) for form in ("published", "ours", "ours NCHW")),
+        *(("strip_mlp_tiny", form, "training", "fp16", False) for form in ("published", "ours")),
+        *(("strip_mlp_tiny", "ours", "training", dtype, True) for dtype in ("bf16", "fp16")),
+        *(("convnext_tiny", "timm", "training", *rest) for rest in itertools.product(("bf16", "fp16"), (False, True))),
+    }
+    assert all(len({(c.mode, c.dtype, c.compiled) for c in group}) == 1 for group in groups)
 
 
-def test_groups_that_would_end_late_or_fail_are_left_out(monkeypatch):
-    now = [0.0]
+def test_inference_is_measured_before_anything_is_trained():
+    args = parse_arguments(["--device", "cpu", "--modes", "inference", "training"])
+    modes = [group[0].mode for group in groups_of_cases(args, torch.device("cpu"))]
+    assert modes == sorted(modes) and set(modes) == {"inference", "training"}
 
+
+def test_a_group_that_fails_is_named_and_the_others_are_measured(monkeypatch):
     def measure(cases, args, device):
-        now[0] += 10 * len(cases)  # seconds
         if cases[0].model == "large":
             raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
-    monkeypatch.setattr(benchmark.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(benchmark, "measure", measure)
-    groups = [[case()], [case(model="large")], [case(compiled=True)], [case(), case()], [case(model="late")]]
-    result = {"cases": [], "left_out": []}
-    benchmark.measure_groups(groups, None, torch.device("cpu"), 45.0, result)
-    assert len(result["cases"]) == 3 and now == [40.0]
-    assert result["left_out"] == ["training fp32 large (CUDA out of memory.)",
-                                  "training fp32 compiled strip_mlp_tiny (time)", "training fp32 late (time)"]
+    groups = [[case()], [case(model="large")], [case(), case()]]
+    measured, failed = benchmark.measure_groups(groups, None, torch.device("cpu"))
+    assert len(measured) == 3 and failed == ["training fp32 large (CUDA out of memory.)"]
 
 
-def test_seconds_of_repeats_short_functions(monkeypatch):
-    clock = iter(range(100))
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: float(next(clock)))  # every look is a second later
+def test_seconds_of_repeats_short_functions():
     calls = []
-    assert seconds_of(lambda: calls.append(1), torch.device("cpu")) == 1.0 and len(calls) == 1
-    assert seconds_of(lambda: calls.append(1), torch.device("cpu"), least=0.5) == 1.0 and len(calls) == 2
+    assert 0.01 <= seconds_of(lambda: calls.append(time.sleep(0.01))) < 1
+    once = len(calls)
+    seconds_of(lambda: calls.append(time.sleep(0.01)), least=0.2)
+    assert once <= 3 and len(calls) - once >= 5  # the first two of them warm up
 
 
 @pytest.mark.parametrize("form", ["published", "ours", "fused"])
