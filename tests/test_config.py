@@ -416,6 +416,8 @@ def keys_read(source):
         if isinstance(node, ast.Attribute):
             if node.attr == "config":  # self.config
                 return ""
+            if ast.unparse(node) in aliases:  # self.aug
+                return aliases[ast.unparse(node)]
             parent = dotted(node.value)
             return None if parent is None or not node.attr.isupper() else f"{parent}.{node.attr}".lstrip(".")
         return None
@@ -425,8 +427,7 @@ def keys_read(source):
             for target in node.targets:
                 is_tuple = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
                 pairs = zip(target.elts, node.value.elts, strict=True) if is_tuple else [(target, node.value)]
-                aliases |= {left.id: name for left, right in pairs
-                            if isinstance(left, ast.Name) and (name := dotted(right)) is not None}
+                aliases |= {ast.unparse(left): name for left, right in pairs if (name := dotted(right)) is not None}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and (name := dotted(node)):
             read.add(name)
@@ -437,9 +438,10 @@ def test_keys_read_sees_through_aliases_and_not_more():
     source = """
 def f(config, other):
     train, ema = config.TRAIN, config.TRAIN.EMA
-    return train.EPOCHS + ema.DECAY + self.config.SEED + other.AUG.MIXUP + len("config.TAG")  # config.OUTPUT
+    self.aug = config.AUG
+    return train.EPOCHS + ema.DECAY + self.config.SEED + other.AUG.MIXUP + self.aug.RATIO + len("config.TAG")
 """
-    assert keys_read(source) - {"TRAIN", "TRAIN.EMA"} == {"TRAIN.EPOCHS", "TRAIN.EMA.DECAY", "SEED"}
+    assert keys_read(source) - {"TRAIN", "TRAIN.EMA", "AUG"} == {"TRAIN.EPOCHS", "TRAIN.EMA.DECAY", "SEED", "AUG.RATIO"}
 
 
 def test_every_key_is_read():
