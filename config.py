@@ -215,6 +215,15 @@ def flat_keys(config: CfgNode, prefix: str = "") -> dict:
     return flat
 
 
+def flat_config(saved: dict) -> dict:
+    """A saved ``to_dict`` by dotted names; keys that it is too old to hold have their defaults."""
+    def flatten(node, prefix=""):
+        for key, value in node.items():
+            yield from flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+    return flat_keys(_C) | dict(flatten(saved))
+
+
 def to_dict(config: CfgNode) -> dict:
     """The config as nested plain dictionaries."""
     return {key: to_dict(value) if isinstance(value, CfgNode) else copy.copy(value) for key, value in config.items()}

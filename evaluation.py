@@ -17,8 +17,10 @@ from config import to_dict
 from data import build_val_loader, prepare_data
 from device import settle_form
 from engine import Precision, evaluate
+from errors import machine_failures
 from files import replacing, write_text
 from hub import weights_file
+from logger import open_log
 from models import InputError, MissingFileError, adapt_size, build_model, load_strict, model_state_dict
 from report import describe_environment
 from safe_text import csv_cell
@@ -27,6 +29,7 @@ from trust import class_names
 logger = logging.getLogger("strip_mlp")
 
 
+@machine_failures()
 def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     """Evaluates a checkpoint on the validation set and writes ``eval.json`` into ``folder``.
 
@@ -53,6 +56,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
             load_strict(ema.module, adapt_size(average, model, warn=False))
             inference_form(config, ema.module)
     inference_form(config, model)
+    open_log(folder)
     predictions = [] if config.TEST.PREDICTIONS else None
     results = evaluate_all(model, ema, loader, precision, predictions)
     log_results(results)

@@ -4,11 +4,14 @@ import logging
 import os
 import sys
 import threading
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from termcolor import colored
 from tqdm import tqdm
 
+import distributed
+from models import InputError
 from safe_text import printable
 
 logger = logging.getLogger("strip_mlp")
@@ -58,14 +61,17 @@ class _Formatter(logging.Formatter):
 
 
 def setup_console(is_first: bool) -> None:
-    """Sends the log to standard output: everything from the first process, errors from the others."""
+    """Sends the log to standard output: everything from the first process, errors from the others.
+
+    What is logged before ``open_log`` is kept for it.
+    """
     _fill_closed_streams()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     handler = _ConsoleHandler(sys.stdout)
     handler.setLevel(logging.INFO if is_first else logging.ERROR)
     handler.setFormatter(_Formatter(coloured=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-    logger.handlers = [handler]
+    logger.handlers = [handler, MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)]
     threading.excepthook = _thread_failed
 
 
@@ -83,10 +89,24 @@ def _fill_closed_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
-def add_log_file(path: Path) -> None:
-    """Sends the log to a file as well, with the details that the console is spared."""
-    handler = _FileHandler(path, encoding="utf-8")
+def open_log(folder: Path) -> None:
+    """Sends the log to a file of this process as well, from its beginning on, with details that the console is spared.
+
+    To be called once the run is sure to start: a refused start does not write into the log of a good run.
+
+    Raises:
+        InputError: the file cannot be opened.
+    """
+    path = folder / f"log_rank{distributed.rank()}.txt"
+    try:
+        handler = _FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write into {folder} ({error}); choose another --output") from None
     handler.setFormatter(_Formatter(coloured=False))
+    for held in [other for other in logger.handlers if isinstance(other, MemoryHandler)]:
+        held.setTarget(handler)
+        held.flush()
+        logger.removeHandler(held)
     logger.addHandler(handler)
 
 

@@ -13,6 +13,11 @@ Evaluation of a checkpoint, this project's or a released one:
     python main.py --eval --cfg configs/X.yaml --resume CKPT --data-path DIR
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
+
 import argparse
 import contextlib
 import logging
@@ -28,21 +33,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import distributed
+import errors
 import report
 import utils
 from compiling import compile_network
-from config import load_config, nearest, to_dict
+from config import flat_keys, load_config, nearest, to_dict
 from data import augment_on, build_train_loader, build_val_loader, prepare_data
 from device import choose_device, settle_form
 from engine import Precision, measure_throughput, train_one_epoch
+from errors import machine_failures
 from evaluation import evaluate_all, evaluate_checkpoint, inference_form, log_results
 from hub import weights_file
 from inference import image_shape
-from logger import add_log_file, setup_console
+from logger import open_log, setup_console
 from lr_scheduler import LRScheduler
 from metrics import MetricsWriter, start_wandb
 from models import InputError, build_model, count_batches_once, load_pretrained
 from optimizer import build_optimizer
+from same_run import accept_changes
 from train_state import NOT_SAVED, PREEMPTED, Checkpointer, Layout, NotSavedError, Preempted, TrainState
 
 logger = logging.getLogger("strip_mlp")
@@ -64,13 +72,13 @@ FLAG_KEYS = {
 }
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; an unknown flag is an error that names the nearest known one."""
+def argument_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """The command line's flags."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=add_help
     )
     parser.add_argument("--cfg", required=True, metavar="FILE", help="the run's config, see configs/")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE",
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE",
                         help="config keys to set, e.g. --opts TRAIN.EPOCHS 100 AUG.MIXUP 0; config.py lists them all")
     parser.add_argument("--data-path", metavar="DIR", help="the data set's folder")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per process and micro-batch")
@@ -88,16 +96,33 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="cpu, cuda, mps or another that PyTorch finds; default: cuda where there is a GPU")
     parser.add_argument("--output", metavar="DIR", help="results go to DIR/<model name>/<tag>/; default: output")
     parser.add_argument("--tag", metavar="NAME", help="names the run")
+    parser.add_argument("--allow-changes", action="store_true",
+                        help="go on with a run although its settings changed, and record that in its run.yaml")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--eval", action="store_true", help="evaluate --resume (default: the run's best checkpoint)")
     mode.add_argument("--throughput", action="store_true", help="measure images per second of the forward pass")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers set LOCAL_RANK
     parser.add_argument("--amp-opt-level", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """The command line; an unknown flag is an error that names the nearest known one."""
+    parser = parser or argument_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}")
+        name = unknown[0].split("=")[0]
+        parser.error(f"unknown argument {unknown[0]}{_as_option(name) or nearest(name, flags)}")
     return args
+
+
+def _as_option(flag: str) -> str:
+    """How to set the config keys of an unknown flag's name, for a message: ``--epochs`` is ``TRAIN.EPOCHS``."""
+    name = flag.lstrip("-").replace("-", "_").upper()
+    keys = [key for key in flat_keys(load_config()) if flag.startswith("--") and key.split(".")[-1] == name]
+    keys = keys or [key for key in flat_keys(load_config()) if flag.startswith("--") and key.endswith(f"_{name}")]
+    return f"; set {' or '.join(keys)} by --opts {keys[0]} VALUE" if keys else ""
 
 
 def config_overrides(args: argparse.Namespace) -> list:
@@ -129,73 +154,61 @@ def main(argv: list[str] | None = None) -> int:
         if args.throughput:
             throughput(config, device)
         else:
-            folder = _open_output_folder(config)
+            folder = _make_output_folder(config)
             # One run at a time writes into a folder.
             with checkpoint.lock_folder(folder) if distributed.rank() == 0 else contextlib.nullcontext():
-                (evaluate_checkpoint if args.eval else train)(config, device, folder)
+                if args.eval:
+                    evaluate_checkpoint(config, device, folder)
+                else:
+                    train(config, device, folder, args.allow_changes)
     except Preempted as signal:
         logger.warning("stopped by %s; rerun the same command to resume", signal)
         status = PREEMPTED
     except NotSavedError as error:
         logger.error(error)
         status = NOT_SAVED
-    except (ValueError, OSError, FloatingPointError) as error:
-        logger.error(_message(error))
-        logger.debug("where it happened:", exc_info=True)  # for the log file
-        return 1 if isinstance(error, FloatingPointError) else 2  # without waiting for processes that wait for this one
-    except (RuntimeError, MemoryError) as error:
-        text = str(error) or type(error).__name__
-        silent = distributed.silent_processes(error)
-        advice = next((advice for sign, advice in _ADVICE.items() if sign in text), None)
-        if silent:
-            logger.error(f"no answer for {config.HANG_MINUTES:g} minutes (HANG_MINUTES) from {silent}; it hangs, or "
-                         "its network is down. Rerun the same command to resume, or use torchrun --max-restarts")
-        elif advice:
-            logger.error(f"{text.splitlines()[0].rstrip('. ')}. {advice}")
-        else:
-            raise
-        logger.debug("where it happened:", exc_info=True)
-        return 1
     except KeyboardInterrupt:
         logger.error("interrupted")
         return 130
+    except Exception as error:
+        status = errors.exit_status(error)
+        if status is None:
+            raise
+        logger.error(errors.message(error))
+        logger.debug("where it happened:", exc_info=True)  # for the log file
+        return status  # without waiting for processes that wait for this one
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
 
 
-# What to do about failures that Python and PyTorch report in these words.
-_ADVICE = {
-    "DataLoader worker": "Memory is often the reason: lower DATA.NUM_WORKERS, or cache less (--cache-mode).",
-    "gloo/transport": "Another process of this run has ended; its own message says why.",
-    "deterministic": "Set DETERMINISTIC False, or choose a network without this operation.",
-    "DefaultCPUAllocator": "Lower --batch-size, with --accumulation-steps to make up for it, or DATA.NUM_WORKERS.",
-    "MemoryError": "Lower --batch-size, with --accumulation-steps to make up for it, or DATA.NUM_WORKERS.",
-    "Too many open files": "Raise the limit (ulimit -n), or lower DATA.NUM_WORKERS.",
-    "out of memory": "Lower --batch-size, with --accumulation-steps to make up for it, or add --use-checkpoint.",
-}
+def train(config, device: torch.device, folder: Path, allow_changes: bool = False) -> None:
+    """Trains, evaluating after every epoch; resumes from the newest checkpoint in ``folder``.
 
+    Raises:
+        InputError: the config or the data cannot be used, or ``folder`` holds a run with other settings, which only
+            ``allow_changes`` goes on with.
+    """
+    with machine_failures(), Checkpointer(config, folder) as checkpointer:
+        # 0. The run so far.
+        resume_path, resume_content, checkpointer.about["changes"] = _find_resume(config, folder, allow_changes)
 
-def _message(error: Exception) -> str:
-    """An error's own words; what a data worker raises arrives with the worker's traceback and the class before them."""
-    text = str(error)
-    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
-
-
-def train(config, device: torch.device, folder: Path) -> None:
-    """Trains, evaluating after every epoch; resumes from the newest checkpoint in ``folder``."""
-    with Checkpointer(config, folder) as checkpointer:
         # 1. Data and model; every process draws the same weights.
         distributed.once_per_machine(lambda: prepare_data(config))
         train_loader = build_train_loader(config, distributed.rank(), distributed.world_size(), device)
         val_loader = build_val_loader(config, distributed.rank(), distributed.world_size(), device)
         classes = list(train_loader.dataset.classes)
         checkpointer.about["classes"] = classes
+        if distributed.broadcast_object(_is_finished(resume_content, config, len(train_loader.dataset))):
+            _report_finished(resume_content, folder)
+            return
         utils.seed_everything(config.SEED)
         model = build_model(config).to(device, memory_format=torch.channels_last)
-        resume_path, resume_content = _find_resume(config, folder)
         if config.MODEL.PRETRAINED and not resume_path:
             _load_pretrained(config, model)
+        if config.TRAIN.WARMUP_EPOCHS == config.TRAIN.EPOCHS:
+            logger.warning(f"all {config.TRAIN.EPOCHS} epochs are warm-up: the learning rate rises to the end; for a "
+                           "short run add --opts TRAIN.WARMUP_EPOCHS 0")
         if config.TRAIN.FREEZE_STAGES and not (config.MODEL.PRETRAINED or resume_path):
             logger.warning("TRAIN.FREEZE_STAGES freezes newly initialised weights; load trained ones with --pretrained")
         if config.TRAIN.SYNC_BN:
@@ -234,10 +247,14 @@ def train(config, device: torch.device, folder: Path) -> None:
             _resume(resume_path, resume_content, state, checkpointer, folder)
         del resume_content  # as large as the whole state
         metrics = None
+        open_log(folder)
         if distributed.rank() == 0:
-            run = report.describe_run(config, state, device, precision.name, classes)
+            run = report.describe_run(config, state, device, precision.name, checkpointer.about)
             report.save_description(config, run, folder)
             metrics = _open_metrics(config, state, len(train_loader), folder)
+        if resume_path:
+            best = "none yet" if state.max_accuracy < 0 else f"{state.max_accuracy:.3f}"
+            logger.info(f"resumed {resume_path}: epoch {state.epoch}, {state.step} updates done, best {best}")
 
         # 3. The network as the loop calls it.
         wrapped = compile_network(model, config.COMPILE, device, config.DETERMINISTIC)
@@ -267,6 +284,7 @@ def train(config, device: torch.device, folder: Path) -> None:
                 f"{report.whereabouts(folder)}")
 
 
+@machine_failures()
 def throughput(config, device: torch.device) -> None:
     """Logs images per second of the forward pass, on random images of the config's size and batch size."""
     precision = Precision(config.AMP_DTYPE, device)
@@ -280,12 +298,11 @@ def throughput(config, device: torch.device) -> None:
                 f"{report.describe_environment(device)['device']}")
 
 
-def _open_output_folder(config) -> Path:
-    """The run's output folder, made where it is not there yet; the log goes into it from here on."""
+def _make_output_folder(config) -> Path:
+    """The run's output folder, made where it is not there yet."""
     folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        add_log_file(folder / f"log_rank{distributed.rank()}.txt")
     except OSError as error:
         raise InputError(f"cannot write into {folder} ({error}); choose another --output") from None
     return folder
@@ -300,25 +317,46 @@ def _load_pretrained(config, model: nn.Module) -> None:
         logger.info(f"its head has another number of classes and is re-initialised: {', '.join(skipped)}")
 
 
-def _find_resume(config, folder: Path) -> tuple[Path | None, dict | None]:
+def _find_resume(config, folder: Path, allow_changes: bool) -> tuple[Path | None, dict | None, list[dict]]:
     """The newest good checkpoint in ``folder``, else the one that the config names; None where there is neither.
 
-    With it comes its content where this process has read it already.
+    With it come its content, where this process has read it already, and the changes of settings on the run's way.
 
     Raises:
-        InputError: the folder holds a run that TRAIN.AUTO_RESUME False would mix with the new one.
+        InputError: the folder holds a run that TRAIN.AUTO_RESUME False would mix with the new one, or one with other
+            settings.
     """
-    path, content = None, None
+    path, content, changes = None, None, []
     if distributed.rank() == 0:
         if config.TRAIN.AUTO_RESUME:
             path, content = checkpoint.newest_checkpoint(folder) or (None, None)
         elif not config.MODEL.RESUME and checkpoint.list_checkpoints(folder):
             raise InputError(f"TRAIN.AUTO_RESUME is False, but {folder} already holds the checkpoints of a run; give "
                              "the new run another --tag, or delete the folder")
-    path = distributed.broadcast_object(path)
-    if path and config.MODEL.RESUME:
-        logger.info(f"this run has its own checkpoints; {config.MODEL.RESUME} is not used")
-    return path or (weights_file(config.MODEL.RESUME) if config.MODEL.RESUME else None), content
+        if path and config.MODEL.RESUME:
+            logger.info(f"this run has its own checkpoints; {config.MODEL.RESUME} is not used")
+        elif config.MODEL.RESUME:
+            path = weights_file(config.MODEL.RESUME)
+            content = checkpoint.load_file(path)
+        if content and content.keys() >= {"config", "layout"}:  # a whole training; what is none cannot be resumed
+            changes = accept_changes(content, path, config, allow_changes)
+    return distributed.broadcast_object(path), content, changes
+
+
+def _is_finished(content: dict | None, config, training_images: int) -> bool:
+    """Whether a checkpoint is the last of such a run; one of other images is not."""
+    is_whole = bool(content) and content.keys() >= {"epoch", "layout"}
+    return is_whole and (content["epoch"], content["layout"].get("training_images")) == (
+        config.TRAIN.EPOCHS, training_images)
+
+
+def _report_finished(content: dict | None, folder: Path) -> None:
+    if distributed.rank() == 0:
+        if not (folder / "curves.png").is_file():  # the run was killed after its last checkpoint
+            report.draw_curves(folder)
+        logger.info(f"this run is finished, nothing was trained: best top-1 {content['max_accuracy']:.3f} % in "
+                    f"{content['epoch']} epochs ({content['step']} updates). To train on, raise TRAIN.EPOCHS and add "
+                    f"--allow-changes.\n{report.whereabouts(folder)}")
 
 
 def _resume(path: Path, content: dict | None, state: TrainState, checkpointer: Checkpointer, folder: Path) -> None:
@@ -326,8 +364,6 @@ def _resume(path: Path, content: dict | None, state: TrainState, checkpointer: C
     content = content or checkpoint.load_file(path)
     with checkpoint.naming(path):
         state.load_state_dict(content)
-    best = "none yet" if state.max_accuracy < 0 else f"{state.max_accuracy:.3f}"
-    logger.info(f"resumed {path}: epoch {state.epoch}, {state.step} updates done, best {best}")
     if state.step != content["step"]:  # updates are counted otherwise now, so first save the run under its new step
         if not checkpointer.save(state):
             raise InputError(f"{path} was resumed with another batch size, and its checkpoint under the new count of "
@@ -345,4 +381,5 @@ def _open_metrics(config, state: TrainState, batches: int, folder: Path) -> Metr
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on main() reports it
     sys.exit(main())

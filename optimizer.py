@@ -4,6 +4,8 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
+from models import InputError
+
 
 def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD over two groups: with weight decay, and without it (one-dimensional parameters and biases).
@@ -13,7 +15,7 @@ def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:
     optimisers are PyTorch's fused ones, which leave out a step on the device itself where ``found_inf`` is set.
 
     Raises:
-        ValueError: layer decay for a model that does not say what its layers are.
+        InputError: layer decay for a model that does not say what its layers are.
     """
     scales, groups = layer_scales(model, config.TRAIN.LAYER_DECAY), {}
     for name, parameter in model.named_parameters():
@@ -42,7 +44,7 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     if decay == 1:
         return dict.fromkeys(names, 1.0)
     if not hasattr(model, "group_matcher"):
-        raise ValueError(f"{type(model).__name__} does not say what its layers are; set TRAIN.LAYER_DECAY 1")
+        raise InputError(f"{type(model).__name__} does not say what its layers are; set TRAIN.LAYER_DECAY 1")
     layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
     return {name: decay ** (last - layers[name]) for name in names}

@@ -53,8 +53,13 @@ def _device_name(device: torch.device) -> str:
     return f"CPU, {os.cpu_count()} cores" if device.type == "cpu" else device.type
 
 
-def describe_run(config, state: TrainState, device: torch.device, precision: str, classes: list[str]) -> dict:
+def describe_run(config, state: TrainState, device: torch.device, precision: str, about: dict) -> dict:
     """What ``run.yaml`` holds.
+
+    Args:
+        config, state, device: the run's.
+        precision: the name of the forward pass's arithmetic.
+        about: what the run's checkpoints say of it: classes, and changes of its settings on the way.
 
     Raises:
         InputError: the network does not take images of the config's size.
@@ -77,17 +82,18 @@ def describe_run(config, state: TrainState, device: torch.device, precision: str
         "macs": macs,
         "amp_dtype": precision,
         "augment_on": layout.augment_on,
-        "classes": classes,
+        "changes": about["changes"],
+        "classes": about["classes"],
     }
 
 
 def save_description(config, run: dict, folder: Path) -> None:
-    """Logs what is trained and where, and saves it as YAML: ``config.yaml`` can be run again with ``--cfg``."""
+    """Saves what is trained and where as YAML, and logs it; ``config.yaml`` can be run again with ``--cfg``."""
     write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     write_text(folder / "run.yaml", yaml.safe_dump(run, sort_keys=False))
-    logger.info("config:\n%s", yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None))
+    logger.info(f"config: {folder / 'config.yaml'}")
     for key, value in run.items():
-        if key != "classes":
+        if key not in ("classes", "changes"):
             logger.info(f"{key}: {value}")
     frozen = f", {run['frozen_parameters'] / 1e6:.2f} M of them frozen" if run["frozen_parameters"] else ""
     logger.info(f"{run['parameters'] / 1e6:.2f} M parameters{frozen}; "

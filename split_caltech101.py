@@ -12,8 +12,12 @@ import argparse
 import os
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+
+from errors import one_line_errors
+from models import InputError, MissingFileError
 
 SEED = 1024
 LEFT_OUT = "BACKGROUND_Google"
@@ -33,24 +37,24 @@ def plan_split(source: Path) -> dict[str, dict[str, list[str]]]:
     """For each class folder of ``source``, its files by split.
 
     Raises:
-        FileNotFoundError: ``source`` is missing or holds no class folder.
-        ValueError: a class has too few images for one on each side.
+        MissingFileError: ``source`` is missing or holds no class folder.
+        InputError: a class has too few images for one on each side.
     """
     if not source.is_dir():
-        raise FileNotFoundError(f"{source} is not a folder; give the one that holds the class folders")
+        raise MissingFileError(f"{source} is not a folder; give the one that holds the class folders")
     plan = {}
     for folder in sorted(source.iterdir()):
         if not folder.is_dir() or folder.name == LEFT_OUT or folder.name.startswith("."):
             continue
         images = [entry.name for entry in folder.iterdir() if entry.is_file() and _is_image(entry.name)]
         if len(images) < 2:
-            raise ValueError(
+            raise InputError(
                 f"{folder} holds {len(images)} images, too few for one in train and one in val; "
                 "SRC must be the folder of the class folders (101_ObjectCategories)"
             )
         plan[folder.name] = split_class(images)
     if not plan:
-        raise FileNotFoundError(f"{source} holds no class folders; give the folder 101_ObjectCategories")
+        raise MissingFileError(f"{source} holds no class folders; give the folder 101_ObjectCategories")
     return plan
 
 
@@ -67,16 +71,15 @@ def write_split(source: Path, target: Path, link: bool = False) -> dict[str, int
         link: symbolic links to the absolute paths of the images instead of copies.
 
     Raises:
-        FileExistsError: ``target`` has a split already.
-        FileNotFoundError, ValueError: as ``plan_split``, or ``target`` lies in ``source``.
+        InputError: as ``plan_split``; ``target`` has a split already, or lies in ``source``.
     """
     source, target = source.resolve(), target.resolve()
     plan = plan_split(source)
     for split in ("train", "val"):
         if os.path.lexists(target / split):
-            raise FileExistsError(f"{target / split} exists already; remove it or choose another folder")
+            raise InputError(f"{target / split} exists already; remove it or choose another folder")
     if target.is_relative_to(source):
-        raise ValueError(f"{target} lies in {source}, where it would be taken for a class; choose a folder outside")
+        raise InputError(f"{target} lies in {source}, where it would be taken for a class; choose a folder outside")
     target.mkdir(parents=True, exist_ok=True)
     place = os.symlink if link else shutil.copyfile
     counts = {}
@@ -93,20 +96,19 @@ def write_split(source: Path, target: Path, link: bool = False) -> dict[str, int
     return counts
 
 
-def main() -> None:
-    """The command line."""
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", type=Path, help="folder of the class folders (101_ObjectCategories)")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to make train/ and val/ in")
     parser.add_argument("--link", action="store_true", help="symbolic links instead of copies (SRC must stay)")
-    args = parser.parse_args()
-    try:
-        counts = write_split(args.source, args.target, args.link)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"split_caltech101.py: {error}") from None
+    args = parser.parse_args(argv)
+    counts = write_split(args.source, args.target, args.link)
     classes = len(list((args.target / "train").iterdir()))
     print(f"{args.target}: {classes} classes, {counts['train']} images in train/, {counts['val']} in val/")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """What a training saves and restores, and when: its state, and the Checkpointer that writes it."""
 
 import logging
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ NO_ACCURACY = -1.0  # below any, so that the first evaluation is the best so far
 SECONDS_WHEN_STOPPED = 20  # for saving after a signal where the disk is full; torchrun kills what still runs after 30
 SECONDS_BETWEEN = 10  # two such tries
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-_SAME_SIGNAL = 5  # seconds
+_SAME_SIGNAL = 1  # seconds
+_SAME_SIGNAL_FROM_LAUNCHER = 5  # which passes on what its processes may have got already
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 
 
@@ -148,8 +150,8 @@ class Checkpointer:
     """Saves a run into its folder. All processes call every method together; rank 0 writes.
 
     While it is entered as a context, the first SIGTERM, SIGUSR1 or SIGINT to reach any process makes all of them finish
-    their update, save and stop. One that comes over 5 seconds after it acts as it always does; sooner, it is the same
-    signal again, which launchers pass on to processes that got it already.
+    their update, save and stop. One that comes over a second after it (5 seconds under a launcher) acts as it always
+    does; sooner, it is the same signal, passed on by a launcher to processes that got it already.
 
     Args:
         config: the run's config, saved along.
@@ -160,7 +162,7 @@ class Checkpointer:
 
     def __init__(self, config, folder: Path):
         self.config, self.folder = config, folder
-        self.about = {"config": to_dict(config)}
+        self.about = {"config": to_dict(config), "changes": []}
         self.signal: signal.Signals | None = None
         self.saved_at = time.monotonic()
 
@@ -238,6 +240,11 @@ class Checkpointer:
     def _receive(self, number: int, frame) -> None:
         if self.signal is None:
             self.signal, self.received_at = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self.received_at > _SAME_SIGNAL:
+            if distributed.rank() == 0:  # the log may be in the middle of a line
+                again = "; Ctrl-C again stops now, without saving" if number == signal.SIGINT else ""
+                os.write(2, f"{self.signal.name}: stopping after this update{again}\n".encode())
+        elif time.monotonic() - self.received_at > (
+            _SAME_SIGNAL_FROM_LAUNCHER if distributed.is_distributed() else _SAME_SIGNAL
+        ):
             signal.signal(number, self.handlers[number])
             signal.raise_signal(number)

@@ -12,6 +12,8 @@ import numpy as np
 from PIL.Image import Resampling
 from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment
 
+from models import InputError
+
 FILL = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)  # what geometric operations bring in from outside
 
 # The operations, by their number in arrays of steps. timm's names that differ only in how a magnitude becomes a value
@@ -55,7 +57,7 @@ class Policy:
         first_common: the first of the steps after the flip and AugMix's chains.
 
     Raises:
-        ValueError: timm does not know the policy.
+        InputError: timm does not know the policy.
     """
 
     def __init__(self, config):
@@ -161,7 +163,7 @@ def _parse(name: str, size: int, interpolation: str):
             return auto_augment.augment_and_mix_transform(name, settings | {"translate_pct": 0.3})
         return auto_augment.auto_augment_transform(name, settings)
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"AUG.AUTO_AUGMENT is {name!r}, which timm does not understand ({error}); "
             "give a policy such as rand-m9-mstd0.5-inc1, or none"
         ) from error

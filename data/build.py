@@ -31,8 +31,8 @@ def prepare_data(config) -> None:
     """What needs to be done once a machine: downloads CIFAR, lists folders, indexes shards. Call it before the loaders.
 
     Raises:
-        FileNotFoundError: the download failed; the message says what to put where.
-        ValueError: a data set's files are not usable.
+        MissingFileError: the download failed; the message says what to put where.
+        InputError: a data set's files are not usable.
     """
     if config.DATA.DATASET in CIFAR:
         download_cifar(config.DATA.DATASET, data_path(config), config.DATA.MIRROR)
@@ -47,7 +47,7 @@ def build_train_loader(config, rank: int = 0, world_size: int = 1, device="cpu")
     the number of batches of a whole epoch, ``loader.dataset.classes`` the list of class names.
 
     Raises:
-        FileNotFoundError, ValueError: the data set or the config is not usable (see ``datasets.build_dataset``).
+        MissingFileError, InputError: the data set or the config is not usable (see ``datasets.build_dataset``).
     """
     _check_channels(config)
     device, on_device = torch.device(device), augment_on(config, device) == "device"
@@ -75,7 +75,7 @@ def build_val_loader(config, rank: int = 0, world_size: int = 1, device="cpu") -
     Over all ranks each image comes exactly once: no padding, the last batch may be short, a rank may get no image.
 
     Raises:
-        FileNotFoundError, ValueError: as ``build_train_loader``; the training images need not be there.
+        MissingFileError, InputError: as ``build_train_loader``; the training images need not be there.
     """
     _check_channels(config)
     device = torch.device(device)
@@ -126,13 +126,13 @@ def build_mixup(config) -> Mixup | None:
     """timm's mixup and cutmix, from (images, labels) to (images, smoothed soft targets); None where both are off.
 
     Raises:
-        ValueError: the batch size is odd.
+        InputError: the batch size is odd.
     """
     aug = config.AUG
     if not (aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX):
         return None
     if config.DATA.BATCH_SIZE % 2:
-        raise ValueError(
+        raise InputError(
             f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}; it must be even while mixup or cutmix is on, because images "
             "are mixed in pairs (AUG.MIXUP 0 AUG.CUTMIX 0 turns both off)"
         )
@@ -151,7 +151,7 @@ def build_mixup(config) -> Mixup | None:
 def _check_channels(config) -> None:
     channels = config.MODEL.STRIP_MLP.IN_CHANS
     if channels != 3:
-        raise ValueError(f"MODEL.STRIP_MLP.IN_CHANS is {channels}, but the data pipeline makes RGB images; set it to 3")
+        raise InputError(f"MODEL.STRIP_MLP.IN_CHANS is {channels}, but the data pipeline makes RGB images; set it to 3")
 
 
 def _loading(config, device: torch.device) -> dict:

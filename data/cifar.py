@@ -8,6 +8,8 @@ import numpy as np
 from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 
+from models import InputError, MissingFileError
+
 
 @dataclass(frozen=True)
 class Cifar:
@@ -66,8 +68,8 @@ def download_cifar(name: str, root: Path, mirror: str = "") -> None:
         mirror: URL of a folder that holds the Python version's archive; empty: the data set's own host.
 
     Raises:
-        FileNotFoundError: the download failed; the message says what to put where.
-        ValueError: an archive that is there is not the published one.
+        MissingFileError: the download failed; the message says what to put where.
+        InputError: an archive that is there is not the published one.
     """
     root, cifar = cifar_folder(root), CIFAR[name]
     if _binary_folder(name, root) or (root / cifar.python.base_folder).is_dir():
@@ -77,14 +79,14 @@ def download_cifar(name: str, root: Path, mirror: str = "") -> None:
         if path.is_file():
             found = _md5(path.read_bytes())
             if found != md5:
-                raise ValueError(f"{path} is damaged: its MD5 is {found}, expected {md5}; download it again")
+                raise InputError(f"{path} is damaged: its MD5 is {found}, expected {md5}; download it again")
             extract_archive(str(path), str(root))
             return
     url = f"{mirror.rstrip('/')}/{cifar.python.filename}" if mirror else cifar.python.url
     try:
         download_and_extract_archive(url, str(root), filename=cifar.python.filename, md5=cifar.python.tgz_md5)
     except (OSError, RuntimeError, ValueError) as error:
-        raise FileNotFoundError(f"{name} could not be downloaded from {url} ({error}); {_wanted(name, root)}, or name "
+        raise MissingFileError(f"{name} could not be downloaded from {url} ({error}); {_wanted(name, root)}, or name "
                                 "another host of this file with --opts DATA.MIRROR URL") from error  # fmt: skip
 
 
@@ -107,8 +109,8 @@ def read_cifar(name: str, root: Path, split: str) -> tuple[np.ndarray, list[int]
     The binary version is taken if it is in ``root`` (or is ``root``), else the Python version. Both are checked by MD5.
 
     Raises:
-        FileNotFoundError: neither is there, or a file is missing.
-        ValueError: a file of the binary version is damaged.
+        MissingFileError: neither is there, or a file is missing.
+        InputError: a file of the binary version is damaged.
     """
     root = cifar_folder(root)
     folder = _binary_folder(name, root)
@@ -117,7 +119,7 @@ def read_cifar(name: str, root: Path, split: str) -> tuple[np.ndarray, list[int]
     try:
         dataset = CIFAR[name].python(root, train=split == "train")
     except RuntimeError:
-        raise FileNotFoundError(f"{name} is not in {root}, or is damaged; {_wanted(name, root)}") from None
+        raise MissingFileError(f"{name} is not in {root}, or is damaged; {_wanted(name, root)}") from None
     return dataset.data, dataset.targets, dataset.classes
 
 
@@ -142,11 +144,11 @@ def _read_binary(cifar: Cifar, folder: Path, split: str):
     for file in cifar.train_files if split == "train" else cifar.val_files:
         path = folder / file
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; unpack the whole binary version into {folder}")
+            raise MissingFileError(f"{path} does not exist; unpack the whole binary version into {folder}")
         data = path.read_bytes()
         found = _md5(data)
         if found != MD5[file]:
-            raise ValueError(f"{path} is damaged: its MD5 is {found}, expected {MD5[file]}; download it again")
+            raise InputError(f"{path} is damaged: its MD5 is {found}, expected {MD5[file]}; download it again")
         parts.append(np.frombuffer(data, np.uint8).reshape(-1, cifar.label_bytes + 3072))
     records = np.concatenate(parts)
     pixels = records[:, cifar.label_bytes :].reshape(-1, 3, 32, 32)

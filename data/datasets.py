@@ -50,15 +50,15 @@ def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Dat
     ``rank`` and ``world_size`` say which share of a zipped data set to cache.
 
     Raises:
-        FileNotFoundError: files are missing; the message says which and what to do.
-        ValueError: files are damaged, the classes of the two splits differ, or there are not ``MODEL.NUM_CLASSES``.
+        MissingFileError: files are missing; the message says which and what to do.
+        InputError: files are damaged, the classes of the two splits differ, or there are not ``MODEL.NUM_CLASSES``.
     """
     name, num_classes = config.DATA.DATASET, config.MODEL.NUM_CLASSES
     part, split = split, "train" if config.DATA.HOLD_OUT else split
     where = DIGITS_FILE.parent if name == "digits" else data_path(config)
     if config.DATA.ZIP_MODE:
         if name not in FOLDER_SETS:
-            raise ValueError(f"DATA.ZIP_MODE reads {', '.join(FOLDER_SETS)}; DATA.DATASET is {name}")
+            raise InputError(f"DATA.ZIP_MODE reads {', '.join(FOLDER_SETS)}; DATA.DATASET is {name}")
         check_zip_classes(where, num_classes)
         dataset = ZipDataset(where, split, num_classes, config.DATA.CACHE_MODE, rank, world_size)
     elif name in FOLDER_SETS:
@@ -70,7 +70,7 @@ def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Dat
         dataset = ArrayDataset(*read_cifar(name, where, split))
     found = len(dataset.classes)
     if found != num_classes:
-        raise ValueError(
+        raise InputError(
             f"the data set in {where} has {found} classes but MODEL.NUM_CLASSES is {num_classes}; "
             f"add --opts MODEL.NUM_CLASSES {found}"
         )
@@ -94,10 +94,10 @@ def data_path(config) -> Path:
     """The data set's folder.
 
     Raises:
-        ValueError: ``DATA.DATA_PATH`` is empty.
+        InputError: ``DATA.DATA_PATH`` is empty.
     """
     if not config.DATA.DATA_PATH:
-        raise ValueError(f"DATA.DATA_PATH is empty; give the folder of {config.DATA.DATASET} with --data-path DIR")
+        raise InputError(f"DATA.DATA_PATH is empty; give the folder of {config.DATA.DATASET} with --data-path DIR")
     return Path(config.DATA.DATA_PATH).expanduser()
 
 
@@ -105,7 +105,7 @@ def open_images(root: Path, split: str, hint: str = "") -> Dataset:
     """One split of a data set in whichever form ``root`` holds: tar shards, Hugging Face's, or class folders.
 
     Raises:
-        FileNotFoundError, ValueError: see ``ShardDataset``, ``HubDataset``, ``FolderDataset``; or the two splits have
+        MissingFileError, InputError: see ``ShardDataset``, ``HubDataset``, ``FolderDataset``; or the two splits have
             different classes.
     """
     if find_shards(root, split):
@@ -129,7 +129,7 @@ def prepare_listings(root: Path) -> None:
 
 
 def check_zip_classes(root: Path, num_classes: int) -> None:
-    """Raises ValueError where ``train_map.txt`` and ``val_map.txt`` are both there and have different classes."""
+    """Raises InputError where ``train_map.txt`` and ``val_map.txt`` are both there and have different classes."""
     maps = root / "train_map.txt", root / "val_map.txt"
     if all(path.is_file() for path in maps):
         train, val = (read_map(path, num_classes)[2] for path in maps)
@@ -140,7 +140,7 @@ def check_zip_classes(root: Path, num_classes: int) -> None:
 
 
 def check_same_classes(train: list[str], val: list[str], where: Path) -> None:
-    """Raises ValueError, naming them, where the classes of the two splits of a data set differ."""
+    """Raises InputError, naming them, where the classes of the two splits of a data set differ."""
     faults = []
     for split, missing in (("val", set(train) - set(val)), ("train", set(val) - set(train))):
         if missing:
@@ -150,7 +150,7 @@ def check_same_classes(train: list[str], val: list[str], where: Path) -> None:
         label = next(label for label in range(len(train)) if train[label] != val[label])
         faults.append(f"label {label} is {train[label]} in train and {val[label]} in val")
     if faults:
-        raise ValueError(f"{where}: train and val have different classes: {'; '.join(faults)}")
+        raise InputError(f"{where}: train and val have different classes: {'; '.join(faults)}")
 
 
 def read_digits(split: str) -> tuple[np.ndarray, list[int], list[str]]:

@@ -1,10 +1,12 @@
 """Images in a folder for each class: ``root/<split>/<class>/*.jpg``."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from models import InputError, MissingFileError
 
 from .images import load_image
 from .listing import list_images
@@ -19,23 +21,23 @@ class FolderDataset(Dataset):
         hint: what to add to the error where the split is missing.
 
     Raises:
-        FileNotFoundError: a folder is missing or holds no image.
-        ValueError: images lie outside the class folders, or a link leads back to a folder that it lies in.
+        MissingFileError: a folder is missing or holds no image.
+        InputError: images lie outside the class folders, or a link leads back to a folder that it lies in.
     """
 
     def __init__(self, root: Path, split: str, hint: str = ""):
         self.folder = root / split
         if not self.folder.is_dir():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{self.folder} does not exist; {root} must hold train/ and val/ with class folders, or another form "
-                f"of the data set (see docs/data.md){hint}"
+                f"of the data set (see docs/data.md){_likely_cause(root, split)}{hint}"
             )
         for entry in os.scandir(self.folder):
             if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
-                raise ValueError(f"{entry.path} lies outside the class folders; move it to {self.folder}/<its class>/")
+                raise InputError(f"{entry.path} lies outside the class folders; move it to {self.folder}/<its class>/")
         self.classes = class_folders(self.folder)
         if not self.classes:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{self.folder} holds no class folders; it must hold one folder of images for each class"
             )
         self.names, labels = list_images(self.folder, self.classes, IMG_EXTENSIONS)
@@ -44,7 +46,7 @@ class FolderDataset(Dataset):
         empty = [name for label, name in enumerate(self.classes) if label not in filled]
         if empty:
             shown = ", ".join(empty[:10]) + ", ..." * (len(empty) > 10)
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{self.folder}: no images in the class folders {shown}. Fill these folders or remove them"
             )
 
@@ -61,6 +63,14 @@ class FolderDataset(Dataset):
     def name(self, index: int) -> str:
         """The path of an image."""
         return os.path.join(self.folder, self.names[index])
+
+
+def _likely_cause(root: Path, split: str) -> str:
+    """What may have led to a folder that does not exist, for its message."""
+    if (root.parent / split).is_dir():
+        return f"; give {root.parent}, which does"
+    drive = PureWindowsPath(root).drive
+    return f"; this is a path of Windows, which WSL has under /mnt/{drive[0].lower()}" if drive else ""
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from models import InputError, MissingFileError
+
 from .images import ImageError, decode_image
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}
@@ -34,26 +36,26 @@ class HubDataset(Dataset):
         split: ``"train"`` or ``"val"``.
 
     Raises:
-        FileNotFoundError: the split or the package is not there.
-        ValueError: the files are damaged, or lack a column.
+        MissingFileError: the split or the package is not there.
+        InputError: the files are damaged, or lack a column.
     """
 
     def __init__(self, root: Path, split: str):
         try:
             import datasets  # optional
         except ImportError as error:
-            raise FileNotFoundError(f"{root} needs a package: pip install datasets ({error})") from None
+            raise MissingFileError(f"{root} needs a package: pip install datasets ({error})") from None
         self.root, self.split = root, split
         self.table = self._open(datasets)
         for column, kind in (("image", datasets.Image), ("label", datasets.ClassLabel)):
             if not isinstance(self.table.features.get(column), kind):
-                raise ValueError(f"{root}: the {split} split needs a column {column} of the type {kind.__name__}; "
+                raise InputError(f"{root}: the {split} split needs a column {column} of the type {kind.__name__}; "
                                  f"its columns are {self.table.features}")  # fmt: skip
         self.classes = list(self.table.features["label"].names)
         self.table = self.table.cast_column("image", datasets.Image(decode=False))
         self.labels = list(self.table["label"])
         if min(self.labels, default=0) < 0:
-            raise ValueError(f"{root}: the {split} split has images without a label (-1)")
+            raise InputError(f"{root}: the {split} split has images without a label (-1)")
 
     def _open(self, datasets):
         try:
@@ -61,17 +63,17 @@ class HubDataset(Dataset):
                 splits = datasets.load_from_disk(str(self.root))
                 found = next((name for name in SPLITS[self.split] if name in splits), None)
                 if found is None:
-                    raise FileNotFoundError(f"{self.root} has no split {' or '.join(SPLITS[self.split])}; it has "
+                    raise MissingFileError(f"{self.root} has no split {' or '.join(SPLITS[self.split])}; it has "
                                             f"{', '.join(splits)}")  # fmt: skip
                 return splits[found]
             files = _parquet(self.root, self.split)
             if not files:
-                raise FileNotFoundError(f"{self.root} has no {SPLITS[self.split][0]}*.parquet")
+                raise MissingFileError(f"{self.root} has no {SPLITS[self.split][0]}*.parquet")
             return datasets.load_dataset("parquet", data_files={"train": files}, split="train")
-        except FileNotFoundError:
+        except MissingFileError:
             raise
         except Exception as error:  # Arrow's, Parquet's and the package's own have no class in common
-            raise ValueError(f"{self.root}: the {self.split} split cannot be read ({error}); get it again") from error
+            raise InputError(f"{self.root}: the {self.split} split cannot be read ({error}); get it again") from error
 
     def __len__(self) -> int:
         return len(self.labels)

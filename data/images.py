@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from models import InputError, MissingFileError
 
-class ImageError(ValueError):
+
+class ImageError(InputError):
     """An image that cannot be used; the message names its file."""
 
 
@@ -15,10 +17,16 @@ def load_image(path: str | Path, upright: bool = False) -> Image.Image:
     """The image file at ``path``, as ``decode_image`` gives it.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ImageError: it is not a complete image.
+        MissingFileError: there is no such file.
+        ImageError: it cannot be read, or is not a complete image.
     """
-    return decode_image(Path(path).read_bytes(), str(path), upright)
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read ({error.strerror})") from error
+    return decode_image(data, str(path), upright)
 
 
 def decode_image(data: bytes, name: str, upright: bool = False) -> Image.Image:

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from models import InputError
+
 logger = logging.getLogger("strip_mlp")
 
 WORTH_CACHING = 20_000  # files; fewer are listed in a moment
@@ -52,7 +54,7 @@ def list_images(folder: Path, classes: list[str], extensions: tuple[str, ...]) -
     where that cannot be written, and used again as long as no folder in it has changed.
 
     Raises:
-        ValueError: a link leads back to a folder that it lies in.
+        InputError: a link leads back to a folder that it lies in.
     """
     place = folder.parent / f".listing_{folder.name}.npz"
     cached = load(place)
@@ -80,7 +82,7 @@ def _walk(root: Path, relative: str, folders: dict[str, int], above: tuple) -> I
     status = os.stat(root / relative)
     identity = status.st_dev, status.st_ino
     if identity in above:
-        raise ValueError(f"{root / relative} is a link to a folder that it lies in, and would be listed without end; "
+        raise InputError(f"{root / relative} is a link to a folder that it lies in, and would be listed without end; "
                          "remove it")  # fmt: skip
     folders[relative] = status.st_mtime_ns
     inner = []

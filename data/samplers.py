@@ -3,6 +3,8 @@
 import numpy as np
 from torch.utils.data import Sampler
 
+from models import InputError
+
 
 class TrainBatchSampler(Sampler):
     """Batches of one process, as lists of ``(epoch, index)``; call ``set_epoch`` before each pass.
@@ -27,7 +29,7 @@ class TrainBatchSampler(Sampler):
         self.rank, self.world_size, self.sharded = rank, world_size, sharded
         self.epoch = self.start_batch = 0
         if len(self) == 0:
-            raise ValueError(
+            raise InputError(
                 f"the training set has {num_images} images, fewer than one batch of {batch_size} x {world_size} "
                 "(images per process x processes); lower --batch-size"
             )

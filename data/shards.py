@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from models import InputError, MissingFileError
+
 from . import listing
 from .images import ImageError, decode_image
 from .listing import Names
@@ -39,14 +41,14 @@ class ShardDataset(Dataset):
         split: ``"train"`` or ``"val"``.
 
     Raises:
-        FileNotFoundError: there are no shards.
-        ValueError: a shard is damaged or has changed since it was indexed, or a sample has no image or no label.
+        MissingFileError: there are no shards.
+        InputError: a shard is damaged or has changed since it was indexed, or a sample has no image or no label.
     """
 
     def __init__(self, root: Path, split: str):
         self.shards = find_shards(root, split)
         if not self.shards:
-            raise FileNotFoundError(f"{root} holds no shards of {split}: none is named {' or '.join(SPLITS[split])}")
+            raise MissingFileError(f"{root} holds no shards of {split}: none is named {' or '.join(SPLITS[split])}")
         index = read_index(root, split)
         self.names = Names(index["text"], index["ends"])
         self.shard, self.offset, self.size = index["shard"], index["offset"], index["size"]
@@ -77,14 +79,14 @@ def class_names(root: Path, count: int) -> list[str]:
     """The lines of ``classes.txt``, or the numbers up to ``count`` where there is no such file.
 
     Raises:
-        ValueError: there are fewer names than labels.
+        InputError: there are fewer names than labels.
     """
     path = root / "classes.txt"
     if not path.is_file():
         return [str(label) for label in range(count)]
     names = path.read_text(encoding="utf-8-sig").splitlines()
     if len(names) < count:
-        raise ValueError(f"{path} names {len(names)} classes, but labels go up to {count - 1}; give each class a line")
+        raise InputError(f"{path} names {len(names)} classes, but labels go up to {count - 1}; give each class a line")
     return names
 
 
@@ -92,7 +94,7 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
     """The index of a split's shards, built where there is none yet.
 
     Raises:
-        ValueError: as ``ShardDataset``.
+        InputError: as ``ShardDataset``.
     """
     shards, place = find_shards(root, split), root / f".index_{split}.npz"
     names = np.array([path.name for path in shards])
@@ -100,17 +102,17 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
     index = listing.load(place)
     if index is not None:
         if not np.array_equal(index["shards"], names):
-            raise ValueError(f"{root} had {len(index['shards'])} shards of {split} when they were indexed, and others "
+            raise InputError(f"{root} had {len(index['shards'])} shards of {split} when they were indexed, and others "
                              f"than its {len(names)} now; if that is meant, remove {place}")  # fmt: skip
         changed = [str(name) for name in names[(index["states"] != states).any(axis=1)]]
         if changed:
-            raise ValueError(f"{root / changed[0]} has changed since it was indexed; if that is meant, remove {place}")
+            raise InputError(f"{root / changed[0]} has changed since it was indexed; if that is meant, remove {place}")
         return index
     parts = [_index_shard(path, number) for number, path in enumerate(tqdm(
         shards, desc=f"indexing {split} shards", delay=2, leave=False, disable=None))]  # fmt: skip
     rows = [row for part in parts for row in part]
     if not rows:
-        raise ValueError(f"the shards of {split} in {root} hold no sample")
+        raise InputError(f"the shards of {split} in {root} hold no sample")
     names_of_images, shard, offset, size, labels = zip(*rows, strict=True)
     members = Names.of(names_of_images)
     index = {"shards": names, "states": states, "text": members.text, "ends": members.ends, "shard": np.array(shard),
@@ -135,13 +137,13 @@ def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]
                 elif extension == "cls":
                     text = shard.extractfile(member).read().decode("utf-8", "replace").strip()
                     if not text.isdecimal():
-                        raise ValueError(f"{path}:{member.name} holds {text!r:.60}, not the number of a class")
+                        raise InputError(f"{path}:{member.name} holds {text!r:.60}, not the number of a class")
                     labels[stem] = int(text)
             shard.fileobj.seek(end)
             if shard.fileobj.read(512) != bytes(512):  # the end of an archive, which tarfile does not ask for
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a complete tar file ({error}); download it again") from None
+        raise InputError(f"{path} is not a complete tar file ({error}); download it again") from None
     for stem in images.keys() ^ labels.keys():
-        raise ValueError(f"{path}: {stem} has no {'.cls file' if stem in images else 'image'}")
+        raise InputError(f"{path}: {stem} has no {'.cls file' if stem in images else 'image'}")
     return [(*image, labels[stem]) for stem, image in images.items()]

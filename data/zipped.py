@@ -10,6 +10,8 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from models import InputError, MissingFileError
+
 from .images import ImageError, decode_image
 from .samplers import eval_order
 
@@ -26,8 +28,8 @@ class ZipDataset(Dataset):
         rank, world_size: this process and the number of them.
 
     Raises:
-        FileNotFoundError: one of the files is missing.
-        ValueError: the archive or the map is not as it should be; the message names the line or the image.
+        MissingFileError: one of the files is missing.
+        InputError: the archive or the map is not as it should be; the message names the line or the image.
     """
 
     def __init__(self, root, split: str, num_classes: int, cache: str = "no", rank: int = 0, world_size: int = 1):
@@ -37,7 +39,7 @@ class ZipDataset(Dataset):
         stored = set(_open_archive(self.archive, os.getpid()).namelist())
         for line, member in enumerate(self.members, start=1):
             if member not in stored:
-                raise ValueError(f"{map_file}:{line}: {member} is not in {self.archive}")
+                raise InputError(f"{map_file}:{line}: {member} is not in {self.archive}")
         cached = {
             "no": range(0),
             "part": eval_order(len(self), rank, world_size),
@@ -71,11 +73,11 @@ class ZipDataset(Dataset):
 def _open_archive(path: Path, pid: int) -> zipfile.ZipFile:
     """The archive as one process has it open: a handle inherited over a fork would share its file position."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; DATA.ZIP_MODE needs it beside its map file")
+        raise MissingFileError(f"{path} does not exist; DATA.ZIP_MODE needs it beside its map file")
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a complete zip archive ({error}); make or copy it again") from None
+        raise InputError(f"{path} is not a complete zip archive ({error}); make or copy it again") from None
 
 
 def read_map(path: Path, num_classes: int) -> tuple[list[str], list[int], list[str]]:
@@ -84,24 +86,24 @@ def read_map(path: Path, num_classes: int) -> tuple[list[str], list[int], list[s
     A class is named by the folder that all of its images share, where each class has such a folder, else by its label.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is empty, a line is malformed, an image is listed twice, a label is not in
+        MissingFileError: there is no such file.
+        InputError: it is empty, a line is malformed, an image is listed twice, a label is not in
             ``0 .. num_classes - 1``, or one has no image.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; it holds one line 'path/in/zip.jpg<TAB>label' for each image")
+        raise MissingFileError(f"{path} does not exist; it holds one line 'path/in/zip.jpg<TAB>label' for each image")
     members, labels, folders, lines = [], [], {}, {}
     for line, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         member, tab, label = text.rpartition("\t")
         if not (member and tab and label.strip().isdecimal()):
-            raise ValueError(f"{path}:{line}: expected 'path/in/zip.jpg<TAB>label', got {text!r}")
+            raise InputError(f"{path}:{line}: expected 'path/in/zip.jpg<TAB>label', got {text!r}")
         if int(label) >= num_classes:
-            raise ValueError(
+            raise InputError(
                 f"{path}:{line}: label {int(label)} is not in 0..{num_classes - 1} (MODEL.NUM_CLASSES is {num_classes})"
             )
         first = lines.setdefault(member, line)
         if first != line:
-            raise ValueError(
+            raise InputError(
                 f"{path}:{line}: {member} has label {int(label)} here and label {labels[first - 1]} in line {first}; "
                 "keep one of the two lines"
             )
@@ -109,10 +111,10 @@ def read_map(path: Path, num_classes: int) -> tuple[list[str], list[int], list[s
         labels.append(int(label))
         folders.setdefault(int(label), set()).add(posixpath.basename(posixpath.dirname(member)))
     if not members:
-        raise ValueError(f"{path} is empty; it holds one line 'path/in/zip.jpg<TAB>label' for each image")
+        raise InputError(f"{path} is empty; it holds one line 'path/in/zip.jpg<TAB>label' for each image")
     for label in range(max(labels)):
         if label not in folders:
-            raise ValueError(f"{path}: no image has label {label}, though labels go up to {max(labels)}")
+            raise InputError(f"{path}: no image has label {label}, though labels go up to {max(labels)}")
     names = [min(folders[label]) for label in range(len(folders))]
     named = all(names) and len(set(names)) == len(names) and all(len(found) == 1 for found in folders.values())
     return members, labels, names if named else [str(label) for label in range(len(folders))]

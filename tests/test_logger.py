@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from logger import add_log_file, setup_console
+from logger import open_log, setup_console
 from tests.helpers import ROOT, environment
 
 logger = logging.getLogger("strip_mlp")
@@ -35,11 +35,11 @@ def test_colours_are_for_terminals(tmp_path, monkeypatch, stream, variables, col
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     setup_console(is_first=True)
-    add_log_file(tmp_path / "log.txt")
+    open_log(tmp_path)
     logger.info("plain")
     logger.warning("careful")
     logger.debug("for the file")
-    shown, written = stream.getvalue(), (tmp_path / "log.txt").read_text()
+    shown, written = stream.getvalue(), (tmp_path / "log_rank0.txt").read_text()
     assert ("\x1b[" in shown) == coloured and "\x1b[" not in written
     assert "plain" in shown and "for the file" not in shown
     lines = written.splitlines()
@@ -62,36 +62,37 @@ def test_a_console_that_nobody_reads_any_more_ends_without_a_word(tmp_path, monk
 
     monkeypatch.setattr(sys, "stdout", Closed())
     setup_console(is_first=True)
-    add_log_file(tmp_path / "log.txt")
+    open_log(tmp_path)
     logger.info("one")
     logger.info("two")
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2 and not capsys.readouterr().err
+    assert len((tmp_path / "log_rank0.txt").read_text().splitlines()) == 2 and not capsys.readouterr().err
 
 
 CLOSED = """
 import os, sys
-from logger import add_log_file, logger, setup_console
+from pathlib import Path
+from logger import logger, open_log, setup_console
 setup_console(is_first=True)
-opened = open(sys.argv[1] + ".checkpoint", "w")
+opened = open(sys.argv[1] + "/checkpoint", "w")
 assert opened.fileno() > 2, "a file took the number of a standard stream"
 print("to standard error", file=sys.stderr)
 os.write(2, b"from a library")
-add_log_file(sys.argv[1])
+open_log(Path(sys.argv[1]))
 logger.info("a line")
 """
 
 
 def test_closed_standard_streams(tmp_path):
     """Else sys.stderr is None, and the next file to be opened gets what libraries print there."""
-    command = [sys.executable, "-c", CLOSED, str(tmp_path / "log.txt")]
+    command = [sys.executable, "-c", CLOSED, str(tmp_path)]
     close = "exec 0<&- 1>&- 2>&-; exec " + shlex.join(command)
     assert subprocess.run(["sh", "-c", close], cwd=ROOT, env=environment()).returncode == 0
-    assert "a line" in (tmp_path / "log.txt").read_text()
-    assert (tmp_path / "log.txt.checkpoint").read_text() == ""
+    assert "a line" in (tmp_path / "log_rank0.txt").read_text()
+    assert (tmp_path / "checkpoint").read_text() == ""
 
 
 def test_names_cannot_command_the_terminal(tmp_path):
     setup_console(is_first=True)
-    add_log_file(tmp_path / "log.txt")
+    open_log(tmp_path)
     logger.info("class %s", "\x1b[31mred\x07")
-    assert r"class \x1b[31mred\x07" in (tmp_path / "log.txt").read_text()
+    assert r"class \x1b[31mred\x07" in (tmp_path / "log_rank0.txt").read_text()

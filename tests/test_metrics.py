@@ -11,7 +11,7 @@ import pytest
 
 import main
 from config import load_config
-from logger import add_log_file
+from logger import open_log
 from metrics import MetricsWriter
 from tests.helpers import arguments, folder
 from tests.processes import run
@@ -101,13 +101,13 @@ def test_every_figure_is_logged_and_a_resumed_run_goes_on(tmp_path, monkeypatch)
 
 def test_a_failure_on_the_way_is_said_once_and_stops_nothing(tmp_path):
     wandb = StandIn(fails_after=1)
-    add_log_file(tmp_path / "log.txt")
+    open_log(tmp_path)
     metrics = MetricsWriter(tmp_path, epochs=0, step=0, wandb_run=wandb)
     for step in (1, 2, 3):
         metrics.write("train", step, 0, step / 9, loss=0.5, lr=0.1)
     metrics.close()
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3] and len(wandb.logged) == 1
-    assert (tmp_path / "log.txt").read_text()[22:] == (
+    assert (tmp_path / "log_rank0.txt").read_text()[22:] == (
         "ERROR: cannot write Weights & Biases' log: the service went away; the run goes on\n")
 
 

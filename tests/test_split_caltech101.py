@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from models import InputError
 from split_caltech101 import plan_split, split_class, write_split
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +90,7 @@ def test_links_are_absolute(tmp_path, monkeypatch):
 def test_an_existing_split_is_not_touched(split, tmp_path):
     source = write_source(tmp_path, ant=5)
     (tmp_path / "out" / split).mkdir(parents=True)
-    with pytest.raises(FileExistsError, match=f"out/{split} exists already; remove it or choose another folder"):
+    with pytest.raises(InputError, match=f"out/{split} exists already; remove it or choose another folder"):
         write_split(source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [split]
 

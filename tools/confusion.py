@@ -20,6 +20,8 @@ from matplotlib.colors import PowerNorm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from errors import one_line_errors
+from models import InputError, MissingFileError
 from plots import COLOURS, new_figure, save_figure
 from safe_text import csv_cell
 
@@ -38,20 +40,20 @@ def read_predictions(path: str | Path) -> tuple[np.ndarray, list[str]]:
         path: ``predictions.csv`` or the folder that holds it.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds no predictions, or a line that is none; the message names it.
+        MissingFileError: there is no such file.
+        InputError: the file holds no predictions, or a line that is none; the message names it.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "predictions.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; main.py --eval writes it with --opts TEST.PREDICTIONS True")
+        raise MissingFileError(f"{path} does not exist; main.py --eval writes it with --opts TEST.PREDICTIONS True")
     labels, names = [], {}
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.DictReader(file)
         missing = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
         if missing:
-            raise ValueError(f"{path} has no column {' or '.join(missing)}; write it anew by main.py --eval with "
+            raise InputError(f"{path} has no column {' or '.join(missing)}; write it anew by main.py --eval with "
                              "--opts TEST.PREDICTIONS True")
         try:
             for row in rows:
@@ -61,10 +63,10 @@ def read_predictions(path: str | Path) -> tuple[np.ndarray, list[str]]:
                         raise ValueError
                 labels.append(pair)
         except (ValueError, TypeError, csv.Error):
-            raise ValueError(f"{path} is damaged: line {rows.line_num} is not a prediction; write it anew by main.py "
+            raise InputError(f"{path} is damaged: line {rows.line_num} is not a prediction; write it anew by main.py "
                              "--eval with --opts TEST.PREDICTIONS True") from None
     if not labels:
-        raise ValueError(f"{path} holds no predictions")
+        raise InputError(f"{path} holds no predictions")
     classes = max(names) + 1
     matrix = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(matrix, tuple(np.transpose(labels)), 1)
@@ -166,31 +168,30 @@ def _largest_of_blocks(shares: np.ndarray, step: int) -> np.ndarray:
     return blocks.max(axis=(1, 3))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; exits with status 2 for what the user can put right."""
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions", metavar="PREDICTIONS",
                         help="predictions.csv, or the output folder that holds it")
     parser.add_argument("--output", metavar="DIR", help="where the results go; default: beside predictions.csv")
     parser.add_argument("--pairs", type=int, default=10, metavar="N", help="confused pairs to print; default: 10")
     args = parser.parse_args(argv)
+    matrix, names = read_predictions(args.predictions)
+    names = [csv_cell(name) for name in names]
+    source = Path(args.predictions)
+    folder = Path(args.output) if args.output else source if source.is_dir() else source.parent
     try:
-        matrix, names = read_predictions(args.predictions)
-        names = [csv_cell(name) for name in names]
-        source = Path(args.predictions)
-        folder = Path(args.output) if args.output else source if source.is_dir() else source.parent
-        try:
-            write_tables(matrix, names, folder)
-        except OSError as error:
-            raise OSError(f"cannot write into {folder} ({error.strerror}); choose another --output") from error
-        save_figure(draw_confusion(matrix, names), folder / "confusion.png")
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"confusion.py: {error}\n")
+        write_tables(matrix, names, folder)
+    except OSError as error:
+        raise InputError(f"cannot write into {folder} ({error.strerror}); choose another --output") from error
+    save_figure(draw_confusion(matrix, names), folder / "confusion.png")
     print(f"{matrix.trace()} of {matrix.sum()} images recognised: top-1 {100 * matrix.trace() / matrix.sum():.3f}")
     for target, prediction, images in most_confused(matrix, args.pairs):
         print(f"  {names[target]} taken for {names[prediction]}: {images} of {matrix[target].sum()}")
     print(f"written to {folder}: confusion.csv, classes.csv, confusion.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data.datasets import check_same_classes, open_images
 from data.zipped import ZipDataset
+from errors import one_line_errors
+from models import InputError
 
 SPLITS = ("train", "val")
 SHARD = 1000  # images in a tar
@@ -58,18 +60,18 @@ def convert(source: Path, target: Path, form: str, short_side: int = 0, workers:
         workers: processes that read and shrink.
 
     Raises:
-        FileExistsError: ``target`` is there and not empty.
-        FileNotFoundError, ValueError: ``source`` holds no data set of two splits with the same classes, an image cannot
+        InputError: ``target`` is there and not empty.
+        MissingFileError, InputError: ``source`` holds no data set of two splits with the same classes, an image cannot
             be read, or a class has a name that no folder can have.
     """
     if target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"{target} is not empty; choose another folder")
+        raise InputError(f"{target} is not empty; choose another folder")
     sets = {split: _open(source, split) for split in SPLITS}
     classes = sets["train"].classes
     check_same_classes(classes, sets["val"].classes, source)
     for name in classes:
         if name in ("", ".", "..") or "/" in name or len(name.splitlines()) != 1:
-            raise ValueError(f"{source}: a class is called {name!r}, which no folder and no line of a file can be")
+            raise InputError(f"{source}: a class is called {name!r}, which no folder and no line of a file can be")
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as unfinished:
         place = Path(unfinished, "data")
@@ -175,7 +177,7 @@ def _write_hub(target: Path, images: dict, classes: list[str]) -> None:
         import datasets  # optional
         from datasets.arrow_writer import ArrowWriter
     except ImportError as error:
-        raise ValueError(f"--to hub needs a package: pip install datasets ({error})") from None
+        raise InputError(f"--to hub needs a package: pip install datasets ({error})") from None
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
     names, splits = {"train": "train", "val": "validation"}, {}
     with tempfile.TemporaryDirectory(dir=target.parent) as cache:
@@ -192,6 +194,7 @@ def _write_hub(target: Path, images: dict, classes: list[str]) -> None:
 _WRITERS = {"folders": _write_folders, "zip": _write_zip, "shards": _write_shards, "hub": _write_hub}
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(
@@ -204,13 +207,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), metavar="N",
                         help="processes that read and shrink; default: one a core, at most 16")
     args = parser.parse_args(argv)
-    try:
-        if args.short_side < 0 or args.workers < 1:
-            raise ValueError("--short-side and --workers take numbers from 1 on")
-        counts = convert(args.source, args.target, args.to, args.short_side, args.workers)
-    except (ValueError, OSError) as error:
-        print(f"convert_dataset.py: {error}", file=sys.stderr)
-        return 2
+    if args.short_side < 0 or args.workers < 1:
+        raise InputError("--short-side and --workers take numbers from 1 on")
+    counts = convert(args.source, args.target, args.to, args.short_side, args.workers)
     print(f"{args.target}: {counts['train']} training and {counts['val']} validation images")
     return 0
 

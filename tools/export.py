@@ -39,9 +39,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import checkpoint
 from config import load_config, to_dict
 from data.transforms import build_transform
+from errors import one_line_errors
 from hub import WEIGHTS
 from inference import image_shape, load_network
-from models import StripMLPNet, to_released_state_dict
+from models import InputError, StripMLPNet, to_released_state_dict
 from tools.model_card import model_card, timm_config
 from trust import architecture
 
@@ -71,35 +72,34 @@ def export(source: Path, target: Path, format: str, config=None, fuse: bool = Fa
         The largest difference of an output from the network's own, see ``largest_difference``.
 
     Raises:
-        ValueError: a package that the format needs is missing, the network has no such form, the file's outputs differ,
-            or as ``load_network``.
-        OSError: ``target`` exists already or cannot be written.
+        InputError: a package that the format needs is missing, the network has no such form, the file's outputs differ,
+            ``target`` exists already or cannot be written, or as ``load_network``.
     """
     suffix, write, packages, has_weights_only = FORMATS[format]
     if suffix and target.suffix != suffix:
-        raise ValueError(f"{target}: the name of a file in the format {format} must end in {suffix}")
+        raise InputError(f"{target}: the name of a file in the format {format} must end in {suffix}")
     if fuse and has_weights_only:
-        raise ValueError(f"--fuse is for onnx and torch-export; {format} holds the weights as they were trained")
+        raise InputError(f"--fuse is for onnx and torch-export; {format} holds the weights as they were trained")
     if target.exists():
-        raise FileExistsError(f"{target} exists already; remove it or choose another name")
+        raise InputError(f"{target} exists already; remove it or choose another name")
     if not os.access(target.parent, os.W_OK):
-        raise OSError(f"{target.parent} is not a folder that can be written to")
+        raise InputError(f"{target.parent} is not a folder that can be written to")
     for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ValueError(f"{format} needs more packages ({error}): pip install {' '.join(packages)}") from None
+            raise InputError(f"{format} needs more packages ({error}): pip install {' '.join(packages)}") from None
     network = Network(*load_network(source, config), source)
     model, written = network.model, network
     if fuse:
         if not isinstance(model, StripMLPNet):
-            raise ValueError(f"--fuse knows Strip-MLP only; this network is a {type(model).__name__}")
+            raise InputError(f"--fuse knows Strip-MLP only; this network is a {type(model).__name__}")
         written = network._replace(model=copy.deepcopy(model).fuse())
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as unfinished, torch.no_grad():
         path = Path(unfinished, target.name)
         difference = largest_difference(model, write(written, path), image_shape(network.config))
         if not difference <= TOLERANCE:
-            raise ValueError(f"{target} was not written: its outputs differ from the network's by {difference:.1e}")
+            raise InputError(f"{target} was not written: its outputs differ from the network's by {difference:.1e}")
         os.replace(path, target)
     return difference
 
@@ -158,7 +158,7 @@ def _write_hub(network: Network, path: Path) -> Callable:
 def _write_released(network: Network, path: Path) -> Callable:
     model, config, classes, _ = network
     if not isinstance(model, StripMLPNet):
-        raise ValueError(f"the released code knows Strip-MLP only; this network is a {type(model).__name__}")
+        raise InputError(f"the released code knows Strip-MLP only; this network is a {type(model).__name__}")
     content = {"model": to_released_state_dict(model.state_dict()), "config": to_dict(config), "classes": classes}
     checkpoint.save_file(content, path)
     return load_network(path)[0]
@@ -201,6 +201,7 @@ FORMATS = {
 
 # ---- the command line ----------------------------------------------------------------------------
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(
@@ -213,13 +214,9 @@ def main(argv: list[str] | None = None) -> int:
                         help="the network's config; for a released checkpoint, or another image size")
     parser.add_argument("--fuse", action="store_true", help="onnx, torch-export: write the faster inference form")
     args = parser.parse_args(argv)
-    try:
-        format = args.format or _format_of(args.target)
-        config = load_config(args.cfg) if args.cfg else None
-        difference = export(args.checkpoint, args.target, format, config, args.fuse)
-    except (ValueError, OSError) as error:
-        print(f"export.py: {error}", file=sys.stderr)
-        return 2
+    format = args.format or _format_of(args.target)
+    config = load_config(args.cfg) if args.cfg else None
+    difference = export(args.checkpoint, args.target, format, config, args.fuse)
     print(f"{args.target} written ({format}); read back, its outputs differ by at most {difference:.1e}")
     return 0
 
@@ -227,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
 def _format_of(target: Path) -> str:
     names = [name for name, format in FORMATS.items() if format.suffix and format.suffix == target.suffix]
     if len(names) != 1:
-        raise ValueError(f"{target}: its ending does not name the format; add --format {' or '.join(names or FORMATS)}")
+        raise InputError(f"{target}: its ending does not name the format; add --format {' or '.join(names or FORMATS)}")
     return names[0]
 
 

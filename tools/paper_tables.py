@@ -25,22 +25,17 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils  # noqa: E402
+from config import flat_config  # noqa: E402
 from engine import Precision, measure_throughput  # noqa: E402
-from models import build_model  # noqa: E402
+from errors import one_line_errors  # noqa: E402
+from models import InputError, MissingFileError, build_model  # noqa: E402
 from report import describe_environment  # noqa: E402
-from tools.tables import TABLES, Row, choose, final_results, flat_config, read_tables  # noqa: E402
+from same_run import FREE_KEYS  # noqa: E402
+from tools.tables import TABLES, Row, choose, final_results, read_tables  # noqa: E402
+from yaml_file import read_yaml  # noqa: E402
 
 MISSING = "not measured yet"
 METRICS = {"acc1": "top-1", "acc5": "top-5"}
-# Keys that change neither the network nor what it learns: where, how fast and in what portions a run computes.
-# The batch has a column of its own.
-FREE_KEYS = {
-    "BASE", "MODEL.NAME", "OUTPUT", "TAG", "SEED", "PRINT_FREQ", "SAVE_FREQ", "SAVE_STEPS", "SAVE_MINUTES",
-    "KEEP_CHECKPOINTS", "AMP_DTYPE", "COMPILE", "DETERMINISTIC", "DATA.DATA_PATH", "DATA.BATCH_SIZE",
-    "DATA.ZIP_MODE", "DATA.CACHE_MODE", "DATA.NUM_WORKERS", "DATA.MIRROR", "DATA.SKIP_BAD_IMAGES",
-    "MODEL.RESUME", "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_RESUME", "TRAIN.USE_CHECKPOINT", "TRAIN.MAX_SKIPPED",
-    "TEST.PREDICTIONS", "TEST.FUSE", "WANDB_PROJECT", "MODEL.STRIP_MLP.FORM",
-}
 # What an evaluation depends on.
 EVALUATION_KEYS = ("MODEL.", "DATA.DATASET", "DATA.HOLD_OUT", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
 
@@ -56,22 +51,26 @@ class Run:
     best: float  # the best epoch's top-1
     batch: int | None  # images an update
     commit: str
+    changes: tuple[dict, ...] = ()  # of the settings, on the training's way
 
     def differences(self, row: Row) -> list[str]:
-        """Where the run's config is not the row's."""
+        """Where the run was not made by the row's config."""
         wanted = row.recipe
-        keys = wanted.keys() - FREE_KEYS
+        keys = wanted.keys() - FREE_KEYS - {"SEED"}  # a row has runs of several
         if self.checkpoint:
             keys = {key for key in keys if key.startswith(EVALUATION_KEYS)} - {"MODEL.PRETRAINED"}
         differing = sorted(key for key in keys if self.config[key] != wanted[key])
-        return [f"{key} {self.config[key]!r} instead of {wanted[key]!r}" for key in differing]
+        changed = [f"{key} {value} since update {change['step']}"
+                   for change in self.changes for key, value in change["keys"].items()]
+        return changed + [f"{key} {self.config[key]!r} instead of {wanted[key]!r}" for key in differing]
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; the exit status is 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="*", help="tables of tools/tables.yaml; default: all")
-    parser.add_argument("--runs", nargs="+", metavar="DIR",
+    parser.add_argument("--runs", "--output", nargs="+", metavar="DIR",
                         help="folders to look for runs in, at any depth; default: output, if it is there")
     parser.add_argument("--write", metavar="DIR", help="write DIR/TABLE.md and DIR/TABLE.csv; default: show Markdown")
     parser.add_argument("--export", metavar="DIR", help="copy the records of the runs that the tables hold to "
@@ -80,26 +79,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of --throughput; default: 64")
     parser.add_argument("--tables", default=TABLES, metavar="FILE", help="default: tools/tables.yaml")
     args = parser.parse_args(argv)
-    try:
-        tables = read_tables(args.tables)
-        runs = find_runs(args.runs or [name for name in ["output"] if Path(name).is_dir()])
-        placed = set()
-        for name in choose(args.table, tables, "table"):
-            title, rows = tables[name]
-            found = {row.key: [run for run in runs if not run.differences(row)] for row in rows}
-            placed |= {run.folder for row_runs in found.values() for run in row_runs}
-            table = make_table(rows, found, measure_rows(rows, args.batch_size) if args.throughput else {})
-            if args.write:
-                write_table(Path(args.write, name), title, table)
-            else:
-                print(f"## {title}\n\n{to_markdown(table)}")
-            if args.export:
-                export(found, Path(args.export))
-        if not args.table:
-            report_strays([run for run in runs if run.folder not in placed], tables)
-    except (ValueError, OSError) as error:
-        print(f"paper_tables.py: {error}", file=sys.stderr)
-        return 2
+    tables = read_tables(args.tables)
+    runs = find_runs(args.runs or [name for name in ["output"] if Path(name).is_dir()])
+    placed = []
+    for name in choose(args.table, tables, "table"):
+        title, rows = tables[name]
+        found = {row.key: [run for run in runs if not run.differences(row)] for row in rows}
+        placed += [run for row_runs in found.values() for run in row_runs]
+        table = make_table(rows, found, measure_rows(rows, args.batch_size) if args.throughput else {})
+        if args.write:
+            write_table(Path(args.write, name), title, table)
+        else:
+            print(f"## {title}\n\n{to_markdown(table)}")
+        if args.export:
+            export(found, Path(args.export))
+    report_strays([run for run in runs if run not in placed], tables, choose(args.table, tables, "table"))
     return 0
 
 
@@ -109,19 +103,18 @@ def find_runs(folders: list[str]) -> list[Run]:
     """The finished trainings and the evaluations in folders at any depth, sorted by path.
 
     Raises:
-        ValueError: a file of a run cannot be read.
-        FileNotFoundError: one of the folders does not exist.
+        InputError: a file of a run cannot be read.
+        MissingFileError: one of the folders does not exist.
     """
     runs = []
     for top in map(Path, folders):
         if not top.is_dir():
-            raise FileNotFoundError(f"there is no folder {top}; name the folders of your runs with --runs")
+            raise MissingFileError(f"there is no folder {top}; name the folders of your runs with --runs")
         for folder in sorted({path.parent for name in ("config.yaml", "eval.json") for path in top.rglob(name)}):
             try:
-                run = read_training(folder) or read_evaluation(folder)
-            except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-                raise ValueError(f"{folder} holds no readable run ({error!r}); put it elsewhere") from None
-            runs += [run] if run else []
+                runs += [run for run in (read_training(folder), read_evaluation(folder)) if run]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{folder} holds no readable run ({error!r}); put it elsewhere") from None
     return runs
 
 
@@ -129,14 +122,14 @@ def read_training(folder: Path) -> Run | None:
     """The training in a folder, if it is finished."""
     if not (folder / "config.yaml").is_file():
         return None
-    config = flat_config(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    config = flat_config(read_yaml(folder / "config.yaml"))
     results = final_results(folder, config["TRAIN.EPOCHS"])
     if not results:
         return None
-    about = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    about = read_yaml(folder / "run.yaml")
     return Run(
         folder=folder, config=config, checkpoint="", result=results[-1], best=max(r["acc1"] for r in results),
-        batch=about["effective_batch"], commit=about["git_commit"],
+        batch=about["effective_batch"], commit=about["git_commit"], changes=tuple(about.get("changes", ())),
     )
 
 
@@ -163,13 +156,14 @@ def one_of_each_seed(runs: list[Run]) -> list[Run]:
     return [by_seed[seed] for seed in sorted(by_seed)]
 
 
-def report_strays(runs: list[Run], tables: dict) -> None:
-    """Says of runs that belong to no row what keeps them out of the nearest one."""
-    rows = [row for _, rows in tables.values() for row in rows]
+def report_strays(runs: list[Run], tables: dict, chosen: list[str]) -> None:
+    """Says of runs in no chosen table what keeps them out of the nearest row, where that is in a chosen one."""
     for run in runs:
-        row = min(rows, key=lambda row: len(run.differences(row)))
+        rows = [(len(run.differences(row)), name, row) for name, (_, rows) in tables.items() for row in rows]
+        _, name, row = min(rows, key=lambda entry: entry[0])
         differences = ", ".join(run.differences(row))
-        print(f"{run.folder} is in no table; it comes nearest to {row.key}, but has {differences}", file=sys.stderr)
+        if name in chosen and differences:
+            print(f"{run.folder} is in no table; it comes nearest to {row.key}, but has {differences}", file=sys.stderr)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -280,10 +274,10 @@ def export(found: dict[str, list[Run]], folder: Path) -> None:
         for run in one_of_each_seed([run for run in runs if not run.checkpoint]):
             target = folder / key / f"seed{run.config['SEED']}"
             target.mkdir(parents=True, exist_ok=True)
-            config = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
+            config = read_yaml(run.folder / "config.yaml")
             config |= {"OUTPUT": "output", "DATA": config["DATA"] | {"DATA_PATH": ""}}
             config["MODEL"] |= {"RESUME": ""}
-            about = yaml.safe_load((run.folder / "run.yaml").read_text(encoding="utf-8"))
+            about = read_yaml(run.folder / "run.yaml")
             del about["command"]
             for name, content in (("config.yaml", config), ("run.yaml", about)):
                 (target / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

@@ -13,28 +13,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from errors import one_line_errors
 from plots import best_accuracy, draw_curves, read_metrics, run_names, save_figure
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; exits with status 2 for what the user can put right."""
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN",
                         help="a run's output folder, or its metrics.jsonl; several are drawn over one another")
     parser.add_argument("--output", default="curves.png", metavar="FILE",
                         help="the picture, .png, .pdf or .svg; default: curves.png")
     args = parser.parse_args(argv)
-    try:
-        runs = dict(zip(run_names(args.runs), map(read_metrics, args.runs), strict=True))
-        save_figure(draw_curves(runs), args.output)
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"plot_run.py: {error}\n")
+    runs = dict(zip(run_names(args.runs), map(read_metrics, args.runs), strict=True))
+    save_figure(draw_curves(runs), args.output)
     for name, records in runs.items():
         best, epoch = best_accuracy(records)
         accuracy = "not evaluated yet" if math.isnan(best) else f"best top-1 {best:.3f} in epoch {epoch}"
         print(f"{name}: {records[-1]['step']} updates, {accuracy}")
     print(f"drawn to {args.output}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import load_config
 from data.images import ImageError, load_image
 from data.transforms import build_transform
+from errors import one_line_errors
 from inference import load_network
+from models import InputError, MissingFileError
 from safe_text import printable
 
 
@@ -30,19 +32,19 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     """The files among ``paths`` and, sorted, the images in the folders among them, however deep.
 
     Raises:
-        FileNotFoundError: there is no such file or folder, or a folder holds no image.
+        MissingFileError: there is no such file or folder, or a folder holds no image.
     """
     pictures = []
     for path in paths:
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
             if not found:
-                raise FileNotFoundError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
+                raise MissingFileError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
             pictures += found
         elif path.exists():
             pictures.append(path)
         else:
-            raise FileNotFoundError(f"{path} does not exist")
+            raise MissingFileError(f"{path} does not exist")
     return pictures
 
 
@@ -107,6 +109,7 @@ def _fit(text: str, font, width: float) -> str:
 
 # ---- the command line ----------------------------------------------------------------------------
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -123,17 +126,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda where there is a GPU")
     args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        return 2
+    return run(args)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the predictions, names on standard error what cannot be read, draws the sheet; returns the exit status."""
     if min(args.top_k, args.batch_size) < 1:
-        raise ValueError("--top-k and --batch-size take numbers from 1 on")
+        raise InputError("--top-k and --batch-size take numbers from 1 on")
     paths = find_pictures(args.pictures)
     if args.sheet:
         _check_sheet(args.sheet, len(paths))
@@ -169,11 +168,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_sheet(path: Path, pictures: int) -> None:
     if path.suffix.lower() != ".png":
-        raise ValueError(f"--sheet {path}: the sheet is a PNG; give it a name that ends in .png")
+        raise InputError(f"--sheet {path}: the sheet is a PNG; give it a name that ends in .png")
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--sheet {path}: {path.parent} is not a folder that can be written to; make it first")
+        raise InputError(f"--sheet {path}: {path.parent} is not a folder that can be written to; make it first")
     if pictures > SHEET_LIMIT:
-        raise ValueError(f"--sheet holds at most {SHEET_LIMIT} pictures; {pictures} were given")
+        raise InputError(f"--sheet holds at most {SHEET_LIMIT} pictures; {pictures} were given")
 
 
 def _text_line(path: Path, named: list[tuple[str, float]]) -> str:

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import load_config
 from data import build_val_loader
 from data.transforms import build_transform
+from errors import one_line_errors
 from inference import load_network
-from models import build_model
+from models import InputError, build_model
 from plots import new_figure, save_figure
 
 SHARES = (0.2, 0.5, 0.9, 0.99)
@@ -67,10 +68,10 @@ def areas(field: torch.Tensor, centre: tuple[float, float], shares=SHARES) -> li
     What of a square lies outside the image does not count.
 
     Raises:
-        ValueError: the field is zero everywhere, or not finite.
+        InputError: the field is zero everywhere, or not finite.
     """
     if not 0 < field.sum() < float("inf"):
-        raise ValueError(f"the gradient of a stage's output adds up to {field.sum()}; are its weights finite?")
+        raise InputError(f"the gradient of a stage's output adds up to {field.sum()}; are its weights finite?")
     rows, columns = (torch.arange(whole) - middle for whole, middle in zip(field.shape, centre, strict=True))
     rings = torch.maximum(rows.abs()[:, None], columns.abs()[None]).double().flatten()  # half the side, less a half
     radii, ring_of = rings.unique(return_inverse=True)
@@ -109,8 +110,9 @@ def validation_images(config, count: int) -> torch.Tensor:
     return torch.stack([transform(dataset.images[index][0]) for index in indices.tolist()])
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; exits with status 2 for what the user can put right."""
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="the trained network; without one, a fresh one")
     parser.add_argument("--cfg", metavar="FILE",
@@ -121,32 +123,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="receptive_field.png", metavar="FILE",
                         help="the picture, .png, .pdf or .svg; default: receptive_field.png")
     args = parser.parse_args(argv)
-    try:
-        model, images = _prepare(args)
-        measured = effective_fields(partial(model.forward_intermediates, intermediates_only=True), images)
-        fields = [field for field, _ in measured]
-        held = [areas(field, centre_of(field, size)) for field, size in measured]
-        titles = [f"stage {stage}: {h} x {w}\n50 % of it in {100 * held[stage - 1][1]:.1f} % of the image"
-                  for stage, (_, (h, w)) in enumerate(measured, start=1)]
-        save_figure(draw_fields(fields, titles), args.output)
-        numbers = Path(args.output).with_suffix(".npz")
-        np.savez_compressed(numbers, **{f"stage{stage}": field for stage, field in enumerate(fields, start=1)})
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"receptive_field.py: {error}\n")
+    model, images = _prepare(args)
+    measured = effective_fields(partial(model.forward_intermediates, intermediates_only=True), images)
+    fields = [field for field, _ in measured]
+    held = [areas(field, centre_of(field, size)) for field, size in measured]
+    titles = [f"stage {stage}: {h} x {w}\n50 % of it in {100 * held[stage - 1][1]:.1f} % of the image"
+              for stage, (_, (h, w)) in enumerate(measured, start=1)]
+    save_figure(draw_fields(fields, titles), args.output)
+    numbers = Path(args.output).with_suffix(".npz")
+    np.savez_compressed(numbers, **{f"stage{stage}": field for stage, field in enumerate(fields, start=1)})
     print(f"Area of the smallest centred square that holds a share of the gradient, in % of the image's "
           f"({len(images)} images of {images.shape[2]} x {images.shape[3]}):")
     print("stage     output" + "".join(f"{share:>8.0%}" for share in SHARES))
     for stage, ((_, (h, w)), shares) in enumerate(zip(measured, held, strict=True), start=1):
         print(f"{stage:>5}{f'{h} x {w}':>11}" + "".join(f"{100 * share:>8.2f}" for share in shares))
     print(f"drawn to {args.output}, the fields themselves are in {numbers}")
+    return 0
 
 
 def _prepare(args) -> tuple[torch.nn.Module, torch.Tensor]:
     """The network, in evaluation mode, and the images that the command line asks for, on one device."""
     if not (args.checkpoint or args.cfg):
-        raise ValueError("name a checkpoint, or with --cfg the config of a fresh network")
+        raise InputError("name a checkpoint, or with --cfg the config of a fresh network")
     if args.images < 1:
-        raise ValueError(f"--images is {args.images}; it must be at least 1")
+        raise InputError(f"--images is {args.images}; it must be at least 1")
     config = load_config(args.cfg) if args.cfg else None
     torch.manual_seed(0)
     if args.checkpoint:
@@ -154,7 +154,7 @@ def _prepare(args) -> tuple[torch.nn.Module, torch.Tensor]:
     else:
         model = build_model(config).eval()
     if not hasattr(model, "forward_intermediates"):
-        raise ValueError(f"{config.MODEL.NAME} gives no outputs of its stages (forward_intermediates)")
+        raise InputError(f"{config.MODEL.NAME} gives no outputs of its stages (forward_intermediates)")
     if args.noise:
         channels, size = config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE
         images = torch.randn(args.images, channels, size, size)
@@ -168,4 +168,4 @@ def _prepare(args) -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

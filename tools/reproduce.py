@@ -22,25 +22,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoint  # noqa: E402
 from config import load_config  # noqa: E402
-from main import config_overrides  # noqa: E402
+from errors import one_line_errors  # noqa: E402
+from main import argument_parser, config_overrides  # noqa: E402
 from main import parse_arguments as parse_main_arguments  # noqa: E402
+from models import InputError  # noqa: E402
+from same_run import changed_keys  # noqa: E402
 from tools.tables import ROOT, TABLES, choose, final_results, read_tables  # noqa: E402
+from yaml_file import read_yaml  # noqa: E402
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; the exit status is 0, 1 after failed runs, 2 for bad input, 75 after a signal."""
-    args, flags = parse_arguments(argv)
-    try:
-        return launch(args, flags)
-    except (ValueError, OSError) as error:
-        print(f"reproduce.py: {error}", file=sys.stderr)
-        return 2
+    return launch(parse_main_arguments(argv, launch_parser()))
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The launcher's own arguments, and the flags for main.py."""
+def launch_parser() -> argparse.ArgumentParser:
+    """The launcher's own arguments, and main.py's flags, which go to every run."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        parents=[argument_parser(add_help=False)], conflict_handler="resolve",
     )
     parser.add_argument("table", help="a table of tools/tables.yaml")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows; default: all")
@@ -50,25 +51,36 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--dry-run", action="store_true", help="show the commands and run nothing")
     parser.add_argument("--tables", default=TABLES, metavar="FILE", help="default: tools/tables.yaml")
     parser.add_argument("--output", default="output", metavar="DIR", help="where the results go; default: output")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to set in every run")
-    return parser.parse_known_args(argv)
+    parser.add_argument("--cfg", help=argparse.SUPPRESS)  # which main.py requires
+    return parser
 
 
-def launch(args: argparse.Namespace, flags: list[str]) -> int:
+def passed_on(args: argparse.Namespace) -> list[str]:
+    """The flags of main.py among the arguments."""
+    flags = []
+    for action in argument_parser(add_help=False)._actions:
+        value = getattr(args, action.dest)
+        if action.dest not in ("output", "opts") and value != action.default:
+            flags += [action.option_strings[0]] if action.nargs == 0 else [action.option_strings[0], str(value)]
+    return flags
+
+
+def launch(args: argparse.Namespace) -> int:
     """Runs what is not finished yet, all rows with the first seed first."""
     tables = read_tables(args.tables)
     _, rows = tables[choose([args.table], tables, "table")[0]]
     rows = {row.key: row for row in rows}
-    for flag in flags:
-        name = flag.split("=")[0]
-        if name in ("--cfg", "--tag"):
-            raise ValueError(f"{flag} is set for each run of the table; leave it out")
-        if name in ("--eval", "--throughput", "--resume"):
-            raise ValueError(f"{flag} is for a single run; use it with main.py. This command trains")
+    for name in ("cfg", "tag"):
+        if getattr(args, name):
+            raise InputError(f"--{name} is set for each run of the table; leave it out")
+    for name in ("eval", "throughput", "resume"):
+        if getattr(args, name):
+            raise InputError(f"--{name} is for a single run; use it with main.py. This command trains")
+    flags = passed_on(args)
     if args.seeds < 1 or args.nproc < 1:
-        raise ValueError(f"--seeds {args.seeds} and --nproc {args.nproc} must be at least 1")
+        raise InputError(f"--seeds {args.seeds} and --nproc {args.nproc} must be at least 1")
     if args.slurm is not None and Path.cwd() != ROOT:
-        raise ValueError(f"--slurm: start from the repository's folder, {ROOT}")
+        raise InputError(f"--slurm: start from the repository's folder, {ROOT}")
     failed = 0
     for seed in range(args.seeds):
         for key in choose(args.rows, rows, "row"):
@@ -79,6 +91,8 @@ def launch(args: argparse.Namespace, flags: list[str]) -> int:
             ]
             config = load_config(rows[key].path, config_overrides(parse_main_arguments(arguments)))
             folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
+            if not args.allow_changes:
+                check_settings(folder, config)
             command = build_command(args, name, arguments)
             if final_results(folder, config.TRAIN.EPOCHS):
                 print(f"{name}: finished, see {folder}", flush=True)
@@ -92,11 +106,20 @@ def launch(args: argparse.Namespace, flags: list[str]) -> int:
                 if stopped:
                     return 75
                 if status == 2 and not is_running(folder):  # the other runs would fail likewise
-                    raise ValueError(f"{name} cannot run; its last line says why")
+                    raise InputError(f"{name} cannot run; its last line says why")
                 if status:
                     print(f"{name}: exit status {status}", file=sys.stderr, flush=True)
                     failed += 1
     return 1 if failed else 0
+
+
+def check_settings(folder: Path, config) -> None:
+    """Raises InputError where a folder holds a run that began with other settings: its results are not this run's."""
+    path = folder / "config.yaml"
+    if path.is_file() and (checkpoint.list_checkpoints(folder) or (folder / "metrics.jsonl").is_file()):
+        changes = ", ".join(f"{key} {change}" for key, change in changed_keys(read_yaml(path), config).items())
+        if changes:
+            raise InputError(f"{folder} holds a run with other settings: {changes}; choose another --output")
 
 
 def build_command(args: argparse.Namespace, job: str, arguments: list[str]) -> list[str]:
@@ -113,7 +136,7 @@ def is_running(folder: Path) -> bool:
         return False
     try:
         checkpoint.lock_folder(folder).close()
-    except ValueError:
+    except InputError:
         return True
     return False
 
@@ -123,7 +146,7 @@ def is_queued(job: str) -> bool:
     try:
         listing = subprocess.run(["squeue", "--me", "--noheader", "--format=%j"], stdout=subprocess.PIPE, text=True)
     except FileNotFoundError:
-        raise ValueError("--slurm: there is no squeue here; start from a machine that can submit jobs") from None
+        raise InputError("--slurm: there is no squeue here; start from a machine that can submit jobs") from None
     return job in listing.stdout.split()
 
 

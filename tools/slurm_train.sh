@@ -20,14 +20,16 @@ stop() {
 trap stop USR1 TERM
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" \
+# Since Slurm 22.05 a step does not inherit the job's CPUs per task.
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$head_node:$((20000 + SLURM_JOB_ID % 20000))" main.py "$@" &
 step=$!
 
 # A signal interrupts wait, so wait until the step is really over.
-while kill -0 "$step" 2>/dev/null; do
+while true; do
     wait "$step"
     status=$?
+    kill -0 "$step" 2>/dev/null || break
 done
 if [ -n "$stopping" ]; then
     scontrol requeue "$SLURM_JOB_ID"

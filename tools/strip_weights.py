@@ -17,7 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import load_config
+from errors import one_line_errors
 from inference import load_network
+from models import InputError
 from models.strip_mlp import StripMLP
 from plots import new_figure, save_figure
 
@@ -26,14 +28,14 @@ def strip_layers(model: torch.nn.Module) -> dict[str, list[StripMLP]]:
     """The strip layers of each block that has some, by the block's name, e.g. ``stages.0.1``: row, then column.
 
     Raises:
-        ValueError: the network has none.
+        InputError: the network has none.
     """
     blocks = {}
     for name, module in model.named_modules():
         if isinstance(module, StripMLP):
             blocks.setdefault(".".join(name.split(".")[:3]), []).append(module)
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no strip layers, which this tool draws")
+        raise InputError(f"{type(model).__name__} has no strip layers, which this tool draws")
     return blocks
 
 
@@ -47,12 +49,12 @@ def shown_weight(weight: torch.Tensor, channel: int | None) -> torch.Tensor:
     """What is drawn of a weight (D, L, L, K): the mean over D, or one of its channels: (L, L, K).
 
     Raises:
-        ValueError: there is no such channel.
+        InputError: there is no such channel.
     """
     if channel is None:
         return weight.mean(dim=0)
     if not 0 <= channel < len(weight):
-        raise ValueError(f"--channel is {channel}; the smallest layer has channels 0 to {len(weight) - 1}")
+        raise InputError(f"--channel is {channel}; the smallest layer has channels 0 to {len(weight) - 1}")
     return weight[channel]
 
 
@@ -101,8 +103,9 @@ def draw_weights(blocks: dict[str, list[StripMLP]], channel: int | None = None):
     return figure
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; exits with status 2 for what the user can put right."""
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CKPT", help="the trained network")
     parser.add_argument("--cfg", metavar="FILE",
@@ -112,13 +115,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="strip_weights.png", metavar="FILE",
                         help="the picture, .png, .pdf or .svg; default: strip_weights.png")
     args = parser.parse_args(argv)
-    try:
-        model, _, _ = load_network(args.checkpoint, load_config(args.cfg) if args.cfg else None)
-        blocks = strip_layers(model)
-        drawn = blocks if args.all else last_of_each_stage(blocks)
-        save_figure(draw_weights(drawn, args.channel), args.output)
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"strip_weights.py: {error}\n")
+    model, _, _ = load_network(args.checkpoint, load_config(args.cfg) if args.cfg else None)
+    blocks = strip_layers(model)
+    drawn = blocks if args.all else last_of_each_stage(blocks)
+    save_figure(draw_weights(drawn, args.channel), args.output)
     print("layer                  root mean square   squared weights by k (%)   token and neighbours (% / if even)")
     for name, modules in blocks.items():
         for module in modules:
@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{f'{name} {module.axis}':<21}{spread['rms']:>18.4f}{rows:>27}"
                   f"{100 * spread['near']:>22.1f} / {100 * spread['near_if_even']:.1f}")
     print(f"drawn to {args.output}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import yaml
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import flat_keys, load_config, nearest  # noqa: E402
+from models import InputError, MissingFileError  # noqa: E402
 from plots import read_metrics  # noqa: E402
+from yaml_file import read_yaml  # noqa: E402
 
 TABLES = ROOT / "tools" / "tables.yaml"
 
@@ -40,16 +40,18 @@ def read_tables(path: str | Path = TABLES) -> dict[str, tuple[str, list[Row]]]:
     """``{table: (title, rows)}`` of a file like ``tables.yaml``.
 
     Raises:
-        ValueError: it is not such a file.
+        InputError: it is not such a file.
     """
+    if not Path(path).is_file():
+        raise MissingFileError(f"there is no file of tables {path}; tools/tables.yaml is one")
+    tables = read_yaml(Path(path))
     try:
-        tables = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         return {
             table: (content["title"], [_read_row(key, row) for key, row in content["rows"].items()])
             for table, content in tables.items()
         }
-    except (yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a file of tables like tools/tables.yaml: {error!r}") from None
+    except (AttributeError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not a file of tables like tools/tables.yaml: {error!r}") from None
 
 
 def _read_row(key: str, row: dict) -> Row:
@@ -74,11 +76,11 @@ def choose(names: list[str], known, what: str) -> list[str]:
     """``names``, or all of ``known`` where there are none.
 
     Raises:
-        ValueError: one of them is not known.
+        InputError: one of them is not known.
     """
     for name in names:
         if name not in known:
-            raise ValueError(f"there is no {what} {name}{nearest(name, known)}; there are {', '.join(known)}")
+            raise InputError(f"there is no {what} {name}{nearest(name, known)}; there are {', '.join(known)}")
     return list(names or known)
 
 
@@ -86,19 +88,10 @@ def final_results(folder: Path, epochs: int) -> list[dict]:
     """A finished run's evaluations, one an epoch, of the average of the weights where there is one; else none.
 
     Raises:
-        ValueError: its ``metrics.jsonl`` is damaged.
+        InputError: its ``metrics.jsonl`` is damaged.
     """
     path = folder / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() and path.stat().st_size else []
     results = [record for record in records if record["kind"] == "eval_ema"]
     results = results or [record for record in records if record["kind"] == "eval"]
     return results if results and results[-1]["epoch"] == epochs - 1 else []
-
-
-def flat_config(config: dict) -> dict:
-    """A saved config by dotted names; keys that it is too old to hold have their defaults."""
-    def flatten(node, prefix=""):
-        for key, value in node.items():
-            yield from flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-
-    return flat_keys(load_config()) | dict(flatten(config))

@@ -154,6 +154,28 @@ def test_evaluated_checkpoints_have_their_own_lines(tables, tmp_path):
     assert "runs/trained/more is in no table" in error and "TEST.CROP True instead of False" in error
 
 
+def test_an_evaluation_in_the_folder_of_its_training_counts_beside_it(tables, tmp_path):
+    """Where ``main.py --eval`` writes it."""
+    folder = add_run(tmp_path, "first", "a", [10.0, 90.0])
+    report = {"eval": {"acc1": 91.0, "acc5": 99.0}, "sha256": "ffff0000" * 8, "environment": {"git_commit": COMMIT},
+              "config": config_of("first")}
+    (folder / "eval.json").write_text(json.dumps(report))
+    _, output, _ = tables()
+    assert cells(output, "First")["top-1"] == "90.00"
+    assert cells(output, "First, checkpoint ffff0000")["top-1"] == "91.00"
+
+
+def test_a_run_whose_settings_changed_on_the_way_counts_for_no_row(tables, tmp_path):
+    folder = add_run(tmp_path, "first", "a", [10.0, 90.0])
+    about = yaml.safe_load((folder / "run.yaml").read_text())
+    about["changes"] = [{"step": 7, "keys": {"TRAIN.EPOCHS": "1 -> 2"}}]
+    (folder / "run.yaml").write_text(yaml.safe_dump(about))
+    for names in ([], ["tiny"]):
+        _, output, error = tables(*names)
+        assert cells(output, "First")["top-1"] == "not measured yet"
+        assert "runs/a is in no table; it comes nearest to first, but has TRAIN.EPOCHS 1 -> 2 since update 7" in error
+
+
 def test_files_and_export(tables, tmp_path):
     """What is exported holds no path of this machine and makes the same table again."""
     for seed, accuracy in enumerate((90.0, 92.0)):
@@ -203,7 +225,7 @@ def test_paper_s_figures():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for variant in ("tiny_light", "tiny", "small", "base"):
         (line,) = [line for line in readme.splitlines() if line.startswith("| Strip-MLP") and f"`{variant}`" in line]
-        figures = [cell.strip() for cell in line.strip("|").split("|")][3:]
+        figures = [cell.strip() for cell in line.strip("|").split("|")][4:]
         (imagenet, *small) = [
             next(row.paper for row in tables[data][1] if row.key == f"smlp_{variant}_alpha3_patch4_224_{data}")
             for data in ("imagenet1k", "cifar10", "cifar100", "caltech101")

@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from config import load_config
+from config import load_config, to_dict
 from tests.helpers import DIGITS, TINY, another_run
 from tests.processes import ROOT, run
 from tools import reproduce
@@ -128,9 +128,9 @@ def test_what_a_failure_does(table, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--rows", "frist"], "there is no row frist; did you mean first?; there are first, second"),
     (["--tag", "x"], "--tag is set for each run of the table; leave it out"),
-    (["--cfg=x"], "--cfg=x is set for each run"),
+    (["--cfg=x"], "--cfg is set for each run"),
     (["--eval"], "--eval is for a single run; use it with main.py"),
-    (["--resume=x"], "--resume=x is for a single run"),
+    (["--resume=x"], "--resume is for a single run"),
     (["--seeds", "0"], "--seeds 0 and --nproc 1 must be at least 1"),
     (["--opts", "TRAIN.EPOCH", "3"], "unknown config key TRAIN.EPOCH; did you mean TRAIN.EPOCHS?"),
 ])
@@ -140,16 +140,37 @@ def test_bad_input(table, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_flag_s_value_before_the_table_is_not_the_table(table, tmp_path, capsys):
+    argv = ["--data-path", "DIR", "tiny", "--tables", str(table.file), "--output", str(tmp_path), "--dry-run"]
+    assert reproduce.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(" --data-path DIR " in line for line in lines)
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(table, tmp_path, capsys):
+    row = read_tables(table.file)["tiny"][1][0]
+    folder = tmp_path / "first" / DIGITS.stem / "seed0"
+    finish(folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(row.config())))
+    assert len(table()[1]) == 1
+    assert table("--opts", "TRAIN.BASE_LR", "0.01") == (2, [])
+    error = capsys.readouterr().err
+    assert f"{folder} holds a run with other settings: TRAIN.BASE_LR 0.002 -> 0.01; choose another --output" in error
+
+
 def test_unknown_flags_and_tables_are_errors(table, capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         table("--data-pth", "DIR")
     assert "unknown argument --data-pth; did you mean --data-path?" in capsys.readouterr().err
     assert reproduce.main(["cifar", "--dry-run"]) == 2
     assert "there is no table cifar; did you mean cifar10?; there are imagenet1k, " in capsys.readouterr().err
-    for text in ("[1, 2]", "tiny: {rows: {a: {}}}", "tiny: {title: a, rows: {a: {}}}", "{"):
+    for text, message in (("[1, 2]", "is not a file of tables like tools/tables.yaml"),
+                          ("tiny: {rows: {a: {}}}", "is not a file of tables like tools/tables.yaml"),
+                          ("tiny: {title: a, rows: {a: {}}}", "is not a file of tables like tools/tables.yaml"),
+                          ("{", "is not a YAML file")):
         table.file.write_text(text)
         assert table()[0] == 2
-        assert "is not a file of tables like tools/tables.yaml" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_signals_reach_the_run(tmp_path):

@@ -76,8 +76,7 @@ def test_errors_are_one_line(trained, tmp_path, capsys):
         ([path, "--channel", 8], "--channel is 8; the smallest layer has channels 0 to 7"),
         ([path, "--output", tmp_path / "gone" / "x.png"], "cannot write"),
     ]:
-        with pytest.raises(SystemExit) as stop:
-            strip_weights.main([str(word) for word in argv])
+        assert strip_weights.main([str(word) for word in argv]) == 2
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and message in error
+        assert message in error
         assert error.startswith("strip_weights.py: ") and error.count("\n") == 1

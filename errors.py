@@ -1,0 +1,86 @@
+"""How a program ends on an error: in one line where the user or the machine is at fault, with a traceback on a bug."""
+
+import contextlib
+import errno
+import functools
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import distributed
+from models import InputError
+
+# Disks, permissions and limits, which the user can see to. Other OSErrors are bugs: where a user names a path, its
+# faults are turned into an InputError.
+_USERS_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE,
+                 errno.EMFILE, errno.ENFILE}
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on though its command is right: too little memory, a dead process."""
+
+
+def exit_status(error: BaseException) -> int | None:
+    """2 for what the user can put right, 1 for a run that cannot go on; None for a bug, which shows its traceback."""
+    if isinstance(error, InputError):
+        return 2
+    if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
+        return 2
+    return 1 if isinstance(error, (RunError, FloatingPointError)) else None
+
+
+def message(error: BaseException) -> str:
+    """An error's own words; what a data worker raises arrives with the worker's traceback and the class before them."""
+    text = str(error)
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+
+
+def one_line_errors(main):
+    """Has a tool's ``main`` print what the user can put right as one line, ``tool.py: message``, and return 2."""
+    tool = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def ending_in_one_line(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except Exception as error:
+            status = exit_status(error)
+            if status is None:
+                raise
+            print(f"{tool}: {message(error)}", file=sys.stderr)
+            return status
+
+    return ending_in_one_line
+
+
+@contextlib.contextmanager
+def machine_failures():
+    """Turns failures of the machine inside it into a RunError that says what helps.
+
+    PyTorch reports most of them as a bare RuntimeError, which only its words tell from a bug's.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error) or type(error).__name__
+        silent = distributed.silent_processes(error)
+        if silent:
+            raise RunError(f"no answer within HANG_MINUTES from {silent}; it hangs, or its network is down. Rerun the "
+                           "same command to resume, or use torchrun --max-restarts") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = "Lower --batch-size, with --accumulation-steps to make up for it, or add --use-checkpoint."
+        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+            advice = "Lower --batch-size, with --accumulation-steps to make up for it, or DATA.NUM_WORKERS."
+        elif "Too many open files" in text:
+            advice = "Raise the limit (ulimit -n), or lower DATA.NUM_WORKERS."
+        elif "DataLoader worker" in text and "Original Traceback" not in text:  # one that died
+            advice = "Memory is often the reason: lower DATA.NUM_WORKERS, or cache less (--cache-mode)."
+        elif isinstance(error, dist.DistError) or "gloo/transport" in text:
+            advice = "Another process of this run has ended; its own message says why."
+        elif "deterministic" in text and torch.are_deterministic_algorithms_enabled():
+            advice = "Set DETERMINISTIC False, or choose a network without this operation."
+        else:
+            raise
+        raise RunError(f"{text.splitlines()[0].rstrip('. ')}. {advice}") from error
