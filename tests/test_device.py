@@ -151,6 +151,7 @@ def test_the_probe_says_why_triton_cannot_compile(monkeypatch, tmp_path, launch,
     (tmp_path / "a file").touch()
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # Triton 3.2 imports it, as pytest has already
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "a file" / "cache"))
     monkeypatch.setattr(device, "strip_mix", lambda *args: launch())
     reason = why_not_triton(torch.device("cpu"), torch.float32)

@@ -1,5 +1,6 @@
 """``pip install .``: models/ as the package strip_mlp, for other projects."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -75,3 +76,15 @@ def test_requirements_agree():
     required = (ROOT / "requirements.txt").read_text().splitlines()
     for requirement in project["dependencies"]:
         assert any(line.startswith(requirement) for line in required), requirement
+
+
+def test_the_versions_that_are_tested_are_those_that_are_allowed():
+    """nox runs the oldest pair that the requirements take, and none beyond the newest."""
+    noxfile = (ROOT / "noxfile.py").read_text()
+    pairs = re.findall(r'"(\d+\.\d+)\.\d+": "(\d+\.\d+)\.\d+"', noxfile)
+    text = (ROOT / "requirements.txt").read_text()
+    for name, tested in zip(("torch", "torchvision"), zip(*pairs, strict=True), strict=True):
+        oldest, limit = re.search(rf"^{name}>=([\d.]+),<([\d.]+)", text, re.M).groups()
+        assert tested[0] == oldest
+        major, minor = map(int, tested[-1].split("."))
+        assert limit == f"{major}.{minor + 1}"
