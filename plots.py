@@ -6,6 +6,7 @@ Everything is drawn on a matplotlib ``Figure`` of its own: no window, no global 
 import itertools
 import json
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -97,27 +98,29 @@ def run_names(paths: list[str | Path]) -> list[str]:
             return names
 
 
-def draw_curves(runs: dict[str, list[dict]]):
+def draw_curves(runs: dict[str, list[dict]], groups: dict[str, str] | None = None):
     """Loss, top-1 accuracy and learning rate of runs over their epochs.
 
     Args:
         runs: the records of each run, as ``read_metrics`` returns them, by its name.
+        groups: by a run's name, that of the network of which it is one seed; default: each run is a group of its own.
 
     Returns:
-        A matplotlib Figure of three panels, a colour for each run.
+        A matplotlib Figure of three panels, a colour for each group.
     """
-    bests = {name: best_accuracy(records)[0] for name, records in runs.items()}
-    names = [name if math.isnan(best) else f"{name}: best {best:.2f} %" for name, best in bests.items()]
+    groups = groups or {name: name for name in runs}
+    members = {group: [name for name in runs if groups[name] == group] for group in groups.values()}
+    names = [_legend(group, [best_accuracy(runs[name])[0] for name in members[group]]) for group in members]
     columns = max(1, 130 // max(map(len, names)))
-    figure, panels = new_figure(1, 3, size=(10.5, 3.2 + 0.2 * -(-len(runs) // columns)))
-    many = colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))
-    colours = dict(zip(runs, COLOURS if len(runs) <= len(COLOURS) else many, strict=False))
+    figure, panels = new_figure(1, 3, size=(10.5, 3.2 + 0.2 * -(-len(members) // columns)))
+    many = colormaps["turbo"](np.linspace(0.05, 0.95, len(members)))
+    colours = dict(zip(members, COLOURS if len(members) <= len(COLOURS) else many, strict=False))
     for name, records in runs.items():
         for panel, kind, value, look in _LINES:
             epochs, values = select(records, kind, value)
             if len(epochs):
                 marker = "." if len(epochs) == 1 else None
-                panels[panel].plot(epochs, values, color=colours[name], marker=marker, **look)
+                panels[panel].plot(epochs, values, color=colours[groups[name]], marker=marker, **look)
     for panel, title in zip(panels, ("Loss", "Top-1 accuracy (%)", "Learning rate"), strict=True):
         panel.set_title(title)
         panel.set_xlabel("epoch")
@@ -131,6 +134,14 @@ def draw_curves(runs: dict[str, list[dict]]):
     figure.legend([Line2D([], [], color=colour, linewidth=1.4) for colour in colours.values()], names, ncols=columns,
                   loc="outside lower center", frameon=False)
     return figure
+
+
+def _legend(group: str, bests: list[float]) -> str:
+    """A group's line of the legend: the best accuracy of its run, or mean and sample deviation over its runs."""
+    if any(map(math.isnan, bests)):
+        return group
+    spread = f" ± {statistics.stdev(bests):.2f}" if len(bests) > 1 else ""
+    return f"{group}: best {statistics.mean(bests):.2f}{spread} %"
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options):

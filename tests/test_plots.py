@@ -53,6 +53,17 @@ def test_lines_hold_the_records_figures(tmp_path):
         "training", "validation", "validation, averaged weights"]
 
 
+def test_the_seeds_of_a_network_share_a_colour():
+    """The legend has a line for each network: mean and sample deviation over its seeds."""
+    runs = {f"{net}/{seed}": [evaluation(6, 0, best)] for net, seed, best in (
+        ("a", 0, 60.0), ("a", 1, 64.0), ("a", 2, 62.0), ("b", 0, 50.0))}
+    figure = plots.draw_curves(runs, {name: name[0] for name in runs})
+    assert run_legend(figure) == ["a: best 62.00 ± 2.00 %", "b: best 50.00 %"]
+    colours = [line.get_color() for line in figure.axes[1].lines]
+    assert colours[0] == colours[1] == colours[2] != colours[3]
+    assert len({line.get_color() for line in plots.draw_curves(runs).axes[1].lines}) == 4
+
+
 def test_runs_of_other_batch_sizes_share_the_axis():
     twice = [record | {"step": 2 * record["step"]} for record in RUN]
     loss, accuracy, _ = plots.draw_curves({"a": RUN, "b": twice}).axes

@@ -2,6 +2,7 @@
 
     python tools/plot_run.py output/smlp_nano_alpha3_patch2_32_digits/default
     python tools/plot_run.py output/smlp_nano_alpha3_patch2_32_cifar10/seed* --output seeds.png
+    python tools/plot_run.py docs/results/*_64_cifar10/seed* --by-folder     # a colour for each network
 
 Every run also draws its own as ``curves.png`` when it ends.
 """
@@ -23,11 +24,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN",
                         help="a run's output folder, or its metrics.jsonl; several are drawn over one another")
+    parser.add_argument("--by-folder", action="store_true",
+                        help="one colour for the runs that share a folder, as the seeds of a network do")
     parser.add_argument("--output", default="curves.png", metavar="FILE",
                         help="the picture, .png, .pdf or .svg; default: curves.png")
     args = parser.parse_args(argv)
     runs = dict(zip(run_names(args.runs), map(read_metrics, args.runs), strict=True))
-    save_figure(draw_curves(runs), args.output)
+    folders = [(path if path.is_dir() else path.parent).parent.name for path in map(Path, args.runs)]
+    groups = dict(zip(runs, folders, strict=True)) if args.by_folder else None
+    save_figure(draw_curves(runs, groups), args.output)
     for name, records in runs.items():
         best, epoch = best_accuracy(records)
         accuracy = "not evaluated yet" if math.isnan(best) else f"best top-1 {best:.3f} in epoch {epoch}"

@@ -2,6 +2,7 @@
 
 import json
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.processes import ROOT, run
@@ -35,6 +36,15 @@ def test_two_seeds(tmp_path):
         f"drawn to {tmp_path / 'both.png'}"]
     with Image.open(tmp_path / "both.png") as image:
         assert len(image.convert("RGB").getcolors(2**20)) > 100
+
+
+def test_runs_by_folder(tmp_path, monkeypatch):
+    folders = [write(tmp_path / net / f"seed{i}", record(5, 0, 60 + i)) for net in "ab" for i in range(2)]
+    drawn = []
+    monkeypatch.setattr(plot_run, "draw_curves", lambda runs, groups: drawn.append(groups) or Figure())
+    plot_run.main([*map(str, folders[:3]), str(folders[3] / "metrics.jsonl"), "--by-folder", "--output",
+                   str(tmp_path / "x.png")])
+    assert drawn == [{"a/seed0": "a", "a/seed1": "a", "b/seed0": "b", "b/seed1": "b"}]
 
 
 def test_errors_are_one_line(tmp_path, capsys):
