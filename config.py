@@ -8,6 +8,7 @@ import difflib
 import math
 from pathlib import Path
 
+from timm.optim import list_optimizers
 from yacs.config import CfgNode
 
 from models import InputError, MissingFileError
@@ -79,7 +80,7 @@ _C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step, by update step
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step: epochs between two decays
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step: factor of a decay
 _C.TRAIN.OPTIMIZER = CfgNode()
-_C.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw | sgd (Nesterov)
+_C.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw | sgd (Nesterov) | any other of timm.optim.list_optimizers()
 _C.TRAIN.OPTIMIZER.EPS = 1e-8  # adamw: added to the denominator
 _C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]  # adamw: decay of the two moments
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
@@ -136,7 +137,6 @@ _CHOICES = {
     "MODEL.DROP_PATH_SCHEDULE": ("constant", "linear"),
     "MODEL.STRIP_MLP.TOKEN_MIXERS": ("both", "cgsmm", "lsmm"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
-    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),
@@ -176,6 +176,9 @@ def load_config(path: str | Path = "", opts=()) -> CfgNode:
     config = _C.clone()
     if path:
         _merge_file(config, Path(path), (), [])
+    for key in opts:
+        if "=" in str(key) and str(key).partition("=")[0] in flat_keys(_C):
+            raise InputError(f"--opts takes a space between key and value: {' '.join(str(key).split('=', 1))}")
     if len(opts) % 2:
         raise InputError(f"--opts takes pairs of KEY VALUE; {opts[-1]!r} has no value")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
@@ -241,7 +244,11 @@ def _merge_file(config: CfgNode, path: Path, parents: tuple, merged: list) -> No
     if path in parents:
         raise InputError(f"{path}: its BASE files lead back to itself")
     if not path.is_file():
-        known = [str(other) for pattern in ("*.yaml", "*/*.yaml") for other in path.parent.glob(pattern)]
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name one of the config files in it")
+        folders = (path.parent, Path(__file__).parent / "configs")
+        patterns = ("*.yaml", "*/*.yaml")
+        known = [str(other) for folder in folders for pattern in patterns for other in folder.glob(pattern)]
         raise MissingFileError(f"config file {path} does not exist{nearest(str(path), known)}")
     if len(merged) == _MAX_FILES:
         raise InputError(f"{path}: more than {_MAX_FILES} config files are merged, by way of BASE")
@@ -263,6 +270,9 @@ def _merge(node: CfgNode, values: dict, source: str, prefix: str = "") -> None:
         name = f"{prefix}{key}"
         if name in _RETIRED:
             continue
+        if name == "MODEL.SWIN" or name == "MODEL.TYPE" and value == "swin":
+            raise InputError(f"{source}: {name} is Swin-Transformer's. Here its networks are timm's: MODEL.TYPE timm, "
+                             "MODEL.ARCH swin_tiny_patch4_window7_224; see configs/baselines/swin_tiny_*.yaml")
         if key not in node:
             known = flat_keys(_C)
             if isinstance(value, dict):
@@ -344,11 +354,13 @@ def _check(config: CfgNode) -> None:
     minmax = config.AUG.CUTMIX_MINMAX
     require(not minmax or (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1), "AUG.CUTMIX_MINMAX",
             "empty or two numbers between 0 and 1, the smaller first")
+    require(config.TRAIN.OPTIMIZER.NAME in list_optimizers(), "TRAIN.OPTIMIZER.NAME",
+            "adamw, sgd or another of timm's" + nearest(config.TRAIN.OPTIMIZER.NAME, list_optimizers()))
     betas = config.TRAIN.OPTIMIZER.BETAS
     require(len(betas) == 2 and 0 <= min(betas) and max(betas) < 1, "TRAIN.OPTIMIZER.BETAS", "two numbers in [0, 1)")
     require(0 < config.TRAIN.OPTIMIZER.MOMENTUM < 1, "TRAIN.OPTIMIZER.MOMENTUM", "between 0 and 1, both excluded")
     require(config.TRAIN.WARMUP_EPOCHS <= config.TRAIN.EPOCHS, "TRAIN.WARMUP_EPOCHS",
-            f"at most TRAIN.EPOCHS ({config.TRAIN.EPOCHS})")
+            f"at most TRAIN.EPOCHS ({config.TRAIN.EPOCHS}); for a short run add --opts TRAIN.WARMUP_EPOCHS 0")
     for key in ("TAG", "MODEL.NAME"):
         require("/" not in values[key] and values[key] not in (".", "..") and values[key].isprintable(), key,
                 "a plain folder name")

@@ -16,6 +16,7 @@ import distributed
 from data import DeviceBatches
 from device import choose_precision
 from models import set_train_mode
+from optimizer import skips_on_device
 from train_state import TrainState
 
 logger = logging.getLogger("strip_mlp")
@@ -180,8 +181,11 @@ class _Updater:
         state.scaler.unscale_(state.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         skipped = ~grad_norm.isfinite()
-        state.optimizer.found_inf = skipped.float()  # fp16's scaler puts its own in its place
-        state.scaler.step(state.optimizer)
+        if skips_on_device(state.optimizer):
+            state.optimizer.found_inf = skipped.float()  # fp16's scaler puts its own in its place
+            state.scaler.step(state.optimizer)
+        elif not skipped:  # which waits for the device
+            state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         if self.statistics:

@@ -1,5 +1,6 @@
 """Where trained weights are: in a checkpoint file, in a folder of ``tools/export.py --format hub``, or on the Hub."""
 
+import logging
 from pathlib import Path
 
 import huggingface_hub  # which timm requires
@@ -8,13 +9,15 @@ from models import InputError
 
 WEIGHTS = "model.safetensors"  # the name that timm looks for, in a folder and on the Hub
 PREFIX = "hf-hub:"
+logger = logging.getLogger("strip_mlp")
 
 
 def weights_file(source: str | Path) -> Path:
     """The file of a trained network. What a user names a network by goes through here; nothing else may download.
 
     Args:
-        source: a checkpoint file, which need not exist, a folder with ``model.safetensors``, or ``hf-hub:USER/NAME``,
+        source: a checkpoint file, which need not exist, a run's folder, for its ``best.pth``, a folder with
+            ``model.safetensors``, or ``hf-hub:USER/NAME``,
             also with ``@REVISION`` after it, for a repository on Hugging Face's Hub, which is downloaded once.
 
     Raises:
@@ -29,4 +32,10 @@ def weights_file(source: str | Path) -> Path:
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise InputError(f"{name} cannot be downloaded ({reason[0]}); check the name and the network") from error
     path = Path(source)
-    return path / WEIGHTS if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    for name in (WEIGHTS, "best.pth"):
+        if (path / name).is_file():
+            logger.warning("%s is a folder; taking its %s", path, name)
+            return path / name
+    raise InputError(f"{path} is a folder without {WEIGHTS} or best.pth; name a checkpoint file")

@@ -2,20 +2,22 @@
 
 import torch
 from timm.models import group_parameters
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import nn
 
 from models import InputError
 
 
 def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD over two groups: with weight decay, and without it (one-dimensional parameters and biases).
+    """The optimiser over two groups: with weight decay, and without it (one-dimensional parameters and biases).
 
     Position tables and GRN's gamma and beta have more than one dimension and so decay, as in the released code. With
-    TRAIN.LAYER_DECAY below 1 there are two groups for each layer, whose ``lr_scale`` the LRScheduler heeds. The
-    optimisers are PyTorch's fused ones, which leave out a step on the device itself where ``found_inf`` is set.
+    TRAIN.LAYER_DECAY below 1 there are two groups for each layer, whose ``lr_scale`` the LRScheduler heeds. ``adamw``
+    and ``sgd`` are PyTorch's fused ones, which skip an update on the device itself; all others are timm's.
 
     Raises:
-        InputError: layer decay for a model that does not say what its layers are.
+        InputError: layer decay for a model that does not say what its layers are; an optimiser that is not installed,
+            or that needs more than one gradient an update.
     """
     scales, groups = layer_scales(model, config.TRAIN.LAYER_DECAY), {}
     for name, parameter in model.named_parameters():
@@ -28,11 +30,32 @@ def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:
     options, lr = config.TRAIN.OPTIMIZER, config.TRAIN.BASE_LR
     if options.NAME == "adamw":
         return torch.optim.AdamW(groups, lr=lr, eps=options.EPS, betas=tuple(options.BETAS), fused=True)
+    if options.NAME != "sgd":
+        return _timm_optimizer(options, groups, lr)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=options.MOMENTUM, nesterov=True, fused=True)
     for group in groups:  # PyTorch would leave them uninitialised if the very first step were left out
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _timm_optimizer(options, groups: list[dict], lr: float) -> torch.optim.Optimizer:
+    info = get_optimizer_info(options.NAME)
+    if info.second_order:
+        raise InputError(f"TRAIN.OPTIMIZER.NAME {options.NAME} needs second derivatives; choose another")
+    kwargs = {"momentum": options.MOMENTUM} if info.has_momentum else {}
+    kwargs |= {"eps": options.EPS} if info.has_eps else {}
+    kwargs |= {"betas": tuple(options.BETAS)} if info.has_betas and info.num_betas == 2 else {}
+    try:
+        return create_optimizer_v2(groups, opt=options.NAME, lr=lr, **kwargs)
+    except (ImportError, AssertionError) as error:
+        raise InputError(f"TRAIN.OPTIMIZER.NAME {options.NAME} cannot be made ({error or 'a package is missing'}); "
+                         "choose another") from error
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimiser itself leaves out an update where ``found_inf`` is set, as PyTorch's fused ones do."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:

@@ -44,6 +44,8 @@ def read_metrics(path: str | Path) -> list[dict]:
     path = Path(path)
     if path.is_dir():
         path = path / "metrics.jsonl"
+    if path.suffix in (".pth", ".safetensors"):
+        raise InputError(f"{path} is a checkpoint; curves are drawn of a run's folder, {path.parent}")
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; name a run's folder, e.g. output/<MODEL.NAME>/<TAG>")
     records = []

@@ -129,7 +129,8 @@ def _check_optimizer_groups(saved, optimizer: torch.optim.Optimizer) -> None:
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     ):
         raise InputError("its optimizer has no param_groups")
-    if any(group.keys() != optimizer.param_groups[0].keys() for group in groups):
+    own = optimizer.param_groups[0].keys() | {"step"}  # which some of timm's count here, from the first update on
+    if any(group.keys() | {"step"} != own for group in groups):
         raise InputError(
             "the checkpoint was written with another optimiser, or by another version of this code; set "
             "TRAIN.OPTIMIZER.NAME to it, or start from its weights with --pretrained"
@@ -139,7 +140,8 @@ def _check_optimizer_groups(saved, optimizer: torch.optim.Optimizer) -> None:
 def _check_optimizer_state(saved: dict, optimizer: torch.optim.Optimizer) -> None:
     """The groups hold as many parameters as this optimiser's, and each one's entry is of its shape and type.
 
-    PyTorch's fused optimisers trust that, and write beyond the end of an entry that is too short.
+    PyTorch's fused optimisers trust that, and write beyond the end of an entry that is too short. Of timm's, which are
+    written in Python, the entries are of many kinds and not checked.
     """
     groups, saved_groups = optimizer.param_groups, saved["param_groups"]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
@@ -150,12 +152,16 @@ def _check_optimizer_state(saved: dict, optimizer: torch.optim.Optimizer) -> Non
     parameters = [parameter for group in groups for parameter in group["params"]]
     if [index for group in saved_groups for index in group["params"]] != list(range(len(parameters))):
         raise InputError("its optimizer numbers the parameters in another order")
-    entries, expected = saved.get("state"), _OPTIMIZER_STATE[type(optimizer)]
+    entries, expected = saved.get("state"), _OPTIMIZER_STATE.get(type(optimizer))
     if not isinstance(entries, dict) or not entries.keys() <= set(range(len(parameters))):
         raise InputError("its optimizer's state is not a mapping from the numbers of its parameters")
     for index, entry in entries.items():
         where = f"its optimizer's state of parameter {index}"
-        if not isinstance(entry, dict) or entry.keys() != expected:
+        if not isinstance(entry, dict):
+            raise InputError(f"{where} is no mapping")
+        if expected is None:
+            continue
+        if entry.keys() != expected:
             raise InputError(f"{where} does not hold {', '.join(sorted(expected))}")
         for key, value in entry.items():
             _check_moment(value, key, parameters[index], f"{where}: {key}")

@@ -101,6 +101,8 @@ class TrainState:
         if self.ema:
             load_strict(self.ema.module, model_state_dict({"model": content["model_ema"]}))
         groups = self.optimizer.state_dict()["param_groups"]
+        for group, saved in zip(groups, content["optimizer"]["param_groups"], strict=True):
+            group |= {"step": saved["step"]} if "step" in saved else {}  # no hyperparameter: some of timm's count here
         self.optimizer.load_state_dict({"state": self._moments(content["optimizer"]["state"]), "param_groups": groups})
         if content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
@@ -120,9 +122,13 @@ class TrainState:
     def _moments(self, saved: dict) -> dict:
         """The optimiser's state laid out in memory as the parameters are, which its fused form takes for granted."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+        def laid_out(value, parameter):
+            is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.ndim > 0
+            return torch.empty_like(parameter).copy_(value) if is_moment else value
+
         return {
-            index: {key: value if key == "step" else torch.empty_like(parameters[index]).copy_(value)
-                    for key, value in entry.items()}
+            index: {key: laid_out(value, parameters[index]) for key, value in entry.items()}
             for index, entry in saved.items()
         }
 

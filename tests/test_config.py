@@ -450,3 +450,9 @@ def test_every_key_is_read():
     read = set().union(*(keys_read(path.read_text(encoding="utf-8")) for path in files))
     unread = flat_keys(load_config()).keys() - read
     assert unread == {"BASE"}  # which config.py itself follows
+
+
+def test_a_config_of_swin_s_is_told_how_swin_is_trained_here(tmp_path):
+    (tmp_path / "swin.yaml").write_text("MODEL: {TYPE: swin, NAME: swin_tiny, SWIN: {EMBED_DIM: 96}}\n")
+    with pytest.raises(ValueError, match="MODEL.TYPE is Swin-Transformer's. .* MODEL.TYPE timm, "):
+        load_config(tmp_path / "swin.yaml")

@@ -1,11 +1,17 @@
 """Parameter groups and the options of the optimisers."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
 
 from config import load_config
+from engine import _Updater
+from models import InputError
 from optimizer import build_optimizer
+from tests.helpers import differences
 from tests.nets import tiny_net
 
 
@@ -114,3 +120,33 @@ def test_two_steps_against_the_formulas(name):
         optimizer.step()
     for key, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[key], rtol=1e-10, atol=1e-14, msg=key)
+
+
+@pytest.mark.parametrize("name, steps", [
+    ("adamw", 0), ("sgd", 0), ("lion", 0), ("lion", 2), ("lamb", 2), ("nadamw", 2)])
+def test_a_skipped_update_leaves_weights_and_state_as_they_were(name, steps):
+    torch.manual_seed(0)
+    config, model = load_config("", ["TRAIN.OPTIMIZER.NAME", name]), torch.nn.Linear(4, 4)
+    state = SimpleNamespace(model=model, optimizer=build_optimizer(config, model), ema=None,
+                            scaler=torch.amp.GradScaler("cpu", enabled=False))
+    updater = _Updater(config, state)
+
+    def update(factor):
+        updater.backward(model(torch.ones(2, 4)).square().sum() * factor)
+        return bool(updater.update()[1])
+
+    assert [update(1.0) for _ in range(steps)] == [False] * steps
+    before = copy.deepcopy((model.state_dict(), state.optimizer.state_dict()["state"]))
+    assert update(float("nan"))
+    after = model.state_dict(), state.optimizer.state_dict()["state"]
+    if steps:
+        assert differences(before, after) == []
+    assert differences(before[0], after[0]) == []
+    assert not update(1.0) and differences(before[0], model.state_dict())
+
+
+def test_an_optimiser_that_is_not_there_is_an_error():
+    with pytest.raises(InputError, match="TRAIN.OPTIMIZER.NAME is 'lino'; .*did you mean lion"):
+        load_config("", ["TRAIN.OPTIMIZER.NAME", "lino"])
+    with pytest.raises(InputError, match="adahessian needs second derivatives"):
+        build_optimizer(load_config("", ["TRAIN.OPTIMIZER.NAME", "adahessian"]), torch.nn.Linear(2, 2))

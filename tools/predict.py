@@ -25,6 +25,7 @@ from data.transforms import build_transform
 from errors import one_line_errors
 from inference import load_network
 from models import InputError, MissingFileError
+from plots import run_names
 from safe_text import printable
 
 
@@ -136,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
     paths = find_pictures(args.pictures)
     if args.sheet:
         _check_sheet(args.sheet, len(paths))
+    titles = dict(zip(paths, run_names(paths), strict=True)) if args.sheet else {}
     model, config, classes = load_network(args.checkpoint, load_config(args.cfg) if args.cfg else None, args.device)
     transform, top_k = build_transform(config), min(args.top_k, len(classes))
     cells, bad = [], 0
@@ -157,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
             print(_json_line(path, named) if args.json else _text_line(path, named))
             if args.sheet:
                 shown = [(printable(name), probability) for name, probability in named[:SHEET_CLASSES]]
-                cells.append((printable(path.name), thumbnail(picture), shown))
+                cells.append((printable(titles[path]), thumbnail(picture), shown))
     if cells:
         draw_sheet(cells).save(args.sheet, optimize=True)
         print(f"contact sheet written to {args.sheet}", file=sys.stderr)

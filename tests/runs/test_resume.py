@@ -225,3 +225,15 @@ def test_resume_with_augmentation_on_the_device(tmp_path, then):
                        (target, folder(tmp_path)))
     assert (differences(ours, reference) == []) == (then == "device")
     assert ("resumed with augment_on device -> worker" in log) == (then == "worker")
+
+
+@pytest.mark.parametrize("name", ["lion", "lamb"])  # which counts its updates in its groups
+def test_one_of_timm_s_optimisers_resumes_to_the_same_bits(tmp_path, name):
+    options = ("TRAIN.OPTIMIZER.NAME", name, "TRAIN.EMA.ENABLED", False, "DATA.BATCH_SIZE", 140)
+    assert main.main(arguments(tmp_path, *options)) == 0
+    flags = ["--resume", str(folder(tmp_path) / "ckpt_step_00000002.pth")]
+    assert main.main(arguments(tmp_path, *options, tag="resumed", flags=flags)) == 0
+    whole, resumed = (checkpoint.newest_checkpoint(folder(tmp_path, tag))[1] for tag in ("run", "resumed"))
+    assert whole["step"] == 4
+    for key in ("model", "optimizer"):
+        assert differences(whole[key], resumed[key]) == []

@@ -172,7 +172,7 @@ def test_another_file_s_evaluation_is_not_claimed(shared, tmp_path):
 def test_names_that_lead_nowhere(shared, the_hub, tmp_path, capsys):
     with pytest.raises(InputError, match="hf-hub:no/such cannot be downloaded .no such repository.; check the name"):
         load_network("hf-hub:no/such")
-    with pytest.raises(InputError, match=r"checkpoint .*model\.safetensors does not exist"):
+    with pytest.raises(InputError, match="is a folder without model.safetensors or best.pth"):
         load_network(tmp_path)
     assert predict.main(["hf-hub:no/such", str(tmp_path)]) == 2
 
@@ -194,3 +194,10 @@ def test_an_ablated_network_is_refused(tmp_path, capsys):
     assert export.main([str(tmp_path / "best.pth"), str(tmp_path / "hub"), "--format", "hub"]) == 2
     assert "an ablated Strip-MLP" in capsys.readouterr().err
     assert not (tmp_path / "hub").exists()
+
+
+def test_a_run_s_folder_stands_for_its_best_checkpoint(tmp_path, caplog):
+    with pytest.raises(InputError, match="is a folder without model.safetensors or best.pth"):
+        hub.weights_file(tmp_path)
+    (tmp_path / "best.pth").touch()
+    assert hub.weights_file(tmp_path) == tmp_path / "best.pth"

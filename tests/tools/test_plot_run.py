@@ -58,3 +58,9 @@ def test_errors_are_one_line(tmp_path, capsys):
         ([good, "--output", tmp_path / "gone" / "x.png"], "cannot write"),
     ]:
         assert message in failure(capsys, argv)
+
+
+def test_a_checkpoint_is_no_run(tmp_path, capsys):
+    path = write(tmp_path / "run", "") / "best.pth"
+    path.write_bytes(b"PK binary")
+    assert f"{path} is a checkpoint; curves are drawn of a run's folder, {path.parent}" in failure(capsys, [path])
