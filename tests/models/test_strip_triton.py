@@ -93,6 +93,7 @@ def test_as_a_pytorch_operator(axis):
     torch.library.opcheck(strip_triton.weight_grad, (x.detach(), position.detach(), dy, 2, 3, axis, False))
 
 
+@pytest.mark.slow
 def test_compiled_network_has_no_graph_break(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     from models import StripMLPNet
