@@ -39,6 +39,10 @@ class ArrayDataset(Dataset):
     def __getitem__(self, index: int):
         return Image.fromarray(self.images[index]), self.labels[index]
 
+    def pixels(self, index: int):
+        """An image as uint8 (H, W, 3), and its label."""
+        return self.images[index], self.labels[index]
+
     def name(self, index: int) -> str:
         """Empty: these images have no files."""
         return ""

@@ -8,7 +8,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from models import InputError, MissingFileError
 
-from .images import load_image
+from .images import decode_pixels, load_image
 from .listing import list_images
 
 
@@ -55,6 +55,10 @@ class FolderDataset(Dataset):
 
     def __getitem__(self, index: int):
         return load_image(self.name(index)), self.labels[index]
+
+    def pixels(self, index: int):
+        """An image as uint8 (H, W, 3), and its label."""
+        return decode_pixels(self.read(index), self.name(index)), self.labels[index]
 
     def read(self, index: int) -> bytes:
         """An image as it is stored."""

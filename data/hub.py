@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from models import InputError, MissingFileError
 
-from .images import ImageError, decode_image
+from .images import ImageError, decode_image, decode_pixels
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}
 
@@ -80,6 +80,10 @@ class HubDataset(Dataset):
 
     def __getitem__(self, index: int):
         return decode_image(self.read(index), self.name(index)), self.labels[index]
+
+    def pixels(self, index: int):
+        """An image as uint8 (H, W, 3), and its label."""
+        return decode_pixels(self.read(index), self.name(index)), self.labels[index]
 
     def read(self, index: int) -> bytes:
         """An image as it is stored."""

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from models import InputError, MissingFileError
 
 from . import listing
-from .images import ImageError, decode_image
+from .images import ImageError, decode_image, decode_pixels
 from .listing import Names
 
 SPLITS = {"train": ("*train*.tar",), "val": ("*validation*.tar", "*val*.tar")}
@@ -60,6 +60,10 @@ class ShardDataset(Dataset):
 
     def __getitem__(self, index: int):
         return decode_image(self.read(index), self.name(index)), self.labels[index]
+
+    def pixels(self, index: int):
+        """An image as uint8 (H, W, 3), and its label."""
+        return decode_pixels(self.read(index), self.name(index)), self.labels[index]
 
     def read(self, index: int) -> bytes:
         """An image as it is stored."""

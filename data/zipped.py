@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from models import InputError, MissingFileError
 
-from .images import ImageError, decode_image
+from .images import ImageError, decode_image, decode_pixels
 from .samplers import eval_order
 
 
@@ -53,6 +53,10 @@ class ZipDataset(Dataset):
 
     def __getitem__(self, index: int):
         return decode_image(self.read(index), self.name(index)), self.labels[index]
+
+    def pixels(self, index: int):
+        """An image as uint8 (H, W, 3), and its label."""
+        return decode_pixels(self.read(index), self.name(index)), self.labels[index]
 
     def read(self, index: int) -> bytes:
         """An image as it is stored."""

@@ -86,6 +86,14 @@ def count_step(
     return counter.traffic
 
 
+def count_call(call: Callable[[], object]) -> Traffic:
+    """Counts what a call without gradients computes on real tensors."""
+    with torch.no_grad(), _Counter() as counter, ModuleTracker() as modules:
+        counter.modules = modules
+        call()
+    return counter.traffic
+
+
 def _replace_tensors(network: nn.Module) -> None:
     """Puts fake tensors of the same shapes and layouts in the place of weights and buffers."""
     for module in network.modules():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from data.images import ImageError, decode_image, load_image
+from data.images import ImageError, decode_image, decode_pixels, load_image
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -114,3 +114,25 @@ def test_exif_rotation_is_followed_where_asked(tmp_path):
     assert load_image(tmp_path / "phone.png").size == (6, 4)
     upright = load_image(tmp_path / "phone.png", upright=True)
     assert upright.size == (4, 6) and upright.getpixel((3, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode, options", [
+    ("RGB", {}), ("RGB", {"quality": 30, "subsampling": 0}), ("RGB", {"progressive": True}), ("L", {}), ("CMYK", {}),
+    ("RGB", {"format": "PNG"}), ("P", {"format": "PNG"}),
+])  # fmt: skip
+def test_pixels_for_training_are_those_of_pillow(mode, options):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((130, 90)).convert(mode).save(file, **{"format": "JPEG"} | options)
+    found = decode_pixels(file.getvalue(), "x")
+    assert found.flags.c_contiguous
+    np.testing.assert_array_equal(found, np.asarray(decode_image(file.getvalue(), "x")))
+
+
+def test_damaged_pixels_are_named():
+    file = io.BytesIO()
+    Image.new("RGB", (50, 40)).save(file, "JPEG")
+    data = file.getvalue()
+    for damaged in (b"", b"hello", data[:-10], data[:30]):
+        with pytest.raises(ImageError, match="^x.jpg "):
+            decode_pixels(damaged, "x.jpg")

@@ -94,7 +94,7 @@ def test_resized_crops_agree_with_pillow(bicubic):
     pixels = np.asarray(coarse, np.int16) + rng.integers(-20, 21, (375, 500, 3), dtype=np.int16)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     for crop in (Rectangle(0, 0, 375, 500), Rectangle(40, 50, 300, 250), Rectangle(100, 7, 90, 120)):
-        found = resized_crop(image, crop, 224, bicubic).astype(int)
+        found = resized_crop(np.asarray(image), crop, 224, bicubic).astype(int)
         box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
         expected = np.asarray(image.crop(box).resize((224, 224), sampling))
         difference = np.abs(found - expected)
@@ -146,6 +146,9 @@ class Images:
 
     def __getitem__(self, index):
         return self.image, index
+
+    def pixels(self, index):
+        return np.asarray(self.image), index
 
     def name(self, index):
         return "narrow.png"
