@@ -1,4 +1,4 @@
-"""Which images a Strip-MLP takes, how large its feature maps are, and what to say of other sizes."""
+"""Which images a network of fixed input size takes, how large its feature maps are, and what to say of other sizes."""
 
 from timm.layers import to_2tuple
 

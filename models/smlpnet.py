@@ -8,10 +8,11 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath
 from torch import nn
 
 from .errors import InputError
+from .input_size import check_img_size, map_sizes
 from .staged import StagedNet
 
 
@@ -122,9 +123,7 @@ class SMLPNet(StagedNet):
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"stage {stage}"} for stage, dim in enumerate(dims)
         ]
-        self.img_size = to_2tuple(img_size)
-        if any(side < 32 or side % 32 for side in self.img_size):
-            raise InputError(f"img_size {img_size} is not a multiple of 32; choose one, such as 224")
+        self.img_size = check_img_size(img_size, patch_size=4)
         ends = list(accumulate(depths))
         self.blocks = [range(end - depth, end) for end, depth in zip(ends, depths, strict=True)]  # numbers, by stage
         self.to_patch_embedding = nn.ModuleList(
@@ -132,8 +131,7 @@ class SMLPNet(StagedNet):
             for before, dim, stride in zip([in_chans, *dims], dims, [4, 2, 2, 2], strict=False)
         )
         self.token_mix, self.channel_mix = nn.ModuleList(), nn.ModuleList()
-        for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            size = tuple(side // (4 * 2**stage) for side in self.img_size)
+        for dim, depth, size in zip(dims, depths, map_sizes(self.img_size, patch_size=4), strict=True):
             for _ in range(depth):
                 rate = drop_path_rate * len(self.token_mix) / max(sum(depths) - 1, 1)
                 self.token_mix.append(token_mixing(dim, size, rate))
