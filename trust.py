@@ -61,11 +61,11 @@ def plain(content, tensor_bytes: int):
         if isinstance(value, (list, tuple)):
             return (list if isinstance(value, list) else tuple)(visit(item, depth + 1) for item in value)
         if isinstance(value, torch.Tensor):
-            value = _plain_tensor(value)
+            _check_tensor(value)
             tensor_bytes -= value.numel() * value.element_size()
             if tensor_bytes < 0:
                 raise InputError("its tensors are larger than the file that holds them")
-            return value
+            return value.detach().clone()  # in memory of its own
         if type(value) in _SCALARS or type(value) is int and abs(value) < 2**64:
             return value
         raise InputError(f"it holds an entry of the type {type(value).__name__}, which no checkpoint needs")
@@ -129,13 +129,12 @@ def _plain_key(key) -> str | int:
     raise InputError(f"it holds an entry of the name {_short(key)}")
 
 
-def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
+def _check_tensor(tensor: torch.Tensor) -> None:
     is_dense = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
     if type(tensor) not in (torch.Tensor, nn.Parameter) or not is_dense or tensor.device.type != "cpu":
         raise InputError("it holds a tensor that is not a dense one on the CPU (sparse, quantised, nested, meta)")
     if tensor.is_conj() or tensor.is_neg():
         raise InputError("it holds a tensor that is a view of another one's conjugate or negative")
-    return tensor.detach().clone()  # of its own memory, in order
 
 
 def _check_bounds(value, source: str, name: str = "") -> None:

@@ -1,7 +1,6 @@
 """A checkpoint from anybody: what its config may choose, and what its entries may be."""
 
 import socket
-import sys
 
 import pytest
 import safetensors.torch
@@ -14,6 +13,7 @@ from config import to_dict
 from inference import load_network
 from models.errors import InputError
 from tests.helpers import save_network, tiny_network
+from tests.watch import Watch
 from trust import architecture, check_size, class_names, plain
 
 
@@ -22,44 +22,6 @@ def network():
     return tiny_network()
 
 
-
-
-class Watch:
-    """As a context, records what leaves the process: files opened or changed, sockets, processes.
-
-    An audit hook cannot be removed, so it is added once and listens only inside a block.
-    """
-
-    SOCKETS_AND_PROCESSES = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.system", "os.spawn",
-                             "urllib.", "http.", "ftplib.")
-    CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.")
-    active = None
-
-    def __init__(self, allowed=()):
-        self.allowed, self.events = {str(path) for path in allowed}, []
-
-    def __enter__(self):
-        if not getattr(Watch, "installed", False):
-            sys.addaudithook(Watch.hear)
-            Watch.installed = True
-        Watch.active = self
-        return self
-
-    def __exit__(self, *exception):
-        Watch.active = None
-
-    @staticmethod
-    def hear(event, args):
-        self = Watch.active
-        if self is None:
-            return
-        if event == "open":
-            path = args[0].decode() if isinstance(args[0], bytes) else str(args[0])
-            is_code = path.startswith((sys.prefix, sys.base_prefix)) or path.endswith((".py", ".pyc"))
-            if path not in self.allowed and not isinstance(args[0], int) and not is_code:
-                self.events.append((event, path))
-        elif event.startswith(self.SOCKETS_AND_PROCESSES + self.CHANGES):
-            self.events.append((event, str(args)[:200]))
 
 
 def timm_checkpoint(path, arguments):
@@ -210,7 +172,7 @@ ODD = {
     "nested tensor": (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "not a dense one"),
     "quantised tensor": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "not a dense one"),
     "conjugate": (lambda: torch.ones(3, dtype=torch.complex64).conj(), "conjugate"),
-    "stretched tensor": (lambda: torch.zeros(1).expand(10**9), "larger than the file"),
+    "stretched tensor": (lambda: torch.zeros(1).expand(10**12), "larger than the file"),  # 4 TB if it were copied
 }
 
 
