@@ -41,6 +41,7 @@ from detection_data import CocoScenes, DigitScenes, truth  # noqa: E402
 import checkpoint  # noqa: E402
 import distributed  # noqa: E402
 from config import load_config  # noqa: E402
+from device import choose_device  # noqa: E402
 from engine import Precision  # noqa: E402
 from hub import weights_file  # noqa: E402
 from logger import setup_console  # noqa: E402
@@ -204,7 +205,8 @@ def unzip(pairs: list) -> tuple[tuple, tuple]:
 
 def run(args) -> None:
     """Trains and evaluates; resumes from ``last.pth`` in the output folder."""
-    device = distributed.init_distributed(args.device)
+    device = choose_device(args.device, distributed.launcher_local_rank())
+    distributed.init_distributed(device)
     torch.manual_seed(0)
     if args.data == "digits":
         train_set, val_set = DigitScenes("train", args.scenes), DigitScenes("val", max(args.scenes // 4, 1))

@@ -91,7 +91,8 @@ def test_every_figure_is_logged_and_a_resumed_run_goes_on(tmp_path, monkeypatch)
     assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1, "WANDB_PROJECT", "strips")) == 0
     first = by_kind(folder(tmp_path))
     assert wandb.logged == first and wandb.finished == 1
-    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 2, "WANDB_PROJECT", "strips")) == 0
+    longer = arguments(tmp_path, "TRAIN.EPOCHS", 2, "WANDB_PROJECT", "strips", flags=["--allow-changes"])
+    assert main.main(longer) == 0
     assert wandb.logged == by_kind(folder(tmp_path)) and len(wandb.logged) > len(first) and wandb.finished == 2
     one, two = wandb.starts
     assert one["id"] == two["id"] == (folder(tmp_path) / "wandb_id.txt").read_text().strip()

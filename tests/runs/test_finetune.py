@@ -65,7 +65,7 @@ def test_frozen_stages_and_layer_decay(pretrained, finetuned):
     assert scales == {1.0, 0.5, 0.25}  # head, stage 4, stage 3; the rest is frozen
     log = (folder(finetuned) / "log_rank0.txt").read_text()
     assert "weights are for another input size" in log and "re-initialised: head.weight, head.bias" in log
-    assert "freezes newly drawn weights" not in log
+    assert "freezes newly initialised weights" not in log
     frozen = sum(value.numel() for key, value in expected_weights(pretrained).items()
                  if key.startswith(FROZEN) and "running" not in key and "batches" not in key)
     assert f"frozen_parameters: {frozen}\n" in (folder(finetuned) / "run.yaml").read_text()
@@ -88,11 +88,11 @@ def test_evaluation_at_another_size_says_so_once(finetuned, tmp_path, capsys):
         assert results[name] == pytest.approx(expected)
 
 
-def test_resuming_a_fine_tuning_changes_no_bit(finetuned, tmp_path):
+def test_resuming_a_fine_tuning_changes_no_bit(pretrained, finetuned, tmp_path):
     target = folder(tmp_path)
     target.mkdir(parents=True)
     shutil.copy(folder(finetuned) / "ckpt_step_00000003.pth", target)
-    assert main.main(arguments(tmp_path, *OPTIONS)) == 0
+    assert main.main(arguments(tmp_path, *OPTIONS, flags=["--pretrained", str(pretrained)])) == 0
     a, b = (checkpoint.load_file(folder(output) / "ckpt_step_00000006.pth") for output in (finetuned, tmp_path))
     for content in (a, b):
         content.pop("config")
@@ -110,7 +110,7 @@ def test_frozen_on_three_processes(pretrained, tmp_path):
 
 def test_freezing_new_weights_is_warned_of(tmp_path, capsys):
     assert main.main(arguments(tmp_path, *OPTIONS, "TRAIN.EPOCHS", 1)) == 0
-    assert "WARNING: TRAIN.FREEZE_STAGES freezes newly drawn weights" in capsys.readouterr().out
+    assert "WARNING: TRAIN.FREEZE_STAGES freezes newly initialised weights" in capsys.readouterr().out
 
 
 def test_the_guide(tmp_path):
