@@ -4,9 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
+from config import load_config
 from data import build_val_loader
 from data.datasets import read_digits
-from tests.helpers import save_network, tiny_network
+from tests.helpers import DIGITS, TINY, save_network, tiny_network
 from tools import predict
 
 
@@ -119,3 +120,19 @@ def test_bad_input(arguments, message, network, tmp_path, monkeypatch, capsys):
     assert predict.main([str(network) if word == "NETWORK" else word for word in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.startswith("predict.py: ") and err.count("\n") == 1
+
+
+def test_pictures_are_turned_upright_and_one_too_narrow_is_named(tmp_path, capsys):
+    """A phone's picture gives what the upright picture gives; a 1x60000 one is left out, and the others go on."""
+    checkpoint = save_network(tmp_path / "a.pth", load_config(DIGITS, [*TINY, "TEST.CROP", "True"]), tiny_network()[1])
+    images, _, _ = read_digits("val")
+    upright, exif = Image.fromarray(images[3]), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    upright.save(tmp_path / "a.png")
+    upright.rotate(90).save(tmp_path / "b.png", exif=exif)
+    Image.new("RGB", (1, 600_000)).save(tmp_path / "c.png")
+    assert predict.main([str(checkpoint), str(tmp_path), "--json"]) == 1
+    out, err = capsys.readouterr()
+    first, second = (json.loads(line)["classes"] for line in out.splitlines())
+    assert first == second
+    assert "c.png: an image of 1x600000 pixels would have" in err and "1 of 3 pictures could not be read" in err
