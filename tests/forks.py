@@ -12,6 +12,7 @@ import json
 import os
 import random
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -64,7 +65,15 @@ def run(command, variables, folder, stdout, stderr) -> None:
         runpy.run_path(command[0], run_name="__main__")
 
 
+def forget_the_launcher() -> None:
+    """Gives back the signals that torchrun handles: its processes are programs of their own elsewhere, not forks."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        if getattr(signal.getsignal(number), "__module__", "").startswith("torch.distributed.elastic"):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 if __name__ == "__main__":
+    os.register_at_fork(after_in_child=forget_the_launcher)
     report.draw_curves = lambda folder: None  # matplotlib would take half of the time of a tiny training
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads; a fork would only have one of them"
