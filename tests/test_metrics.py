@@ -102,6 +102,7 @@ def test_every_figure_is_logged_and_a_resumed_run_goes_on(tmp_path, monkeypatch)
 
 def test_a_failure_on_the_way_is_said_once_and_stops_nothing(tmp_path):
     wandb = StandIn(fails_after=1)
+    logger.handlers = []  # nothing of another run that waits for its log
     open_log(tmp_path)
     metrics = MetricsWriter(tmp_path, epochs=0, step=0, wandb_run=wandb)
     for step in (1, 2, 3):

@@ -143,6 +143,6 @@ def test_command_line(tmp_path):
     assert done.returncode == 0
     assert done.stdout == f"{tmp_path}/out: 2 classes, 12 images in train/, 3 in val/\n"
     again = run(source, tmp_path / "out", "--link")
-    assert again.returncode == 1 and again.stdout == ""
+    assert again.returncode == 2 and again.stdout == ""
     fault = f"{tmp_path}/out/train exists already; remove it or choose another folder"
     assert again.stderr == f"split_caltech101.py: {fault}\n"

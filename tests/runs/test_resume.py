@@ -218,7 +218,8 @@ def test_resume_with_augmentation_on_the_device(tmp_path, then):
     target = folder(tmp_path, "other")
     target.mkdir(parents=True)
     shutil.copy(folder(tmp_path) / "ckpt_step_00000003.pth", target)
-    assert main.main(arguments(tmp_path, *options, "DATA.AUGMENT_ON", then, tag="other")) == 0
+    options = (*options, "DATA.AUGMENT_ON", then)
+    assert main.main(arguments(tmp_path, *options, tag="other", flags=["--allow-changes"])) == 0
     log = (target / "log_rank0.txt").read_text()
     assert "epoch 0, 3 updates done" in log and f"augment_on: {then}" in log
     ours, reference = (checkpoint.load_file(path / "ckpt_step_00000007.pth")["model"] for path in

@@ -40,7 +40,8 @@ def test_a_resume_with_another_batch_on_a_full_disk_keeps_the_only_checkpoint(tr
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "DATA.BATCH_SIZE", 80)) == 2
+    options = ("TRAIN.EPOCHS", 2, "TRAIN.WARMUP_EPOCHS", 0, "DATA.BATCH_SIZE", 80)
+    assert main.main(arguments(tmp_path, *options, flags=["--allow-changes"])) == 2
     assert "make room and rerun the same command" in capsys.readouterr().out
     assert [path.name for path in checkpoint.list_checkpoints(folder(tmp_path))] == ["ckpt_step_00000007.pth"]
 
