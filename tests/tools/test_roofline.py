@@ -90,17 +90,28 @@ def test_compiled_traffic_known_by_hand():
     assert found == {"convolution": 2 * size + weight, "fused loops": 2 * size}
 
 
-def test_figures_of_strip_mlp_do_not_grow():
-    """T*'s first block at batch 128 in bfloat16. Lower the limits when the step gets lighter."""
+def first_block():
+    """T*'s stem and first block, then a mean over the tokens."""
     block = Block(80, 56, num_patches=2, strip_width=3, mlp_ratio=3.0, drop_path=0.1)
     for module in block.modules():
         if isinstance(module, StripMLP):
             module.form = "triton"
     network = nn.Sequential(nn.Conv2d(3, 80, 4, 4, bias=False), block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    traffic = count_step(network.to(memory_format=torch.channels_last), (128, 3, 224, 224), training=True)
+    return network.to(memory_format=torch.channels_last)
+
+
+def test_figures_of_strip_mlp_do_not_grow():
+    """At batch 128 in bfloat16. Lower the limits when the step gets lighter."""
+    traffic = count_step(first_block(), (128, 3, 224, 224), training=True)
     assert traffic.total("bytes") / 128 < 114e6
     assert traffic.total("launches") <= 290
     assert traffic.peak_bytes < 1.9 * 2**30
+
+
+@pytest.mark.slow
+def test_compiled_figures_of_strip_mlp_do_not_grow():
+    """Inductor's own settings move 98e6 bytes an image here."""
+    assert count_compiled_step(first_block(), (128, 3, 224, 224), training=True).total("bytes") / 128 < 79e6
 
 
 def test_command(tmp_path, capsys):
