@@ -45,12 +45,15 @@ class StageFeatures(FeatureGetterNet):
         return self.model.load_state_dict(weights, strict, assign)
 
 
-def _create(network: type[StagedNet], variant: str, pretrained: bool, **kwargs) -> StagedNet:
-    return build_model_with_cfg(
+def _create(
+    network: type[StagedNet], variant: str, pretrained: bool, device=None, dtype=None, **kwargs
+) -> StagedNet:
+    model = build_model_with_cfg(
         network, variant, pretrained, pretrained_filter_fn=fit_state_dict,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": StageFeatures},
         **(_NETWORKS[network][0][variant] | kwargs),
     )
+    return model.to(device=device, dtype=dtype)
 
 
 @register_model

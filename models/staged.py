@@ -113,12 +113,13 @@ class StagedNet(nn.Module):
         """Replaces the head by a newly initialised one of ``num_classes`` outputs; 0 leaves it out.
 
         Raises:
-            InputError: a ``global_pool`` other than None (keep the present one), ``"avg"`` and, without a head, ``""``.
+            InputError: a ``global_pool`` other than None (the one that fits), ``"avg"`` and, without a head, ``""``.
         """
-        pool = self.global_pool if global_pool is None else global_pool
-        if pool != "avg" and (pool or num_classes > 0):
-            raise InputError(f"global_pool {pool!r} must be 'avg', or '' (no pooling) with num_classes 0")
-        self.num_classes, self.global_pool = num_classes, pool
+        if global_pool is None:
+            global_pool = "avg" if num_classes > 0 else self.global_pool  # a head needs the mean
+        if global_pool != "avg" and (global_pool or num_classes > 0):
+            raise InputError(f"global_pool {global_pool!r} must be 'avg', or '' (no pooling) with num_classes 0")
+        self.num_classes, self.global_pool = num_classes, global_pool
         weight = next(self.parameters())  # the stem's
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.set_submodule(self.classifier, head.to(weight.device, weight.dtype))

@@ -65,6 +65,13 @@ def test_arguments_of_timm_train():
     assert 0.45 < float((dropped == 0).float().mean()) < 0.55
 
 
+def test_device_and_dtype():
+    """As timm's own networks take them."""
+    for kwargs in ({}, {"features_only": True}):
+        parameter = next(created(device="meta", dtype=torch.float16, **kwargs).parameters())
+        assert (parameter.device.type, parameter.dtype) == ("meta", torch.float16)
+
+
 # ---- the head ------------------------------------------------------------------------------------
 
 def test_reset_classifier():
@@ -83,7 +90,7 @@ def test_reset_classifier():
     assert torch.equal(net(x), features.mean((2, 3)))
     net.reset_classifier(0, "")
     assert torch.equal(net(x), features)
-    net.reset_classifier(3, "avg")
+    net.reset_classifier(3)
     assert net(x).shape == (2, 3)
     with pytest.raises(ValueError, match="global_pool 'max' must be 'avg', or ''"):
         net.reset_classifier(3, "max")
