@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -78,6 +79,12 @@ def stop_once_at_step(step, marker, rank="1"):
             os.kill(os.getpid(), signal.SIGSTOP)
 
     _before_update(action, int(step))
+
+
+@fault
+def cut_link_at_step(step, link):
+    """The first process's machine loses its network."""
+    _before_update(_only_on_rank(0, lambda: subprocess.run(["ip", "link", "set", link, "down"], check=True)), int(step))
 
 
 @fault

@@ -149,6 +149,18 @@ def test_launcher_restarts_after_a_process_that_hangs(references, tmp_path):
     assert differences(references(2), final_state(tmp_path)) == []
 
 
+@pytest.mark.slow
+def test_a_chain_of_kills_restarts_and_resumes(references, tmp_path):
+    """Three runs, each killed at one step, restarted by torchrun and killed there again; then the same command."""
+    for step in (3, 7, 12):
+        fault = [FAULTS, "kill_at_step", step, step % 2, "--"]
+        killed = run([*torchrun(2, "--max-restarts", 1), *fault, *arguments(tmp_path, *OPTIONS[2])])
+        assert killed.returncode != 0
+        assert killed.stdout.count("updates done") >= 1, killed.stdout  # by the restart
+    assert run(command(2, tmp_path)).returncode == 0
+    assert differences(references(2), final_state(tmp_path)) == []
+
+
 def test_resume_with_another_world_size_and_batch_size(tmp_path):
     """The position is recomputed from the images seen: 2 updates of 2 x 20 images are 4 of 2 x 10."""
     assert main.main(arguments(tmp_path, *OPTIONS[1], "TRAIN.EPOCHS", 1, "KEEP_CHECKPOINTS", 99)) == 0
