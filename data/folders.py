@@ -8,7 +8,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from models import InputError, MissingFileError
 
-from .images import decode_pixels, load_image
+from .images import ImageError, decode_pixels, load_image
 from .listing import list_images
 
 
@@ -61,8 +61,11 @@ class FolderDataset(Dataset):
         return decode_pixels(self.read(index), self.name(index)), self.labels[index]
 
     def read(self, index: int) -> bytes:
-        """An image as it is stored."""
-        return Path(self.name(index)).read_bytes()
+        """An image as it is stored; raises ImageError where it cannot be read."""
+        try:
+            return Path(self.name(index)).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{self.name(index)} cannot be read ({error.strerror})") from error
 
     def name(self, index: int) -> str:
         """The path of an image."""

@@ -1,6 +1,6 @@
 """CPU seconds of one training step of each network of a table: forward, loss, backward, AdamW; the networks in turn.
 
-    OMP_NUM_THREADS=1 python tools/step_times.py cifar10_cpu
+    python tools/step_times.py cifar10_cpu      # with OMP_NUM_THREADS=1 in the environment, on one thread
 """
 
 import argparse
