@@ -1,15 +1,12 @@
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from models import InputError
 from split_caltech101 import plan_split, split_class, write_split
-
-ROOT = Path(__file__).parents[1]
+from tests.processes import run
 
 
 def write_source(root: Path, **counts: int) -> Path:
@@ -25,11 +22,6 @@ def write_source(root: Path, **counts: int) -> Path:
 def files(folder: Path) -> dict[str, str]:
     found = sorted(folder.rglob("*.*"))
     return {str(path.relative_to(folder)): path.read_text() for path in found if path.is_file()}
-
-
-def run(*args) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "split_caltech101.py", *args]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_the_rule_is_fixed_for_good():
@@ -139,10 +131,10 @@ def test_sources_without_classes(tmp_path):
 
 def test_command_line(tmp_path):
     source = write_source(tmp_path, ant=10, bass=5)
-    done = run(source, tmp_path / "out")
+    done = run(["split_caltech101.py", source, tmp_path / "out"])
     assert done.returncode == 0
     assert done.stdout == f"{tmp_path}/out: 2 classes, 12 images in train/, 3 in val/\n"
-    again = run(source, tmp_path / "out", "--link")
+    again = run(["split_caltech101.py", source, tmp_path / "out", "--link"])
     assert again.returncode == 2 and again.stdout == ""
     fault = f"{tmp_path}/out/train exists already; remove it or choose another folder"
     assert again.stderr == f"split_caltech101.py: {fault}\n"

@@ -199,7 +199,7 @@ def measure_device(device: torch.device, dtype: torch.dtype) -> dict:
     source = torch.randn(size, device=device).to(dtype)
     target = torch.empty_like(source)
     copy = min(seconds_of(lambda: target.copy_(source), 0.2) for _ in range(5))
-    side = 8192 if device.type == "cuda" else 2048
+    side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = min(seconds_of(lambda: a @ b, 0.2) for _ in range(5))
     return {"bytes_per_second": 2 * source.nbytes / copy, "flops": 2 * side**3 / product}

@@ -72,7 +72,7 @@ def resume(output, processes):
     return resumed
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_kill_at_a_random_step(references, tmp_path, processes):
     step = random.Random(processes).randrange(3, UPDATES)
     kill(tmp_path, processes, "kill_at_step", step)

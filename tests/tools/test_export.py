@@ -50,7 +50,8 @@ def test_onnx(network, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]  # the weights too are in it
 
 
-@pytest.mark.parametrize(("flags", "batch_norms"), [([], 3 * 4 + 1), (["--fuse"], 4 + 1)])
+@pytest.mark.parametrize(("flags", "batch_norms"), [
+    pytest.param([], 3 * 4 + 1, marks=pytest.mark.slow), (["--fuse"], 4 + 1)])
 def test_torch_export(flags, batch_norms, network, tmp_path):
     """For any batch size; with ``--fuse``, two of the three BatchNorms of each of the four blocks are folded."""
     path, config, model = network
