@@ -3,16 +3,15 @@
 import os
 from pathlib import Path, PureWindowsPath
 
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from models import InputError, MissingFileError
 
-from .images import ImageError, decode_pixels, load_image
+from .images import EncodedImages, ImageError
 from .listing import list_images
 
 
-class FolderDataset(Dataset):
+class FolderDataset(EncodedImages):
     """The images below the class folders of one split; labels follow the sorted names of the classes.
 
     Args:
@@ -50,25 +49,13 @@ class FolderDataset(Dataset):
                 f"{self.folder}: no images in the class folders {shown}. Fill these folders or remove them"
             )
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int):
-        return load_image(self.name(index)), self.labels[index]
-
-    def pixels(self, index: int):
-        """An image as uint8 (H, W, 3), and its label."""
-        return decode_pixels(self.read(index), self.name(index)), self.labels[index]
-
     def read(self, index: int) -> bytes:
-        """An image as it is stored; raises ImageError where it cannot be read."""
         try:
             return Path(self.name(index)).read_bytes()
         except OSError as error:
             raise ImageError(f"{self.name(index)} cannot be read ({error.strerror})") from error
 
     def name(self, index: int) -> str:
-        """The path of an image."""
         return os.path.join(self.folder, self.names[index])
 
 

@@ -6,11 +6,9 @@ its own cache, which takes as much disk again; what ``save_to_disk`` wrote is re
 
 from pathlib import Path
 
-from torch.utils.data import Dataset
-
 from models import InputError, MissingFileError
 
-from .images import ImageError, decode_image, decode_pixels
+from .images import EncodedImages, ImageError
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}
 
@@ -28,7 +26,7 @@ def _parquet(root: Path, split: str) -> list[str]:
     return []
 
 
-class HubDataset(Dataset):
+class HubDataset(EncodedImages):
     """Images and labels of one split; the columns are ``image`` and ``label``, the latter with the classes' names.
 
     Args:
@@ -75,23 +73,11 @@ class HubDataset(Dataset):
         except Exception as error:  # Arrow's, Parquet's and the package's own have no class in common
             raise InputError(f"{self.root}: the {self.split} split cannot be read ({error}); get it again") from error
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int):
-        return decode_image(self.read(index), self.name(index)), self.labels[index]
-
-    def pixels(self, index: int):
-        """An image as uint8 (H, W, 3), and its label."""
-        return decode_pixels(self.read(index), self.name(index)), self.labels[index]
-
     def read(self, index: int) -> bytes:
-        """An image as it is stored."""
         image = self.table[index]["image"]
         if image is None:
             raise ImageError(f"{self.name(index)} is empty")
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
     def name(self, index: int) -> str:
-        """What to call an image in messages."""
         return f"{self.root}:{self.split}[{index}]"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from torch.utils.data import Dataset
 from torchvision.io import decode_jpeg
 
 from models import InputError, MissingFileError
@@ -14,6 +15,30 @@ from models import InputError, MissingFileError
 
 class ImageError(InputError):
     """An image that cannot be used; the message names its file."""
+
+
+class EncodedImages(Dataset):
+    """Images that are stored encoded, and their labels. A subclass sets ``labels`` and says how an image is read."""
+
+    labels: list[int]
+
+    def read(self, index: int) -> bytes:
+        """An image as it is stored; raises ImageError where it cannot be read."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What to call an image in messages: its path, or where it is stored."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return decode_image(self.read(index), self.name(index)), self.labels[index]
+
+    def pixels(self, index: int) -> tuple[np.ndarray, int]:
+        """An image as uint8 (H, W, 3), and its label."""
+        return decode_pixels(self.read(index), self.name(index)), self.labels[index]
 
 
 def load_image(path: str | Path, upright: bool = False) -> Image.Image:

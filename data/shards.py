@@ -9,14 +9,13 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from models import InputError, MissingFileError
 
 from . import listing
-from .images import ImageError, decode_image, decode_pixels
+from .images import EncodedImages, ImageError
 from .listing import Names
 
 SPLITS = {"train": ("*train*.tar",), "val": ("*validation*.tar", "*val*.tar")}
@@ -31,7 +30,7 @@ def find_shards(root: Path, split: str) -> list[Path]:
     return []
 
 
-class ShardDataset(Dataset):
+class ShardDataset(EncodedImages):
     """Images of numbered tars with their labels.
 
     Class names are the lines of ``classes.txt`` beside the shards, if there is one; else the numbers.
@@ -55,18 +54,7 @@ class ShardDataset(Dataset):
         self.labels = index["labels"].tolist()
         self.classes = class_names(root, max(self.labels) + 1)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int):
-        return decode_image(self.read(index), self.name(index)), self.labels[index]
-
-    def pixels(self, index: int):
-        """An image as uint8 (H, W, 3), and its label."""
-        return decode_pixels(self.read(index), self.name(index)), self.labels[index]
-
     def read(self, index: int) -> bytes:
-        """An image as it is stored."""
         with open(self.shards[self.shard[index]], "rb") as file:
             file.seek(self.offset[index])
             data = file.read(self.size[index])
@@ -75,7 +63,6 @@ class ShardDataset(Dataset):
         return data
 
     def name(self, index: int) -> str:
-        """What to call an image in messages."""
         return f"{self.shards[self.shard[index]]}:{self.names[index]}"
 
 

@@ -7,16 +7,15 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models import InputError, MissingFileError
 
-from .images import ImageError, decode_image, decode_pixels
+from .images import EncodedImages, ImageError
 from .samplers import eval_order
 
 
-class ZipDataset(Dataset):
+class ZipDataset(EncodedImages):
     """Images of ``<split>.zip`` with the labels of ``<split>_map.txt``; safe in forked and spawned workers.
 
     Args:
@@ -48,22 +47,10 @@ class ZipDataset(Dataset):
         bar = tqdm(cached, f"caching {self.archive}", unit=" images", delay=2, leave=False, disable=None)
         self._cache = {index: self._read(index) for index in bar}
 
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int):
-        return decode_image(self.read(index), self.name(index)), self.labels[index]
-
-    def pixels(self, index: int):
-        """An image as uint8 (H, W, 3), and its label."""
-        return decode_pixels(self.read(index), self.name(index)), self.labels[index]
-
     def read(self, index: int) -> bytes:
-        """An image as it is stored."""
         return self._cache[index] if index in self._cache else self._read(index)
 
     def name(self, index: int) -> str:
-        """What to call an image in messages."""
         return f"{self.archive}:{self.members[index]}"
 
     def _read(self, index: int) -> bytes:
