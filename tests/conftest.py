@@ -1,5 +1,6 @@
 """One thread for every test, since many threads on busy cores wait for one another; a training that tests share."""
 
+import logging
 import os
 
 if not os.path.exists("/dev/nvidiactl"):
@@ -25,3 +26,12 @@ def trained(tmp_path_factory):
         patch.setattr(report, "draw_curves", draw_curves)
         assert main.main(arguments(output)) == 0
     return output
+
+
+@pytest.fixture
+def log_handlers():
+    """Puts the log's handlers back."""
+    logger = logging.getLogger("strip_mlp")
+    before = logger.handlers
+    yield
+    logger.handlers = before

@@ -14,12 +14,7 @@ from tests.processes import ROOT, environment
 logger = logging.getLogger("strip_mlp")
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Puts the log's handlers back."""
-    before = logger.handlers
-    yield
-    logger.handlers = before
+pytestmark = pytest.mark.usefixtures("log_handlers")
 
 
 class Terminal(io.StringIO):

@@ -19,12 +19,7 @@ from tests.processes import run
 logger = logging.getLogger("strip_mlp")
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Puts the log's handlers back."""
-    before = logger.handlers
-    yield
-    logger.handlers = before
+pytestmark = pytest.mark.usefixtures("log_handlers")
 
 
 ODD_LINES = [b'{"a":1}', b"3", b"\xff", b"", b"null", b"[" * 10_000, b'{"kind": "train", "epochs": "1"}', b"9" * 10_000,

@@ -41,6 +41,22 @@ def _before_update(action, step: int) -> None:
     engine._Updater.update = patched
 
 
+def _at_half_of_checkpoint(nth: str, action) -> None:
+    """Does something when half of the n-th checkpoint that this process writes is on the disk."""
+    save, count = torch.save, 0
+
+    def patched(content, file):
+        nonlocal count
+        count += 1
+        save(content, file)
+        if count == int(nth):
+            file.flush()
+            os.truncate(file.fileno(), file.tell() // 2)
+            action()
+
+    torch.save = patched
+
+
 def _kill() -> None:
     """SIGKILL to this process, which says so first: a launcher may report another one that failed because of it."""
     print("killed by the fault", flush=True)
@@ -90,18 +106,7 @@ def cut_link_at_step(step, link):
 @fault
 def kill_while_saving(nth):
     """SIGKILL when half of the n-th checkpoint is written."""
-    save, count = torch.save, 0
-
-    def patched(content, file):
-        nonlocal count
-        count += 1
-        save(content, file)
-        if count == int(nth):
-            file.flush()
-            os.truncate(file.fileno(), file.tell() // 2)
-            _kill()
-
-    torch.save = patched
+    _at_half_of_checkpoint(nth, _kill)
 
 
 @fault
@@ -178,18 +183,12 @@ def kill_data_worker_at_step(step):
 @fault
 def kill_data_worker_while_saving(nth):
     """SIGKILL to a data worker when half of the n-th checkpoint is written."""
-    save, count = torch.save, 0
 
-    def patched(content, file):
-        nonlocal count
-        count += 1
-        save(content, file)
-        if count == int(nth):
-            os.truncate(file.fileno(), file.tell() // 2)
-            multiprocessing.active_children()[0].kill()
-            time.sleep(1)
+    def action():
+        multiprocessing.active_children()[0].kill()
+        time.sleep(1)
 
-    torch.save = patched
+    _at_half_of_checkpoint(nth, action)
 
 
 @fault
@@ -213,17 +212,11 @@ def full_disk_for_the_log(step):
 @fault
 def disk_full_while_saving(nth):
     """The disk is full at the n-th checkpoint: half of it is written."""
-    save, count = torch.save, 0
 
-    def patched(content, file):
-        nonlocal count
-        count += 1
-        save(content, file)
-        if count == int(nth):
-            os.truncate(file.fileno(), file.tell() // 2)
-            raise OSError(28, "No space left on device")
+    def action():
+        raise OSError(28, "No space left on device")
 
-    torch.save = patched
+    _at_half_of_checkpoint(nth, action)
 
 
 @fault
