@@ -1,10 +1,11 @@
-"""The scenes that detection.py trains on: made from the bundled digits, or read from a folder in COCO's format.
+"""What detection.py trains on: scenes made from the bundled digits, or a folder in COCO's format.
 
 A scene is ``(image, target)``: image float32 (3, H, W) in 0..1; target holds ``boxes``, float32 (n, 4) as x1, y1, x2,
 y2 in pixels, ``labels``, int64 (n,) from 0, and ``image_id``.
 """
 
 import contextlib
+import functools
 import io
 import sys
 from pathlib import Path
@@ -13,14 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import CocoDetection
 from torchvision.transforms.functional import to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.datasets import read_digits  # noqa: E402
-from models import MissingFileError  # noqa: E402
+import distributed
+from data.datasets import read_digits
+from models import MissingFileError
 
 
 class DigitScenes(Dataset):
@@ -37,6 +39,7 @@ class DigitScenes(Dataset):
     def __init__(self, split: str, count: int):
         self.split, self.count = split, count
         self.digits, self.labels, self.classes = read_digits(split)
+        self.categories = range(len(self.classes))
 
     def __len__(self) -> int:
         return self.count
@@ -62,6 +65,24 @@ class DigitScenes(Dataset):
         boxes = torch.tensor(boxes, dtype=torch.float32)
         return image, {"boxes": boxes, "labels": torch.tensor(labels), "image_id": index}
 
+    @functools.cached_property
+    def truth(self) -> COCO:
+        """The boxes, as pycocotools takes them."""
+        coco = COCO()
+        images, annotations = [], []
+        for image, target in self:
+            images.append({"id": target["image_id"], "height": image.shape[1], "width": image.shape[2]})
+            for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": target["image_id"], "category_id": label, "iscrowd": 0,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1),
+                })
+        categories = [{"id": label, "name": name} for label, name in enumerate(self.classes)]
+        coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
 
 def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """A mid-grey ground with a coloured texture of two scales: float64 (height, width, 3) in 0..1."""
@@ -86,6 +107,7 @@ class CocoScenes(Dataset):
         if split == "train":  # images without an object teach nothing
             annotated = {annotation["image_id"] for annotation in self.coco.coco.anns.values()}
             self.coco.ids = [index for index in self.coco.ids if index in annotated]
+        self.truth = self.coco.coco  # the boxes, as pycocotools takes them
 
     def __len__(self) -> int:
         return len(self.coco)
@@ -99,21 +121,27 @@ class CocoScenes(Dataset):
         return to_tensor(image), {"boxes": boxes, "labels": labels, "image_id": self.coco.ids[index]}
 
 
-def truth(dataset: Dataset) -> COCO:
-    """The boxes of a data set, as pycocotools takes them."""
-    if isinstance(dataset, CocoScenes):
-        return dataset.coco.coco
-    coco = COCO()
-    images, annotations = [], []
-    for image, target in dataset:
-        images.append({"id": target["image_id"], "height": image.shape[1], "width": image.shape[2]})
-        for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": target["image_id"], "category_id": label, "iscrowd": 0,
-                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1),
-            })
-    categories = [{"id": label, "name": name} for label, name in enumerate(dataset.classes)]
-    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
+def build_loaders(data: str, batch_size: int, workers: int, scenes: int) -> tuple[DataLoader, DataLoader]:
+    """The training and the validation batches of this process: lists of images and of targets.
+
+    Args:
+        data: ``"digits"``, or a folder in COCO's format.
+        batch_size: images.
+        workers: loading processes.
+        scenes: how many of digits to train on; a quarter as many are for validation.
+    """
+    if data == "digits":
+        train_set, val_set = DigitScenes("train", scenes), DigitScenes("val", max(scenes // 4, 1))
+    else:
+        train_set, val_set = (CocoScenes(Path(data), split) for split in ("train", "val"))
+    world = {"num_replicas": distributed.world_size(), "rank": distributed.rank()}
+    loading = {"batch_size": batch_size, "num_workers": workers, "collate_fn": unzip}
+    sampler = DistributedSampler(train_set, **world, drop_last=True)
+    return (DataLoader(train_set, sampler=sampler, drop_last=True, **loading),
+            DataLoader(val_set, sampler=DistributedSampler(val_set, **world, shuffle=False), **loading))
+
+
+def unzip(pairs: list) -> tuple[tuple, tuple]:
+    """Images and targets of a batch; the images have sizes of their own, so they cannot be stacked."""
+    images, targets = zip(*pairs, strict=True)
+    return images, targets

@@ -5,19 +5,22 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
+import hub
 from config import load_config
 from engine import Precision
-from models import build_model
+from models import adapt_size, build_model
 from tests.helpers import DIGITS, save_network
 from tests.processes import ROOT
+from tools import export
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install pycocotools")
 sys.path.insert(0, str(ROOT / "examples"))
 
 import detection  # noqa: E402
-from detection_data import CocoScenes, DigitScenes, truth  # noqa: E402
+from detection_data import CocoScenes, DigitScenes, unzip  # noqa: E402
+from detection_score import draw_found, evaluate, in_coco_format  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -45,19 +48,56 @@ def test_scenes_are_the_same_each_time_and_boxes_hold_their_digits():
     assert not torch.equal(DigitScenes("val", 1)[0][0][:, :90, :90], scenes[0][0][:, :90, :90])
 
 
-def test_retinanet_on_images_of_two_sizes(config_file, tmp_path):
-    """Losses and gradients reach the stem, from the weights of a classification run of other classes."""
+def parse(config_file, *more):
+    """The arguments of a detector of a few thousand parameters."""
+    return detection.parse_arguments(["--cfg", str(config_file), "--data", "digits", "--channels", "8", "--min-size",
+                                      "64", "--max-size", "128", *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def trained(config_file, tmp_path_factory):
+    """A classification network and its checkpoint."""
     config = load_config(config_file)
     net = build_model(config)
-    weights = save_network(tmp_path / "best.pth", config, net)
-    args = detection.parse_arguments(["--cfg", str(config_file), "--data", "digits", "--weights", str(weights),
-                                      "--channels", "8", "--min-size", "64", "--max-size", "128"])
-    detector = detection.build_detector(args, config, num_classes=3).train()
+    return net, save_network(tmp_path_factory.mktemp("trained") / "best.pth", config, net)
+
+
+def test_retinanet_on_images_of_two_sizes(config_file, trained):
+    """Losses and gradients reach the stem, from the weights of a classification run of other classes."""
+    net, weights = trained
+    detector = detection.build_detector(parse(config_file, "--weights", weights), num_classes=3).train()
     assert torch.equal(detector.backbone.net.stem.weight, net.stem.weight)
     images = [torch.rand(3, 64, 90), torch.rand(3, 70, 64)]
     targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([label])} for label in (0, 2)]
     sum(detector(images, targets).values()).backward()
     assert detector.backbone.net.stem.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("source", ["folder", "hf-hub:me/net"])
+def test_weights_of_a_hub_folder(source, config_file, trained, tmp_path, monkeypatch):
+    """Those of ``tools/export.py --format hub``, from the folder and from the Hub, which it is uploaded to."""
+    net, weights = trained
+    assert export.main([str(weights), str(tmp_path / "hub"), "--format", "hub"]) == 0
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda repository, name, revision: {
+        ("me/net", None): tmp_path / "hub" / name}[repository, revision])
+    given = tmp_path / "hub" if source == "folder" else source
+    detector = detection.build_detector(parse(config_file, "--weights", given), num_classes=3)
+    own, expected = detector.backbone.net.state_dict(), net.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in own.items()) and len(own) > 100
+
+
+def test_all_images_of_one_size(config_file, trained):
+    """The weights are resized to it, and no windows are cut."""
+    net, weights = trained
+    detector = detection.build_detector(parse(config_file, "--weights", weights, "--resize", 64), num_classes=3).eval()
+    backbone = detector.backbone.net
+    expected = adapt_size(net.state_dict(), backbone)
+    key = "stages.0.0.token_mixing.cgsmm.row_strip.weight"
+    assert torch.equal(backbone.state_dict()[key], expected[key]) and expected[key].shape[1] == 16
+    seen = []
+    backbone.stem.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape)))
+    detector([torch.rand(3, 64, 90), torch.rand(3, 70, 64)])
+    assert seen == [(2, 3, 64, 64)]
 
 
 def test_frozen_norms_stay_as_loaded(config_file):
@@ -87,9 +127,25 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("errs, low, high", [(0, 100, 100), (1, 1, 80)])
 def test_map_of_known_detections(errs, low, high):
     dataset = DigitScenes("val", 12)
-    loader = torch.utils.data.DataLoader(dataset, 5, collate_fn=detection.unzip)
-    mean, half = detection.evaluate(Oracle(dataset, errs), loader, truth(dataset), Precision("fp32", CPU), CPU)
+    loader = torch.utils.data.DataLoader(dataset, 5, collate_fn=unzip)
+    mean, half = evaluate(Oracle(dataset, errs), loader, Precision("fp32", CPU), CPU)
     assert low <= mean <= high + 1e-9 and half == pytest.approx(mean)  # every box is exact
+
+
+def test_boxes_are_drawn_where_they_were_found():
+    """Of two scenes with everything found, the picture differs from the scene along the boxes alone."""
+    dataset = DigitScenes("val", 2)
+    drawn, plain = (draw_found(Oracle(dataset, 0), dataset, CPU, threshold=threshold) for threshold in (0.5, 1.5))
+    assert drawn.size == plain.size == (412, 208)
+    change = ImageChops.difference(drawn, plain).convert("L").point(lambda value: 255 * (value > 2))  # beyond rounding
+    assert 0.005 < sum(change.histogram()[1:]) / (change.width * change.height) < 0.2
+
+
+def test_found_boxes_in_coco_s_format():
+    output = {"boxes": torch.tensor([[1.0, 2.0, 11.0, 22.0]]), "labels": torch.tensor([1]),
+              "scores": torch.tensor([0.5])}
+    assert in_coco_format(output, 4, categories=[3, 7]) == [
+        {"image_id": 4, "category_id": 7, "bbox": [1, 2, 10, 20], "score": 0.5}]
 
 
 def test_a_folder_in_coco_s_format(tmp_path):
@@ -120,6 +176,7 @@ def test_training_resumes(config_file, tmp_path, capsys):
     assert detection.main([*command, "--epochs", "2"]) == 0
     whole = torch.load(tmp_path / "last.pth", weights_only=True)
     assert whole["epoch"] == 2 and "epoch 2  loss" in capsys.readouterr().out
+    assert Image.open(tmp_path / "found.jpg").size == (200, 200)
     assert detection.main([*command, "--epochs", "3"]) == 0
     log = capsys.readouterr().out
     assert "after epoch 2" in log and "epoch 3  loss" in log and "epoch 2  loss" not in log
