@@ -2,7 +2,7 @@
 
 import torch
 
-from models import StripMLPNet
+from models import StripMLPNet, to_released_state_dict
 
 SIZES = {"img_size": 32, "num_classes": 5, "embed_dim": 8, "depths": (1, 1, 2, 1), "num_patches": 2}
 
@@ -29,6 +29,14 @@ def randomise(module, seed=0):
                 is_variance = name.endswith("running_var")
                 tensor.copy_(drawn.abs() + 0.5 if is_variance else drawn / tensor[0].numel() ** 0.5)
     return module
+
+
+def as_stored(weights, layout: str) -> dict[str, torch.Tensor]:
+    """A state dict as files hold it: ``"own"``, or released, with column strips spelt ``"proj_w"``, or ``"proh_w"`` as
+    in MLP-DINO."""
+    if layout == "own":
+        return weights
+    return {key.replace("proj_w", layout): value for key, value in to_released_state_dict(weights).items()}
 
 
 def shapes(model) -> dict[str, tuple]:

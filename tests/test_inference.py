@@ -8,8 +8,9 @@ from yacs.config import CfgNode
 import checkpoint
 from config import from_dict, load_config, to_dict
 from inference import load_network
-from models import adapt_size, build_model, to_released_state_dict
+from models import adapt_size, build_model
 from tests.helpers import DIGITS, TINY, differences, save_network, tiny_network
+from tests.nets import as_stored
 from tests.processes import ROOT
 
 
@@ -51,9 +52,10 @@ def test_older_checkpoints_name_classes_by_number_and_take_defaults_of_newer_key
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_released_checkpoint_needs_a_config(tmp_path):
+@pytest.mark.parametrize("layout", ["proj_w", "proh_w"])
+def test_released_checkpoint_needs_a_config(tmp_path, layout):
     config, model = tiny_network()
-    released = {"model": to_released_state_dict(model.state_dict()), "config": CfgNode({"MODEL": {"SWIN": 1}})}
+    released = {"model": as_stored(model.state_dict(), layout), "config": CfgNode({"MODEL": {"SWIN": 1}})}
     torch.save(released, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a\.pth: its config: MODEL\.SWIN is Swin-Transformer's.* --cfg$"):
         load_network(tmp_path / "a.pth")

@@ -26,6 +26,7 @@ from tests.helpers import (
     digits_folder,
     folder,
 )
+from tests.nets import as_stored
 from tests.processes import run, run_interpreter, torchrun
 
 
@@ -184,11 +185,12 @@ def test_eval_takes_the_run_s_best_checkpoint_by_itself(trained):
     assert report["eval_ema"]["acc1"] == checkpoint.load_file(folder(trained) / "best.pth")["max_accuracy"]
 
 
-def test_eval_of_a_released_checkpoint(trained, tmp_path):
+@pytest.mark.parametrize("layout", ["proj_w", "proh_w"])
+def test_eval_of_a_released_checkpoint(trained, tmp_path, layout):
     from yacs.config import CfgNode
     ours = checkpoint.load_file(folder(trained) / "ckpt_step_00000014.pth")
     path = tmp_path / "released.pth"
-    torch.save({"model": to_released_state_dict(ours["model"]), "epoch": 1, "max_accuracy": 1.0,
+    torch.save({"model": as_stored(ours["model"], layout), "epoch": 1, "max_accuracy": 1.0,
                 "config": CfgNode({"MODEL": {"NAME": "smlp"}})}, path)
     assert main.main(arguments(tmp_path, flags=["--eval", "--resume", str(path)])) == 0
     logged = [record for record in records(trained) if record["kind"] == "eval"][-1]
@@ -243,12 +245,13 @@ def test_throughput(capsys):
 
 # ---- weights to start from -------------------------------------------------------------------------
 
-def test_pretrained_with_another_number_of_classes(tmp_path):
+@pytest.mark.parametrize("layout", ["own", "proh_w"])
+def test_pretrained_with_another_number_of_classes(tmp_path, layout):
     """A network of 7 classes starts a training of 10: all but the head is loaded."""
     config = load_config(DIGITS, [*TINY, "MODEL.NUM_CLASSES", 7])
     torch.manual_seed(5)
     source = build_model(config).state_dict()
-    torch.save({"model": source}, tmp_path / "seven.pth")
+    torch.save({"model": as_stored(source, layout)}, tmp_path / "seven.pth")
     options = ("TRAIN.EPOCHS", 1, "TRAIN.BASE_LR", 1e-12, "TRAIN.WARMUP_LR", 0.0, "TRAIN.MIN_LR", 0.0)
     assert main.main(arguments(tmp_path, *options, flags=["--pretrained", str(tmp_path / "seven.pth")])) == 0
     log = (folder(tmp_path) / "log_rank0.txt").read_text()
@@ -266,6 +269,16 @@ def test_resume_from_a_named_checkpoint(trained, tmp_path):
     for content in (a, b):
         content.pop("config")
     assert differences(a, b) == []
+
+
+def test_resume_from_a_checkpoint_with_released_keys(trained, tmp_path):
+    """The whole state of a training, its weights under the keys of MLP-DINO: it ends at the same bits."""
+    content = checkpoint.load_file(folder(trained) / "ckpt_step_00000007.pth")
+    content |= {name: as_stored(content[name], "proh_w") for name in ("model", "model_ema")}
+    checkpoint.save_file(content, tmp_path / "proh_w.pth")
+    assert main.main(arguments(tmp_path, flags=["--resume", str(tmp_path / "proh_w.pth")])) == 0
+    a, b = (checkpoint.load_file(folder(output) / "ckpt_step_00000014.pth") for output in (trained, tmp_path))
+    assert all(differences(a[name], b[name]) == [] for name in ("model", "model_ema", "optimizer"))
 
 
 def test_resume_from_a_checkpoint_without_class_names(trained, tmp_path):

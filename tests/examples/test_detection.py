@@ -12,6 +12,7 @@ from config import load_config
 from engine import Precision
 from models import adapt_size, build_model
 from tests.helpers import DIGITS, save_network
+from tests.nets import as_stored
 from tests.processes import ROOT
 from tools import export
 
@@ -62,9 +63,11 @@ def trained(config_file, tmp_path_factory):
     return net, save_network(tmp_path_factory.mktemp("trained") / "best.pth", config, net)
 
 
-def test_retinanet_on_images_of_two_sizes(config_file, trained):
-    """Losses and gradients reach the stem, from the weights of a classification run of other classes."""
-    net, weights = trained
+def test_retinanet_on_images_of_two_sizes(config_file, trained, tmp_path):
+    """Losses and gradients reach the stem, from published weights of other classes, with MLP-DINO's keys."""
+    net, _ = trained
+    weights = tmp_path / "released.pth"
+    torch.save({"model": as_stored(net.state_dict(), "proh_w")}, weights)
     detector = detection.build_detector(parse(config_file, "--weights", weights), num_classes=3).train()
     assert torch.equal(detector.backbone.net.stem.weight, net.stem.weight)
     images = [torch.rand(3, 64, 90), torch.rand(3, 70, 64)]

@@ -14,9 +14,9 @@ from torch import nn
 from yacs.config import CfgNode
 
 from checkpoint import save_file
-from models import StripMLPNet, adapt_size, to_released_state_dict
+from models import StripMLPNet, adapt_size
 from models.strip_mlp import VARIANTS
-from tests.nets import SIZES, shapes, tiny_net
+from tests.nets import SIZES, as_stored, shapes, tiny_net
 
 
 def created(**kwargs):
@@ -218,12 +218,12 @@ def source():
     return net.eval()
 
 
-@pytest.fixture(params=["own", "own with an average", "released", "bare"])
+@pytest.fixture(params=["own", "own with an average", "proj_w", "proh_w", "bare"])
 def path(request, source, tmp_path):
     """A checkpoint of ``source``."""
     weights, path = source.state_dict(), tmp_path / "checkpoint.pth"
-    if request.param == "released":
-        torch.save({"model": to_released_state_dict(weights), "epoch": 299, "config": CfgNode({"SEED": 0})}, path)
+    if request.param in ("proj_w", "proh_w"):
+        torch.save({"model": as_stored(weights, request.param), "epoch": 299, "config": CfgNode({"SEED": 0})}, path)
     elif request.param == "bare":
         torch.save(weights, path)
     else:

@@ -17,7 +17,9 @@ from models import (
     to_released_state_dict,
 )
 from models.strip_ops import strip_mix
-from tests.nets import tiny_net
+from tests.nets import as_stored, tiny_net
+
+LAYOUTS = ("own", "proj_w", "proh_w")
 
 
 def tiny_model(seed, num_classes=5, **kwargs):
@@ -40,12 +42,11 @@ def same(a, b):
 @pytest.mark.parametrize("prefix", [
     "", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module._orig_mod.",
 ])
-@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("nested", [False, True])
-def test_model_state_dict(prefix, released, nested):
+def test_model_state_dict(prefix, layout, nested):
     weights = copies(tiny_model(0))
-    stored = to_released_state_dict(weights) if released else weights
-    stored = {prefix + key: value for key, value in stored.items()}
+    stored = {prefix + key: value for key, value in as_stored(weights, layout).items()}
     checkpoint = {"model": stored, "epoch": 3, "max_accuracy": 1.5, "optimizer": {}} if nested else stored
     found = model_state_dict(checkpoint)
     assert same(found, weights)
@@ -201,13 +202,12 @@ def test_adapting_keeps_the_type_and_says_so(caplog):
     assert "interpolated in 5 blocks, in the first from 8x8 to 16x24 tokens; accuracy suffers" in record.message
 
 
-@pytest.mark.parametrize("released", [False, True])
-def test_load_pretrained_of_another_size_and_class_count(released):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_load_pretrained_of_another_size_and_class_count(layout):
     source, target = tiny_model(1), tiny_model(2, img_size=(64, 96), num_classes=3)
     weights = copies(source)
     expected = adapt_size(weights, target)
-    assert load_pretrained(target, to_released_state_dict(weights) if released else weights) == [
-        "head.weight", "head.bias"]
+    assert load_pretrained(target, as_stored(weights, layout)) == ["head.weight", "head.bias"]
     after = copies(target)
     assert same(after, expected | {key: after[key] for key in ("head.weight", "head.bias")})
     assert target.eval()(torch.zeros(1, 3, 64, 96)).shape == (1, 3)
@@ -223,21 +223,19 @@ def test_weights_that_contradict_one_another_are_not_adapted():
 
 # ---- starting a training from weights ------------------------------------------------------------
 
-@pytest.mark.parametrize("released", [False, True])
-def test_load_pretrained_all(released):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_load_pretrained_all(layout):
     source, target = tiny_model(1), tiny_model(2)
-    weights = to_released_state_dict(copies(source)) if released else copies(source)
-    assert load_pretrained(target, {"model": weights}) == []
+    assert load_pretrained(target, {"model": as_stored(copies(source), layout)}) == []
     assert same(copies(source), copies(target))
 
 
-@pytest.mark.parametrize("released", [False, True])
-def test_load_pretrained_with_another_class_count(released):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_load_pretrained_with_another_class_count(layout):
     source, target = tiny_model(1), tiny_model(2, num_classes=3)
     before = copies(target)
     weights = copies(source)
-    stored = to_released_state_dict(weights) if released else weights
-    assert load_pretrained(target, {"model": stored}) == ["head.weight", "head.bias"]
+    assert load_pretrained(target, {"model": as_stored(weights, layout)}) == ["head.weight", "head.bias"]
     head = ("head.weight", "head.bias")
     assert same(copies(target), weights | {key: before[key] for key in head})
     assert before["head.weight"].shape == (3, 64)
