@@ -50,7 +50,7 @@ from lr_scheduler import LRScheduler
 from metrics import MetricsWriter, start_wandb
 from models import InputError, build_model, count_batches_once, load_pretrained
 from optimizer import build_optimizer
-from same_run import accept_changes
+from resume import find_resume, is_finished, report_finished, resume
 from train_state import NOT_SAVED, PREEMPTED, Checkpointer, Layout, NotSavedError, Preempted, TrainState
 
 logger = logging.getLogger("strip_mlp")
@@ -191,7 +191,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
     """
     with machine_failures(), Checkpointer(config, folder) as checkpointer:
         # 0. The run so far.
-        resume_path, resume_content, checkpointer.about["changes"] = _find_resume(config, folder, allow_changes)
+        resume_path, resume_content, checkpointer.about["changes"] = find_resume(config, folder, allow_changes)
 
         # 1. Data and model; every process draws the same weights.
         distributed.once_per_machine(lambda: prepare_data(config))
@@ -199,8 +199,8 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         val_loader = build_val_loader(config, distributed.rank(), distributed.world_size(), device)
         classes = list(train_loader.dataset.classes)
         checkpointer.about["classes"] = classes
-        if distributed.broadcast_object(_is_finished(resume_content, config, len(train_loader.dataset))):
-            _report_finished(resume_content, folder)
+        if distributed.broadcast_object(is_finished(resume_content, config, len(train_loader.dataset))):
+            report_finished(resume_content, folder)
             return
         utils.seed_everything(config.SEED)
         model = build_model(config).to(device, memory_format=torch.channels_last)
@@ -244,7 +244,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
             ema=ModelEmaV3(model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLED else None,
         )
         if resume_path:
-            _resume(resume_path, resume_content, state, checkpointer, folder)
+            resume(resume_path, resume_content, state, checkpointer, folder)
         del resume_content  # as large as the whole state
         metrics = None
         open_log(folder)
@@ -315,61 +315,6 @@ def _load_pretrained(config, model: nn.Module) -> None:
     logger.info(f"loaded the weights of {config.MODEL.PRETRAINED}")
     if skipped:
         logger.info(f"its head has another number of classes and is re-initialised: {', '.join(skipped)}")
-
-
-def _find_resume(config, folder: Path, allow_changes: bool) -> tuple[Path | None, dict | None, list[dict]]:
-    """The newest good checkpoint in ``folder``, else the one that the config names; None where there is neither.
-
-    With it come its content, where this process has read it already, and the changes of settings on the run's way.
-
-    Raises:
-        InputError: the folder holds a run that TRAIN.AUTO_RESUME False would mix with the new one, or one with other
-            settings.
-    """
-    path, content, changes = None, None, []
-    if distributed.rank() == 0:
-        if config.TRAIN.AUTO_RESUME:
-            path, content = checkpoint.newest_checkpoint(folder) or (None, None)
-        elif not config.MODEL.RESUME and checkpoint.list_checkpoints(folder):
-            raise InputError(f"TRAIN.AUTO_RESUME is False, but {folder} already holds the checkpoints of a run; give "
-                             "the new run another --tag, or delete the folder")
-        if path and config.MODEL.RESUME:
-            logger.info(f"this run has its own checkpoints; {config.MODEL.RESUME} is not used")
-        elif config.MODEL.RESUME:
-            path = weights_file(config.MODEL.RESUME)
-            content = checkpoint.load_file(path)
-        if content and content.keys() >= {"config", "layout"}:  # a whole training; what is none cannot be resumed
-            changes = accept_changes(content, path, config, allow_changes)
-    return distributed.broadcast_object(path), content, changes
-
-
-def _is_finished(content: dict | None, config, training_images: int) -> bool:
-    """Whether a checkpoint is the last of such a run; one of other images is not."""
-    is_whole = bool(content) and content.keys() >= {"epoch", "layout"}
-    return is_whole and (content["epoch"], content["layout"].get("training_images")) == (
-        config.TRAIN.EPOCHS, training_images)
-
-
-def _report_finished(content: dict | None, folder: Path) -> None:
-    if distributed.rank() == 0:
-        if not (folder / "curves.png").is_file():  # the run was killed after its last checkpoint
-            report.draw_curves(folder)
-        logger.info(f"this run is finished, nothing was trained: best top-1 {content['max_accuracy']:.3f} % in "
-                    f"{content['epoch']} epochs ({content['step']} updates). To train on, raise TRAIN.EPOCHS and add "
-                    f"--allow-changes.\n{report.whereabouts(folder)}")
-
-
-def _resume(path: Path, content: dict | None, state: TrainState, checkpointer: Checkpointer, folder: Path) -> None:
-    """Restores a checkpoint and leaves none in ``folder`` that would pass for a later one."""
-    content = content or checkpoint.load_file(path)
-    with checkpoint.naming(path):
-        state.load_state_dict(content)
-    if state.step != content["step"]:  # updates are counted otherwise now, so first save the run under its new step
-        if not checkpointer.save(state):
-            raise InputError(f"{path} was resumed with another batch size, and its checkpoint under the new count of "
-                             f"updates could not be written into {folder}; make room and rerun the same command")
-    if distributed.rank() == 0:
-        checkpoint.set_aside_after(state.step, folder)
 
 
 def _open_metrics(config, state: TrainState, batches: int, folder: Path) -> MetricsWriter:

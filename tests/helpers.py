@@ -12,7 +12,7 @@ import checkpoint
 from config import load_config, to_dict
 from data.datasets import read_digits
 from models import build_model
-from tests.processes import ROOT
+from tests.processes import ROOT, Fork, wait_for
 
 FAULTS = ROOT / "tests" / "runs" / "faults.py"
 DIGITS = ROOT / "configs" / "smlp_nano_alpha3_patch2_32_digits.yaml"
