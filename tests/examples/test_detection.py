@@ -1,10 +1,14 @@
 """The detector example: scenes, mixed image sizes, mAP, resuming."""
 
 import json
+import re
+import shlex
 import sys
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageChops
 
 import hub
@@ -189,3 +193,62 @@ def test_bad_input_is_one_line(config_file, capsys, tmp_path):
     assert detection.main(["--cfg", str(config_file), "--data", str(tmp_path)]) == 2
     assert "instances_train2017.json does not exist; --data takes 'digits' or a folder" in capsys.readouterr().out
 
+
+
+# ---- docs/detection.md ---------------------------------------------------------------------------
+
+GUIDE = (ROOT / "docs" / "detection.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", GUIDE, re.S | re.M)
+SMALL = "img_size=32, embed_dim=8, depths=(1, 1, 1, 1), dynamic_img_size=True"
+
+
+def run_block(word, replaced=(), **names):
+    """What the guide's only block with a word in it defines, with small networks."""
+    block, = (block for block in BLOCKS if word in block)
+    for there, here in (("dynamic_img_size=True", SMALL), *replaced):
+        assert there in block
+        block = block.replace(there, here)
+    exec(block, names)
+    return names
+
+
+def test_guide_s_commands(config_file):
+    """The options exist, and --help states the defaults that the guide compares with MLP-DINO's."""
+    lines = GUIDE.replace("\\\n", " ").splitlines()
+    commands = [line.partition("examples/detection.py ")[2] for line in lines if "examples/detection.py --" in line]
+    assert len(commands) >= 2
+    for command in commands:
+        assert detection.parse_arguments(shlex.split(command)).cfg.startswith("configs/")
+    args = detection.parse_arguments(["--cfg", "x", "--data", "digits"])
+    assert (args.lr, args.backbone_lr, args.epochs, args.batch_size) == (1e-4, 1e-5, 12, 4)
+
+
+def test_guide_s_feature_maps():
+    names = run_block("features_only")
+    assert [tuple(m.shape) for m in names["maps"]] == [(1, 16, 60, 80), (1, 32, 30, 40), (1, 64, 15, 20)]
+
+
+def test_guide_s_segmenter(capsys):
+    pytest.importorskip("segmentation_models_pytorch")
+    run_block("segmentation_models_pytorch")
+    sizes = ((224, 224), (320, 320), (352, 512), (333, 500))
+    assert capsys.readouterr().out.splitlines() == [str((1, 21, *size)) for size in sizes]
+
+
+def test_guide_s_grad_cam(tmp_path):
+    """The map is the mean gradient of each channel times the channel, summed, its positive part from 0 to 1."""
+    pytest.importorskip("pytorch_grad_cam")
+    path = tmp_path / "a.pth"
+    torch.manual_seed(0)
+    source = timm.create_model("strip_mlp_tiny", img_size=32, embed_dim=8, depths=(1, 1, 1, 1))
+    torch.save({"model": source.state_dict()}, path)
+    images = torch.randn(1, 3, 320, 480)
+    replaced = (("strip_mlp_tiny.pth", str(path)), ("torch.randn(1, 3, 320, 480)", "images"))
+    names = run_block("pytorch_grad_cam", replaced, images=images)
+    net = names["net"]
+    seen = net.forward_intermediates(images, indices=[3], intermediates_only=True)[0].detach().requires_grad_()
+    net.forward_head(net.norm(seen)).max().backward()
+    expected = (seen.grad.mean((2, 3), keepdim=True) * seen).sum(1, keepdim=True).relu()
+    expected = F.interpolate(expected, (320, 480), mode="bilinear", align_corners=False)[0, 0]
+    expected = (expected - expected.min()) / (expected.max() - expected.min())
+    torch.testing.assert_close(torch.from_numpy(names["heat"][0]), expected, rtol=1e-3, atol=1e-3)
