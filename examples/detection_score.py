@@ -56,7 +56,7 @@ def score(dataset: Dataset, found: list[dict]) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def draw_found(detector, dataset: Dataset, device: torch.device, count: int = 6, threshold: float = 0.5) -> Image.Image:
+def draw_found(detector, dataset: Dataset, device: torch.device, count: int = 6, threshold: float = 0.2) -> Image.Image:
     """The first images of a data set, three in a row, their longer sides 200 pixels.
 
     Boxes of a score of at least ``threshold`` are drawn, with the names of their classes.

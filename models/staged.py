@@ -122,7 +122,7 @@ class StagedNet(nn.Module):
         self.num_classes, self.global_pool = num_classes, global_pool
         weight = next(self.parameters())  # the stem's
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.set_submodule(self.classifier, head.to(weight.device, weight.dtype))
+        self.set_submodule(self.classifier, head.to(weight.device, weight.dtype).train(self.training))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keeps only the blocks' inputs for the backward pass, which then computes the rest again."""
