@@ -23,7 +23,7 @@ _SIZES = {  # of other numbers: 65,536
     "DATA.IMG_SIZE": 4096, "MODEL.STRIP_MLP.TRAINED_IMG_SIZE": 4096, "MODEL.NUM_CLASSES": 10**6,
 }
 _CHOSEN_BY_CHECKPOINTS = {"DATA": ("DATASET", "IMG_SIZE", "INTERPOLATION"), "TEST": ("CROP",)}
-_CHOSEN_BY_USERS = ("PRETRAINED", "RESUME")  # of MODEL, all else of which is the architecture
+_CHOSEN_BY_USERS = ("PRETRAINED", "RESUME")  # of MODEL, all else of which is the architecture, but for STRIP_MLP.FORM
 _TIMM_ARGUMENTS = {  # the arguments of timm's networks that a checkpoint may give, and the largest number in each
     **dict.fromkeys("depth depths layers".split(), 256),
     **dict.fromkeys("img_size patch_size window_size in_chans output_stride".split(), 4096),
@@ -92,6 +92,8 @@ def architecture(values: dict, source: str):
         if not isinstance(found, dict):
             raise InputError(f"{source}: {group} is {_short(found)}, not a group of keys")
         chosen[group] = {key: found[key] for key in keys if key in found}
+    if isinstance(model.get("STRIP_MLP"), dict):  # what computes best depends on the machine
+        chosen["MODEL"]["STRIP_MLP"] = {key: value for key, value in model["STRIP_MLP"].items() if key != "FORM"}
     _check_bounds(chosen, source)
     config = from_dict(chosen, source)
     _check_timm_arguments(config.MODEL.TIMM_KWARGS, source)
