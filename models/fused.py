@@ -25,7 +25,6 @@ class FusedStripMixingBlock(nn.Module):
         super().__init__()
         cgsmm = block.cgsmm
         self.conv_norm, self.conv, self.lsmm = block.conv_norm, block.conv, block.lsmm
-        self.requires_grad_(False)
         self.size = cgsmm.size
         self.row_form, self.column_form = cgsmm.row_strip.form, cgsmm.column_strip.form
 
@@ -70,7 +69,6 @@ class FusedChannelMixingBlock(nn.Module):
     def __init__(self, block: nn.Module):
         super().__init__()
         self.conv, self.norm, self.fc1 = block.conv, block.norm, block.fc1
-        self.requires_grad_(False)
         self.register_buffer("gamma", block.grn.gamma.detach())
         self.register_buffer("weight", block.fc2.weight.detach())
         self.register_buffer("bias", block.fc2.bias + block.fc2.weight @ block.grn.beta.flatten())

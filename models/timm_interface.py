@@ -1,5 +1,6 @@
 """What timm's tools ask of a Strip-MLP beside its forward pass."""
 
+import torch
 from timm.models._input import update_model_input_size
 from torch import nn
 
@@ -7,6 +8,8 @@ from .errors import InputError
 from .input_size import check_img_size, map_sizes
 from .staged import StagedNet
 from .weights import fit_state_dict
+
+FUSED_TOLERANCE = 5e-3  # of the largest output; TF32 alone makes a tenth of it
 
 
 class TimmInterface(StagedNet):
@@ -42,15 +45,33 @@ class TimmInterface(StagedNet):
         self.load_state_dict(weights)
         update_model_input_size(self, self.img_size)
 
+    @torch.no_grad()
     def fuse(self) -> nn.Module:
         """Turns the network, in place, into its inference form: faster, equal within rounding, not to be trained.
 
         See ``fused.py`` for what is folded. Its state dict has other keys, so load weights before.
+
+        Raises:
+            InputError: the two forms' outputs differ on a batch of two random images, as they do where an ingredient of
+                the network was changed and the inference form was not. The network is left as it was.
         """
-        for stage in self.stages:
-            for block in stage:
+        weight = self.stem.weight
+        images = torch.randn(2, self.in_chans, *self.img_size, generator=torch.Generator().manual_seed(0)).to(weight)
+        blocks = [block for stage in self.stages for block in stage]
+        parts = [(block.token_mixing, block.channel_mixing) for block in blocks]
+        with torch.autocast(weight.device.type, enabled=False):
+            expected = self.eval()(images)
+            for block in blocks:
                 block.fuse()
-        return self.eval()
+            difference = float((self(images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+        if not difference <= max(FUSED_TOLERANCE, 8 * torch.finfo(weight.dtype).eps):
+            for block, (token_mixing, channel_mixing) in zip(blocks, parts, strict=True):
+                block.token_mixing, block.channel_mixing = token_mixing, channel_mixing
+            raise InputError(f"the inference form's outputs differ from the network's by {difference:.1e} of the "
+                             "largest. models/fused.py repeats the network's formulas: change them there too, or do "
+                             "without (TEST.FUSE False)")
+        self.stages.requires_grad_(False)
+        return self
 
     def no_weight_decay(self) -> set[str]:
         """The biases of the strip layers, which timm would decay because they have two dimensions."""

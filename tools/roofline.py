@@ -21,7 +21,6 @@ import torch
 
 from config import load_config
 from models import build_model
-from models.strip_mlp import StripMLP
 from tools.published import published_formulation
 from tools.traffic import Traffic, count_step
 from tools.traffic_compiled import count_compiled_step
@@ -44,12 +43,13 @@ def build_network(args) -> tuple[torch.nn.Module, int]:
     if args.form == "published":
         network = published_formulation(network)
     else:
+        if args.form == "fused":
+            network.fuse()
         for module in network.modules():
-            if isinstance(module, StripMLP) and module.form == "auto":
-                module.form = "triton"  # what auto means on a GPU
+            for form in ("form", "row_form", "column_form"):
+                if getattr(module, form, "") == "auto":
+                    setattr(module, form, "triton")  # what auto means on a GPU
         network.to(memory_format=torch.channels_last)
-    if args.form == "fused":
-        network.fuse()
     return network.train(args.mode == "training"), side
 
 

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from models import StripMLPNet
+import models.strip_mlp
+from models import InputError, StripMLPNet
 from models.ablations import build_ablated
 from models.fused import FusedChannelMixingBlock, FusedStripMixingBlock
 from tests.nets import relative_error
@@ -60,6 +62,16 @@ def fused_norms(net):
 
 
 @torch.no_grad()
+def test_another_ingredient_is_refused_and_the_network_stays(monkeypatch):
+    net, x = trained(torch.float32), images(32, 32, dtype=torch.float32)
+    monkeypatch.setattr(models.strip_mlp.F, "gelu", F.silu)
+    expected = net(x)
+    with pytest.raises(InputError, match="outputs differ from the network's by .* change them there too"):
+        net.fuse()
+    assert torch.equal(net(x), expected) and all(p.requires_grad for p in net.parameters())
+
+
+@torch.no_grad()
 def test_the_input_is_left_as_it_is():
     net, x = trained().fuse(), images(32, 32)
     before = x.clone()
@@ -79,6 +91,14 @@ def test_ablated_token_mixing_stays():
     logits = net(x)
     assert relative_error(net.fuse()(x), logits) < 1e-12
     assert fused_norms(net) == 5 * 3 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_16_bits_are_no_other_ingredient(dtype):
+    """Their rounding is larger than what tells two networks of 32 bits apart."""
+    net, x = trained(torch.float32), images(32, 32, dtype=torch.float32)
+    assert relative_error(copy.deepcopy(net).to(dtype).fuse()(x.to(dtype)).float(), net(x)) < 0.1
 
 
 @torch.no_grad()
