@@ -137,16 +137,17 @@ def adapt_size(state_dict: dict[str, torch.Tensor], model: nn.Module, warn: bool
         if old is None or old == new:
             continue
         sizes.append((old, new))
+        host = "meta" if state_dict[key].is_meta else "cpu"  # a network on the meta device has shapes alone
         for axis, side in (("row", 1), ("column", 0)):
-            spread, gather = _resizing(old[side], new[side]), _resizing(new[side], old[side])
+            spread, gather = _resizing(old[side], new[side]).to(host), _resizing(new[side], old[side]).to(host)
             for name, equation, matrices in (
                 ("weight", "aj,djik,ib->dabk", (spread, gather)), ("bias", "aj,dj->da", (spread,)),
             ):
                 value = state_dict[f"{cgsmm}{axis}_strip.{name}"]
-                result = torch.einsum(equation, matrices[0], value.cpu().double(), *matrices[1:])
+                result = torch.einsum(equation, matrices[0], value.to(host).double(), *matrices[1:])
                 adapted[f"{cgsmm}{axis}_strip.{name}"] = result.to(value)
             table = state_dict[f"{cgsmm}{axis}_position.table"]
-            adapted[f"{cgsmm}{axis}_position.table"] = _resize_table(table.cpu().double(), old, new).to(table)
+            adapted[f"{cgsmm}{axis}_position.table"] = _resize_table(table.to(host).double(), old, new).to(table)
     if sizes and warn:
         (old, new), count = sizes[0], len(sizes)
         logger.warning(
@@ -185,7 +186,7 @@ def _resize_table(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int
     offsets = torch.arange(-height, width + 1, dtype=torch.float64)
     offsets *= torch.where(offsets < 0, old_height / height, old_width / width)
     # The outermost entries are never read and so never learnt.
-    position = offsets.clamp(1 - old_height, old_width - 1) + old_height
+    position = (offsets.clamp(1 - old_height, old_width - 1) + old_height).to(table.device)
     below = position.floor().long()
     return torch.lerp(table[below], table[below + 1], (position - below)[:, None])
 

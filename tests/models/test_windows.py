@@ -219,6 +219,15 @@ def test_set_input_size(build):
     assert torch.equal(net(x), expected(x))
 
 
+def test_set_input_size_on_the_meta_device():
+    """As timm's own tests call it: shapes, without values."""
+    net = timm.create_model("strip_mlp_tiny", img_size=32, embed_dim=8, depths=(1, 1, 1, 1), device="meta")
+    expected = StripMLPNet(img_size=64, embed_dim=8, depths=(1, 1, 1, 1))
+    net.set_input_size(img_size=64)
+    assert all(weight.is_meta for weight in net.state_dict().values())
+    assert [w.shape for w in net.state_dict().values()] == [w.shape for w in expected.state_dict().values()]
+
+
 def test_set_input_size_with_timm_s_helpers():
     net = timm.create_model("strip_mlp_tiny", img_size=32, embed_dim=8, depths=(1, 1, 1, 1), dynamic_img_size=True)
     net.set_input_size(img_size=64)
