@@ -7,6 +7,7 @@ import platform
 import re
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -178,9 +179,19 @@ def agree_on_largest(value: int) -> int:
     """The largest ``value`` of all processes, agreed on by their hosts without waiting for their devices."""
     if not dist.is_initialized():
         return value
+    return begin_to_agree_on_largest(value)()
+
+
+def begin_to_agree_on_largest(value: int) -> Callable[[], int]:
+    """As ``agree_on_largest``, without waiting: what is returned waits for the others and gives the largest."""
     largest = torch.tensor(value)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group)
-    return int(largest)
+    work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group, async_op=True)
+
+    def wait() -> int:
+        work.wait()
+        return int(largest)
+
+    return wait
 
 
 def broadcast_object(value):

@@ -171,6 +171,7 @@ class Checkpointer:
         self.about = {"config": to_dict(config), "changes": []}
         self.signal: signal.Signals | None = None
         self.saved_at = time.monotonic()
+        self.agreement = None  # of the processes, begun at the update before
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
@@ -181,15 +182,20 @@ class Checkpointer:
             signal.signal(number, handler)
 
     def is_due(self, state: TrainState) -> bool:
-        """Whether to save after this update, agreed by all processes."""
+        """Whether to save after this update, the same answer on all processes.
+
+        A signal or a clock is seen by one process before the others. Several processes agree on it while they compute
+        the next update, and so save one update later.
+        """
         steps, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
-        wish = _NOTHING
+        is_step = bool(steps) and state.step % steps == 0
         overdue = minutes and time.monotonic() - self.saved_at > 60 * minutes
-        if overdue or steps and state.step % steps == 0:
-            wish = _SAVE
-        if self.signal:
-            wish = _STOP
-        return distributed.agree_on_largest(wish) != _NOTHING
+        wish = _STOP if self.signal else _SAVE if overdue else _NOTHING
+        if not distributed.is_distributed():
+            return is_step or wish != _NOTHING
+        is_due = is_step or self.agreement is not None and self.agreement() != _NOTHING
+        self.agreement = None if is_due else distributed.begin_to_agree_on_largest(wish)
+        return is_due
 
     def save(self, state: TrainState, is_best: bool = False, is_last: bool = False) -> bool:
         """Saves the run. A failure to write is logged and the run goes on; older checkpoints stay as they are.
