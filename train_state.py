@@ -253,8 +253,9 @@ class Checkpointer:
         if self.signal is None:
             self.signal, self.received_at = signal.Signals(number), time.monotonic()
             if distributed.rank() == 0:  # the log may be in the middle of a line
+                last = "the next" if distributed.is_distributed() else "this"  # see is_due
                 again = "; Ctrl-C again stops now, without saving" if number == signal.SIGINT else ""
-                os.write(2, f"{self.signal.name}: stopping after this update{again}\n".encode())
+                os.write(2, f"{self.signal.name}: stopping after {last} update{again}\n".encode())
         elif time.monotonic() - self.received_at > (
             _SAME_SIGNAL_FROM_LAUNCHER if distributed.is_distributed() else _SAME_SIGNAL
         ):
