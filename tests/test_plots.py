@@ -147,7 +147,7 @@ def test_saving(tmp_path):
     figure = plots.draw_curves({"run": RUN})
     plots.save_figure(figure, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
-        assert image.size == (1575, 510)
+        assert image.size == (1575, 510) and image.mode == "P"
     plots.save_figure(figure, tmp_path / "a.svg")
     assert b"<svg" in (tmp_path / "a.svg").read_bytes()[:500]
     with pytest.raises(ValueError, match=r"a\.xyz: .*xyz"):
