@@ -2,9 +2,12 @@
 
     python tools/roofline.py --cfg configs/smlp_tiny_light_alpha3_patch4_224_imagenet1k.yaml
     python tools/roofline.py --model convnext_tiny --compiled --json output/convnext_tiny.json
+    python tools/roofline.py --model strip_mlp_tiny_light --measured        # on a GPU: beside what each operation takes
 
 Prints the step's traffic by operation and by module, and the time that GPUs could not beat. Only the network and its
 loss are counted, neither the optimiser nor the input pipeline. ``--compiled`` takes one to three minutes.
+``--measured`` runs the step and times every operation, beside the time that it cannot beat at the bandwidth and the
+arithmetic rate that this device reached just before.
 """
 
 import argparse
@@ -21,9 +24,12 @@ import torch
 
 from config import load_config
 from models import build_model
+from report import describe_environment
+from tools.benchmark import measure_device
 from tools.published import published_formulation
-from tools.traffic import Traffic, count_step
+from tools.traffic import Traffic, count_step, floor
 from tools.traffic_compiled import count_compiled_step
+from tools.traffic_measured import time_step
 
 # Data sheets: GB/s of memory, TFLOP/s of dense products in 16 bits summed in 32.
 GPUS = {
@@ -45,7 +51,7 @@ def build_network(args) -> tuple[torch.nn.Module, int]:
     else:
         if args.form == "fused":
             network.fuse()
-        for module in network.modules():
+        for module in network.modules() if not args.measured else ():
             for form in ("form", "row_form", "column_form"):
                 if getattr(module, form, "") == "auto":
                     setattr(module, form, "triton")  # what auto means on a GPU
@@ -79,6 +85,26 @@ def report(traffic: Traffic, images: int, rows: int) -> str:
     return "\n".join(lines)
 
 
+def report_measured(traffic: Traffic, device: dict, rows: int) -> str:
+    """What each kind of operation takes, beside the time that it cannot beat on this device, as Markdown.
+
+    Args:
+        traffic: with measured seconds.
+        device: as ``measure_device`` returns it.
+        rows: how many kinds, those that take longest.
+    """
+    rates = device["bytes_per_second"], device["flops"]
+    sums = defaultdict(lambda: [0, 0.0, 0.0])
+    for op in traffic.operations:
+        for name in (f"{op.name}, {op.phase}", "**all**"):
+            sums[name] = [a + b for a, b in zip(sums[name], (1, floor(op, *rates), op.seconds), strict=True)]
+    lines = [f"This device copies {rates[0] / 1e9:.0f} GB/s and multiplies {rates[1] / 1e12:.3g} TFLOP/s.", "",
+             "| operation | calls | predicted ms | measured ms | measured / predicted |", "|---|---|---|---|---|"]
+    for name, (calls, least, measured) in sorted(sums.items(), key=lambda item: -item[1][2])[:rows + 1]:
+        lines.append(f"| {name} | {calls} | {1e3 * least:.3f} | {1e3 * measured:.3f} | {measured / least:.2f} |")
+    return "\n".join(lines)
+
+
 def _kind_of_module(op) -> str:
     """A module's path without the numbers of stage and block, so that all blocks add up."""
     return ".".join(part for part in op.module.split(".") if not part.isdigit()) or "(network)"
@@ -90,13 +116,25 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     network, side = build_network(args)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[args.dtype]
-    count = count_compiled_step if args.compiled else count_step
-    traffic = count(network, (args.batch_size, 3, side, side), args.mode == "training", dtype)
+    shape, training = (args.batch_size, 3, side, side), args.mode == "training"
     command = "python tools/roofline.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    print(f"# `{command}`\n\n{report(traffic, args.batch_size, args.rows)}")
+    result = {"command": command}
+    if args.measured:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        layout = torch.contiguous_format if args.form == "published" else torch.channels_last
+        images = torch.randn(shape, device=device).contiguous(memory_format=layout)
+        traffic = time_step(network.to(device), images, training, dtype)
+        result |= {"environment": describe_environment(device),
+                   "device": measure_device(device, dtype or torch.float32)}
+        text = report_measured(traffic, result["device"], args.rows)
+    else:
+        count = count_compiled_step if args.compiled else count_step
+        traffic = count(network, shape, training, dtype)
+        text = report(traffic, args.batch_size, args.rows)
+    print(f"# `{command}`\n\n{text}")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps({"command": command} | asdict(traffic), indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(result | asdict(traffic), indent=1) + "\n")
     return 0
 
 
@@ -111,7 +149,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--form", choices=["ours", "fused", "published"], default="ours",
                         help="ours: the network that is trained; fused: its inference form; published: the same "
                              "network computed as its authors' code does; default: ours")
-    parser.add_argument("--compiled", action="store_true", help="as torch.compile would fuse it, not eager")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--compiled", action="store_true", help="as torch.compile would fuse it, not eager")
+    how.add_argument("--measured", action="store_true", help="run the step eagerly and time every operation")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="default: bf16")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images; default: 128")
     parser.add_argument("--rows", type=int, default=15, metavar="N", help="rows of each table; default: 15")

@@ -39,6 +39,7 @@ class Operation:
     bytes: int
     flops: int  # a multiply-accumulate is two
     launches: int
+    seconds: float = 0.0  # measured; 0 where nothing was run
 
 
 @dataclass
@@ -54,7 +55,12 @@ class Traffic:
 
     def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
         """The time that a GPU cannot beat: every operation at the full bandwidth or the full arithmetic rate."""
-        return sum(max(op.bytes / bytes_per_second, op.flops / flops_per_second) for op in self.operations)
+        return sum(floor(op, bytes_per_second, flops_per_second) for op in self.operations)
+
+
+def floor(op: Operation, bytes_per_second: float, flops_per_second: float) -> float:
+    """The seconds below which an operation cannot stay: its bytes or its arithmetic, whichever takes longer."""
+    return max(op.bytes / bytes_per_second, op.flops / flops_per_second)
 
 
 def count_step(
@@ -74,7 +80,7 @@ def count_step(
         _replace_tensors(network)
         x = torch.empty(images).contiguous(
             memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
-        with _as_on_cuda(), _Counter() as counter, ModuleTracker() as modules:
+        with _as_on_cuda(), Counter() as counter, ModuleTracker() as modules:
             counter.modules = modules
             counter.note(x)
             with torch.autocast("cpu", dtype, enabled=dtype is not None), torch.set_grad_enabled(training):
@@ -88,7 +94,7 @@ def count_step(
 
 def count_call(call: Callable[[], object]) -> Traffic:
     """Counts what a call without gradients computes on real tensors."""
-    with torch.no_grad(), _Counter() as counter, ModuleTracker() as modules:
+    with torch.no_grad(), Counter() as counter, ModuleTracker() as modules:
         counter.modules = modules
         call()
     return counter.traffic
@@ -132,7 +138,9 @@ def _in_32_bits(x):
     return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
+    """Counts every operation of what runs inside it."""
+
     def __init__(self):
         super().__init__()
         self.traffic, self.phase, self.modules = Traffic(), "forward", None
@@ -141,14 +149,18 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # PyTorch's fake convolutions choose the layouts of the CPU's library.
-        out = _fake_convolution(function, args) if function in CONVOLUTIONS else function(*args, **kwargs)
+        out = self.run(function, args, kwargs)
         inputs, outputs = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
         if not _is_free(function, inputs, outputs):
             self.traffic.operations.append(self._operation(function, args, kwargs, out, inputs, outputs))
         for tensor in outputs:
             self.note(tensor)
         return out
+
+    def run(self, function, args, kwargs):
+        """The operation's result."""
+        # PyTorch's fake convolutions choose the layouts of the CPU's library.
+        return _fake_convolution(function, args) if function in CONVOLUTIONS else function(*args, **kwargs)
 
     def _operation(self, function, args, kwargs, out, inputs, outputs) -> Operation:
         name = _name(function, args, inputs, outputs)
@@ -225,9 +237,10 @@ def _extra(name: str, args, outputs) -> tuple[int, int]:
         if not name.endswith("backward") and args[2] is not None:
             copied.append(2 * _bytes(outputs[0]))
         return sum(copied), len(copied)
-    if name in ("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"):
+    if name in ("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"):
         return _bytes(args[0]), 1
-    if name in ("native_batch_norm_backward", "batch_norm_backward", "native_layer_norm_backward"):
+    if name in ("native_batch_norm_backward", "cudnn_batch_norm_backward", "batch_norm_backward",
+                "native_layer_norm_backward"):
         return _bytes(args[0]) + _bytes(args[1]), 1
     return 0, LAUNCHES.get(name, 1) - 1
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from models.strip_mlp import Block, StripMLP
 from tools import roofline
-from tools.traffic import count_step
+from tools.traffic import Traffic, count_step
 from tools.traffic_compiled import count_compiled_step
+from tools.traffic_measured import time_step
 
 N, SIDE = 4, 8
 PIXELS = N * SIDE * SIDE
@@ -51,6 +52,22 @@ def test_traffic_known_by_hand():
         ("backward", "0", "convolution dense backward"): (map_8 + x + w0, 1),  # the images need no gradient
     }
     assert {key: found.get(key) for key in expected} == expected
+
+
+def test_operations_of_a_measured_step():
+    """They are those counted on fake tensors, each with a time; the loss and the backward pass too."""
+    x = torch.randn(N, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
+    counted = count_step(small_network(), x.shape, training=True, dtype=None).operations
+    measured = time_step(small_network(), x, training=True, dtype=None, turns=2).operations
+    assert all(op.seconds > 0 for op in measured)
+    layers = [[(op.phase, op.module, op.name, op.flops) for op in operations if op.module]
+              for operations in (counted, measured)]
+    assert layers[0] == layers[1]
+    assert [op.bytes for op in counted if op.phase == "forward" and op.module] == [
+        op.bytes for op in measured if op.phase == "forward" and op.module]
+    table = roofline.report_measured(Traffic(measured), {"bytes_per_second": 1e9, "flops": 1e12}, rows=3)
+    least, total = Traffic(measured).seconds(1e9, 1e12), sum(op.seconds for op in measured)
+    assert f"| **all** | {len(measured)} | {1e3 * least:.3f} | {1e3 * total:.3f} | {total / least:.2f} |" in table
 
 
 def test_operations_and_floor():
