@@ -222,6 +222,17 @@ class ChannelMixingBlock(nn.Module):
         return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
 
+class DropPathAdd(DropPath):
+    """``x + drop_path(branch)``, the sum of a block, in one pass over the maps."""
+
+    def forward(self, x, branch):
+        """(N, C, H, W), (N, C, H, W) -> (N, C, H, W)"""
+        if not self.training or self.drop_prob == 0:
+            return x + branch
+        kept = branch.new_empty((branch.shape[0], 1, 1, 1)).bernoulli_(1 - self.drop_prob)
+        return torch.addcmul(x, branch, kept.div_(1 - self.drop_prob))
+
+
 class Block(nn.Module):
     """Token mixing, then channel mixing, each a residual branch with drop path."""
 
@@ -232,12 +243,12 @@ class Block(nn.Module):
         super().__init__()
         self.token_mixing = token_mixing(dim, size, num_patches, strip_width)
         self.channel_mixing = ChannelMixingBlock(dim, mlp_ratio)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = DropPathAdd(drop_path)
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        x = x + self.drop_path(self.token_mixing(x))
-        return x + self.drop_path(self.channel_mixing(x))
+        x = self.drop_path(x, self.token_mixing(x))
+        return self.drop_path(x, self.channel_mixing(x))
 
     def fuse(self) -> "Block":
         """Puts inference forms in the place of its parts; an ablated token mixing has none and stays as it is."""
