@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distributed
 from data.datasets import read_digits
-from models import MissingFileError
+from models import InputError, MissingFileError
 
 
 class DigitScenes(Dataset):
@@ -100,13 +100,21 @@ class CocoScenes(Dataset):
         annotations = root / "annotations" / f"instances_{split}2017.json"
         if not annotations.is_file():
             raise MissingFileError(f"{annotations} does not exist; --data takes 'digits' or a folder in COCO's format")
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = CocoDetection(str(root / f"{split}2017"), str(annotations))
-        self.categories = sorted(self.coco.coco.getCatIds())
-        self.classes = [category["name"] for category in self.coco.coco.loadCats(self.categories)]
+        images = root / f"{split}2017"
+        if not images.is_dir():
+            raise MissingFileError(f"the folder {images} of the images does not exist")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.coco = CocoDetection(str(images), str(annotations))
+            self.categories = sorted(self.coco.coco.getCatIds())
+            self.classes = [category["name"] for category in self.coco.coco.loadCats(self.categories)]
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise InputError(f"{annotations} is not in COCO's format ({type(error).__name__}: {error})") from error
         if split == "train":  # images without an object teach nothing
             annotated = {annotation["image_id"] for annotation in self.coco.coco.anns.values()}
             self.coco.ids = [index for index in self.coco.ids if index in annotated]
+        if not self.coco.ids or not self.categories:
+            raise InputError(f"{annotations} lists no {'image' if self.categories else 'category'} to learn from")
         self.truth = self.coco.coco  # the boxes, as pycocotools takes them
 
     def __len__(self) -> int:

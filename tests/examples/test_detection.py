@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 import hub
 from config import load_config
 from engine import Precision
-from models import adapt_size, build_model
+from models import InputError, adapt_size, build_model
 from tests.helpers import DIGITS, save_network
 from tests.nets import as_stored
 from tests.processes import ROOT
@@ -193,6 +193,23 @@ def test_bad_input_is_one_line(config_file, capsys, tmp_path):
     assert detection.main(["--cfg", str(config_file), "--data", str(tmp_path)]) == 2
     assert "instances_train2017.json does not exist; --data takes 'digits' or a folder" in capsys.readouterr().out
 
+
+@pytest.mark.parametrize("annotations, message", [
+    ('{"images": [', "is not in COCO's format (JSONDecodeError"),
+    ("[1]", "is not in COCO's format (AssertionError"),
+    ('{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}', "is not in COCO's format (KeyError"),
+    ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "x"}]}', "lists no image"),
+    ('{"images": [], "annotations": [], "categories": []}', "lists no category"),
+])
+def test_annotations_that_cannot_be_used(tmp_path, annotations, message):
+    (tmp_path / "annotations").mkdir()
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    file.write_text(annotations)
+    with pytest.raises(InputError, match="train2017 of the images does not exist"):
+        CocoScenes(tmp_path, "train")
+    (tmp_path / "train2017").mkdir()
+    with pytest.raises(InputError, match=re.escape(f"{file} {message}")):
+        CocoScenes(tmp_path, "train")
 
 
 # ---- docs/detection.md ---------------------------------------------------------------------------
