@@ -8,6 +8,7 @@ import distributed
 import report
 from hub import weights_file
 from models import InputError
+from resume_checks import check_run
 from same_run import accept_changes
 from train_state import Checkpointer, TrainState
 
@@ -35,6 +36,9 @@ def find_resume(config, folder: Path, allow_changes: bool) -> tuple[Path | None,
         elif config.MODEL.RESUME:
             path = weights_file(config.MODEL.RESUME)
             content = checkpoint.load_file(path)
+        if content:
+            with checkpoint.naming(path):
+                check_run(content)
         if content and content.keys() >= {"config", "layout"}:  # a whole training; what is none cannot be resumed
             changes = accept_changes(content, path, config, allow_changes)
     return distributed.broadcast_object(path), content, changes

@@ -1,5 +1,6 @@
 """Whether a training can resume from a checkpoint; every entry is checked before anything of the training changes."""
 
+import copy
 import random
 
 import numpy as np
@@ -8,8 +9,37 @@ import torch
 from models import InputError, check_fit, model_state_dict
 
 MAX_EPOCHS = 1_000_000
-_OPTIMIZER_STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
-_NOT_NEGATIVE = ("step", "exp_avg_sq")  # and may be infinite, where a gradient was huge
+MAX_SETTING = 4096  # characters
+
+
+def check_run(content: dict) -> None:
+    """Checks what is read of a training's checkpoint before the training is built: its settings, and how far it came.
+
+    Raises:
+        InputError: an entry is of another type, or a setting is none that a config could hold.
+    """
+    if "layout" not in content:  # no training's
+        return
+    kinds = {"layout": dict, "config": dict, "changes": list, "epoch": int, "step": int, "max_accuracy": int | float}
+    for key, kind in kinds.items():
+        if key in content and not isinstance(content[key], kind):
+            raise InputError(f"its {key} is {content[key]!r:.60}")
+    _check_settings(content.get("config", {}), "config")
+    for change in content.get("changes", []):
+        if not isinstance(change, dict) or change.keys() != {"step", "keys"} or not isinstance(change["keys"], dict):
+            raise InputError(f"its changes hold {change!r:.60}")
+        _check_settings(change, "changes")
+
+
+def _check_settings(value, name: str) -> None:
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, item in value.items():
+            _check_settings(item, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_settings(item, name)
+    elif not isinstance(value, (type(None), bool, int, float, str)) or len(str(value)) > MAX_SETTING:
+        raise InputError(f"its {name:.60} is {value!r:.60}, which is no setting")
 
 
 def check_training(content: dict, state) -> dict[str, str]:
@@ -41,14 +71,13 @@ def check_training(content: dict, state) -> dict[str, str]:
             f"({', '.join(changed.values())}), so that what is left of the epoch is not defined; resume as before, "
             "or from a checkpoint at the end of an epoch"
         )
-    _check_optimizer_groups(content["optimizer"], state.optimizer)
     if state.ema and content["model_ema"] is None:
         raise InputError("TRAIN.EMA.ENABLED is True but the checkpoint holds no average; resume with it False")
     check_fit(state.model, model_state_dict(content))
     if state.ema:
         check_fit(state.ema.module, model_state_dict({"model": content["model_ema"]}))
-    _check_optimizer_state(content["optimizer"], state.optimizer)
-    _check_scaler(content["scaler"], state.scaler)
+    check_optimizer(content["optimizer"], state.optimizer)
+    check_scaler(content["scaler"], state.scaler)
     _check_rng(content["rng"], content["layout"]["world_size"])
     return changed
 
@@ -93,10 +122,11 @@ def _check_position(content: dict, layout: dict) -> None:
         raise InputError(f"its max_accuracy is {best!r:.60}; it must be a percentage, or -1 for none yet")
 
 
-def _check_scaler(saved, scaler: torch.amp.GradScaler) -> None:
+def check_scaler(saved, scaler: torch.amp.GradScaler) -> None:
+    """Raises InputError where a saved state is none of a GradScaler's; an empty one was saved without fp16."""
     if not isinstance(saved, dict):
         raise InputError(f"its scaler is {type(saved).__name__}, not a mapping")
-    for key, own in scaler.state_dict().items() if saved else ():  # empty: saved without fp16
+    for key, own in scaler.state_dict().items() if saved else ():
         value = saved.get(key)
         limit = 2**31 if type(own) is int else 1e38
         if type(value) is not type(own) or not 0 <= value < limit or own > 0 and value == 0:
@@ -123,7 +153,31 @@ def _check_rng(states, world_size: int) -> None:
         raise InputError(f"its rng holds what is no random state ({str(error).splitlines()[0]:.100})") from error
 
 
-def _check_optimizer_groups(saved, optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(saved, optimizer: torch.optim.Optimizer) -> None:
+    """Checks a saved state of an optimiser: the same groups of parameters, and for each what a step leaves there.
+
+    What this optimiser holds already must be in it too: Adagrad, for one, makes it before any step. PyTorch's fused
+    optimisers trust the shapes, and write beyond the end of an entry that is too short.
+
+    Raises:
+        InputError: the state is of another optimiser, of other parameters, or damaged.
+    """
+    _check_groups(saved, optimizer)
+    entries, parameters = saved.get("state"), [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(entries, dict) or not entries.keys() <= set(range(len(parameters))):
+        raise InputError("its optimizer's state is not a mapping from the numbers of its parameters")
+    twin = _after_a_step(optimizer)
+    for index, entry in entries.items():
+        _check_like(entry, twin["state"].get(index, {}), f"its optimizer's state of parameter {index}")
+    missing = optimizer.state_dict()["state"].keys() - entries.keys()
+    if missing:
+        raise InputError(f"its optimizer's state lacks parameter {min(missing)}")
+    for number, (group, own) in enumerate(zip(saved["param_groups"], twin["param_groups"], strict=True)):
+        if "step" in group and "step" in own:
+            _check_like(group["step"], own["step"], f"its optimizer's group {number}: step")
+
+
+def _check_groups(saved, optimizer: torch.optim.Optimizer) -> None:
     groups = saved.get("param_groups") if isinstance(saved, dict) else None
     if not isinstance(groups, list) or not all(
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
@@ -135,42 +189,49 @@ def _check_optimizer_groups(saved, optimizer: torch.optim.Optimizer) -> None:
             "the checkpoint was written with another optimiser, or by another version of this code; set "
             "TRAIN.OPTIMIZER.NAME to it, or start from its weights with --pretrained"
         )
-
-
-def _check_optimizer_state(saved: dict, optimizer: torch.optim.Optimizer) -> None:
-    """The groups hold as many parameters as this optimiser's, and each one's entry is of its shape and type.
-
-    PyTorch's fused optimisers trust that, and write beyond the end of an entry that is too short. Of timm's, which are
-    written in Python, the entries are of many kinds and not checked.
-    """
-    groups, saved_groups = optimizer.param_groups, saved["param_groups"]
-    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
+    counts = [len(group["params"]) for group in optimizer.param_groups]
+    if counts != [len(group["params"]) for group in groups]:
         raise InputError(
             "the checkpoint was written with other parameter groups; set TRAIN.FREEZE_STAGES as it was, and "
             "TRAIN.LAYER_DECAY to 1 where it was 1, below where it was below"
         )
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    if [index for group in saved_groups for index in group["params"]] != list(range(len(parameters))):
+    if [index for group in groups for index in group["params"]] != list(range(sum(counts))):
         raise InputError("its optimizer numbers the parameters in another order")
-    entries, expected = saved.get("state"), _OPTIMIZER_STATE.get(type(optimizer))
-    if not isinstance(entries, dict) or not entries.keys() <= set(range(len(parameters))):
-        raise InputError("its optimizer's state is not a mapping from the numbers of its parameters")
-    for index, entry in entries.items():
-        where = f"its optimizer's state of parameter {index}"
-        if not isinstance(entry, dict):
+
+
+def _after_a_step(optimizer: torch.optim.Optimizer) -> dict:
+    """The state dict of a copy of the optimiser after a step on gradients of zero."""
+    twin = copy.deepcopy(optimizer)
+    for group in twin.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    twin.step()
+    return twin.state_dict()
+
+
+def _check_like(value, own, where: str) -> None:
+    """A value is of the same kind as this optimiser's own, a tensor also of its shape and type, and a sane number."""
+    if isinstance(own, dict):
+        if not isinstance(value, dict):
             raise InputError(f"{where} is no mapping")
-        if expected is None:
-            continue
-        if entry.keys() != expected:
-            raise InputError(f"{where} does not hold {', '.join(sorted(expected))}")
-        for key, value in entry.items():
-            _check_moment(value, key, parameters[index], f"{where}: {key}")
-
-
-def _check_moment(value, key: str, parameter: torch.Tensor, where: str) -> None:
-    shape = () if key == "step" else parameter.shape
-    if not isinstance(value, torch.Tensor) or value.shape != shape or value.dtype != parameter.dtype:
+        if value.keys() != own.keys():
+            raise InputError(f"{where} does not hold {', '.join(sorted(own)) or 'nothing'}")
+        for key in own:
+            _check_like(value[key], own[key], f"{where}: {key}")
+        return
+    if isinstance(own, (list, tuple)):
+        if type(value) is not type(own) or len(value) != len(own):
+            raise InputError(f"{where} is not a {type(own).__name__} of {len(own)}")
+        for one, other in zip(value, own, strict=True):
+            _check_like(one, other, where)
+        return
+    is_tensor = isinstance(own, torch.Tensor)
+    if type(value) is not type(own) or is_tensor and (value.shape, value.dtype) != (own.shape, own.dtype):
         found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise InputError(f"{where} is {found}, but must be {tuple(shape)} of {parameter.dtype}")
-    if not (value >= 0 if key in _NOT_NEGATIVE else value.isfinite()).all():
-        raise InputError(f"{where} is not finite or is below 0")
+        wanted = f"{tuple(own.shape)} of {own.dtype}" if is_tensor else type(own).__name__
+        raise InputError(f"{where} is {found}, but must be {wanted}")
+    if is_tensor or type(own) in (int, float):
+        key, number = where.rpartition(" ")[2], torch.as_tensor(value, dtype=None if is_tensor else torch.float64)
+        is_sane = number >= 0 if key == "step" or "sq" in key else number.isfinite()  # squares overflow first
+        if not is_sane.all():
+            raise InputError(f"{where} is not finite or is below 0")

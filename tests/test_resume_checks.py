@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from timm.optim import list_optimizers
 from timm.utils import ModelEmaV3
 
 from config import load_config
 from lr_scheduler import LRScheduler
 from models import InputError
 from optimizer import build_optimizer
+from resume_checks import check_optimizer
 from tests.helpers import DIGITS, TINY, differences, tiny_network
 from train_state import Layout, TrainState
 
@@ -127,6 +129,48 @@ def test_odd_entries_are_refused_and_nothing_changes(path, value, message, state
     assert differences(state.state_dict() | {"rng": saved["rng"]}, saved) == []
 
 
+def stepped(name, steps=1):
+    """An optimiser of a matrix and a bias after some steps."""
+    model = torch.nn.Linear(4, 3)
+    optimizer = build_optimizer(load_config(DIGITS, ["TRAIN.OPTIMIZER.NAME", name]), model)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(("name", "path", "value", "message"), [
+    ("lamb", ("state", 0, "exp_avg"), torch.zeros(1), r"parameter 0: exp_avg is \(1,\) of torch.float32, but must be"),
+    ("lamb", ("state", 0), {}, "parameter 0 does not hold exp_avg, exp_avg_sq"),
+    ("lamb", ("param_groups", 0, "step"), "1", "group 0: step is str"),
+    ("lamb", ("param_groups", 0, "step"), torch.tensor(-1.0), "group 0: step is not finite or is below 0"),
+    ("adan", ("param_groups", 1, "step"), 1.5, "group 1: step is float, but must be int"),
+    ("adan", ("state", 1, "neg_pre_grad"), None, "parameter 1: neg_pre_grad is NoneType"),
+    ("adafactor", ("state", 0, "RMS"), "x", "parameter 0: RMS is str"),
+    ("nadamlegacy", ("state", 0, "m_schedule"), float("nan"), "m_schedule is not finite"),
+    ("adagrad", ("state",), {}, "state lacks parameter 0"),
+])
+def test_an_optimiser_of_timm_is_checked_like_pytorch_s(name, path, value, message):
+    """What each holds is listed nowhere: it is compared with what a step leaves."""
+    saved = copy.deepcopy(stepped(name).state_dict())
+    check_optimizer(saved, stepped(name, steps=0))
+    with pytest.raises(InputError, match=message):
+        check_optimizer(spoilt(saved, path, value), stepped(name, steps=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_optimizers())
+def test_every_optimiser_s_own_state_is_accepted(name):
+    """Also after several steps, at some of which a few do more than at others."""
+    try:
+        fresh = stepped(name, steps=0)
+    except InputError as error:
+        pytest.skip(str(error))
+    for steps in (1, 5, 12):
+        check_optimizer(stepped(name, steps).state_dict(), fresh)
+
+
 def test_missing_entries_are_named(state, saved):
     for key in saved:
         with pytest.raises(InputError, match=f"it lacks {key};"):
@@ -174,6 +218,7 @@ def test_a_state_before_the_first_update_is_accepted(saved):
     content["optimizer"]["state"] = {}
     content |= {"epoch": 0, "batch": 0, "step": 0, "max_accuracy": -1.0}
     state = training()
+    state.optimizer.state.clear()
     state.load_state_dict(content)
     assert state.step == 0 and state.optimizer.state_dict()["state"] == {}
 
