@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import logging
+import mmap
 import os
 import pickle
 import platform
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open  # which timm requires
 
-from files import move, replacing
+from files import check_place, move, replacing
 from models import InputError, MissingFileError
 from safe_text import printable
 from trust import plain
@@ -33,6 +34,7 @@ logger = logging.getLogger("strip_mlp")
 
 BEST = "best.pth"
 SAFETENSORS_ABOUT = ("config", "classes")  # entries of a checkpoint that a safetensors file holds as JSON
+_ENCODE = b"c_codecs\nencode\n"  # what PyTorch's unpickler makes bytes with; Punycode's takes quadratic time
 _NAME = re.compile(r"ckpt_step_(\d+)\.pth")
 
 
@@ -167,12 +169,11 @@ def lock_folder(folder: str | Path):
     The lock is this process's alone, not its forked data workers': one left by a dead run does not block.
 
     Raises:
-        InputError: another run holds it, a link is in its place, or the file system knows no locks.
+        InputError: another run holds it, something else is in its place, or the file system knows no locks.
     """
     path = Path(folder, ".lock")
-    if path.is_symlink():
-        raise InputError(f"{path} is a link, which a run does not write through; remove it")
-    file = open(path, "a+", encoding="utf-8")
+    check_place(path)
+    file = open(path, "a+", encoding="utf-8", errors="replace")
     if fcntl is None:
         logger.warning("no locks on this system: nothing keeps a second run out of %s", folder)
         return file
@@ -192,6 +193,9 @@ def lock_folder(folder: str | Path):
 
 
 def _load_torch(path: Path):
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data.find(_ENCODE) >= 0:
+            raise InputError("it holds bytes, which no checkpoint needs, or calls their encoder, which can take hours")
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         with zipfile.ZipFile(path) as archive:

@@ -15,7 +15,7 @@ from models import InputError
 # Disks, permissions and limits, which the user can see to. Other OSErrors are bugs: where a user names a path, its
 # faults are turned into an InputError.
 _USERS_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE,
-                 errno.EMFILE, errno.ENFILE}
+                 errno.EMFILE, errno.ENFILE, errno.EISDIR}
 
 
 class RunError(RuntimeError):

@@ -4,6 +4,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from models import InputError
+
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "wb", **options):
@@ -28,6 +30,18 @@ def write_text(path: Path, text: str) -> None:
     """Puts a text, in UTF-8, in the place of a file."""
     with replacing(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def check_place(path: Path, is_folder: bool = False) -> None:
+    """Checks a place in a run's folder that is opened for writing, not replaced: no link is followed, no pipe opened.
+
+    Raises:
+        InputError: something lies there that is no regular file, or with ``is_folder`` no folder.
+    """
+    fits = path.is_dir() if is_folder else path.is_file()
+    if path.is_symlink() or path.exists() and not fits:
+        kind = "a link" if path.is_symlink() else "no folder" if is_folder else "no regular file"
+        raise InputError(f"{path} is {kind}, and a run does not write into that; move it away")
 
 
 def move(source: Path, target: Path) -> None:

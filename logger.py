@@ -11,6 +11,7 @@ from termcolor import colored
 from tqdm import tqdm
 
 import distributed
+from files import check_place
 from models import InputError
 from safe_text import printable
 
@@ -98,6 +99,7 @@ def open_log(folder: Path) -> None:
         InputError: the file cannot be opened.
     """
     path = folder / f"log_rank{distributed.rank()}.txt"
+    check_place(path)
     try:
         handler = _FileHandler(path, encoding="utf-8")
     except OSError as error:

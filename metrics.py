@@ -4,12 +4,13 @@ import contextlib
 import json
 import logging
 import math
+import re
 import uuid
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from files import write_text
+from files import check_place, write_text
 from models import InputError
 
 logger = logging.getLogger("strip_mlp")
@@ -22,7 +23,7 @@ def start_wandb(project: str, name: str, config: dict, folder: Path):
     it; an offline run is sent with ``wandb sync``.
 
     Raises:
-        InputError: wandb is not installed, or cannot start.
+        InputError: wandb is not installed, or cannot start; the run's id or folder is not one.
     """
     try:
         import wandb
@@ -30,11 +31,16 @@ def start_wandb(project: str, name: str, config: dict, folder: Path):
         raise InputError(f"WANDB_PROJECT is {project!r} but wandb is not there ({error}); pip install wandb, or leave "
                          "WANDB_PROJECT empty") from error
     id_file = folder / "wandb_id.txt"
+    check_place(id_file)
+    check_place(folder / "wandb", is_folder=True)
     if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex + "\n")
+        write_text(id_file, uuid.uuid4().hex + "\n")
+    id = id_file.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,64}", id, re.ASCII):
+        raise InputError(f"{id_file} holds {id!r:.80}, no id of a run; delete the file to start a new one")
     try:
-        return wandb.init(project=project, name=name, config=config, dir=str(folder), id=id_file.read_text().strip(),
-                          resume="allow", settings=wandb.Settings(console="off"))
+        return wandb.init(project=project, name=name, config=config, dir=str(folder), id=id, resume="allow",
+                          settings=wandb.Settings(console="off"))
     except wandb.errors.Error as error:
         raise InputError(f"Weights & Biases cannot start: {str(error).rstrip('.')}; or set WANDB_MODE=offline in the "
                          "environment, or leave WANDB_PROJECT empty") from error
@@ -56,6 +62,7 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, epochs: float, step: int, wandb_run=None):
         path = folder / "metrics.jsonl"
+        check_place(folder / "tensorboard", is_folder=True)
         write_text(path, "".join(line for line, done in _read_records(path) if done <= epochs))
         self.file = open(path, "a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -17,7 +17,7 @@ import distributed
 import plots
 import utils
 from config import to_dict
-from files import write_text
+from files import replacing, write_text
 from inference import image_shape
 from models import InputError
 from train_state import TrainState
@@ -103,7 +103,9 @@ def save_description(config, run: dict, folder: Path) -> None:
 def draw_curves(folder: Path) -> None:
     """Draws the run's curves into its folder; a training does not fail for whatever a picture fails for."""
     try:
-        plots.save_figure(plots.draw_curves({folder.name: plots.read_metrics(folder)}), folder / "curves.png")
+        figure = plots.draw_curves({folder.name: plots.read_metrics(folder)})
+        with replacing(folder / "curves.png") as file:
+            figure.savefig(file, format="png")
     except Exception as error:
         logger.warning(f"the curves were not drawn: {error}")
         logger.debug("where it happened:", exc_info=True)

@@ -18,7 +18,7 @@ MAX_ENTRIES = 1_000_000  # a training on 1,000 processes, whose random states ar
 MAX_TEXT = 500  # characters of a key, a config value or a class name
 MAX_ELEMENTS = 2_000_000_000  # of a network's parameters and buffers
 
-_SCALARS = (type(None), bool, float, complex, str, bytes, torch.dtype, torch.device)
+_SCALARS = (type(None), bool, float, complex, str, torch.dtype, torch.device)
 _SIZES = {  # of other numbers: 65,536
     "DATA.IMG_SIZE": 4096, "MODEL.STRIP_MLP.TRAINED_IMG_SIZE": 4096, "MODEL.NUM_CLASSES": 10**6,
 }

@@ -11,7 +11,7 @@ import torch
 
 import main
 import report
-from tests.helpers import arguments
+from tests.helpers import arguments, folder
 
 torch.set_num_threads(1)
 draw_curves = report.draw_curves
@@ -24,6 +24,8 @@ def trained(tmp_path_factory):
     output = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw_curves", draw_curves)
+        folder(output).mkdir(parents=True)
+        (folder(output) / "curves.png").symlink_to("elsewhere.png")
         assert main.main(arguments(output)) == 0
     return output
 

@@ -1,3 +1,4 @@
+import codecs
 import io
 import os
 import pickle
@@ -71,6 +72,17 @@ def test_malicious_pickle_is_refused_by_name(tmp_path, function, name):
     with pytest.raises(checkpoint.CheckpointError, match=f"evil.pth holds a pickled .*{name}"):
         checkpoint.load_file(path)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_bytes_are_refused_before_they_are_made(tmp_path, new_format):
+    """PyTorch's unpickler calls any text encoder for them; Punycode's takes hours for a megabyte."""
+    path = tmp_path / "evil.pth"
+    slow = Malicious(codecs.encode, "".join(map(chr, range(0x4e00, 0x4e00 + 2000))), "punycode")
+    for content in (slow, b"bytes"):
+        torch.save({"model": content}, path, _use_new_zipfile_serialization=new_format)
+        with pytest.raises(checkpoint.CheckpointError, match=r"evil\.pth: it holds bytes"):
+            checkpoint.load_file(path)
 
 
 def test_plain_pickle_and_torchscript_are_refused(tmp_path):

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from files import replacing, write_text
+from files import check_place, replacing, write_text
+from models.errors import InputError
 
 
 def test_a_file_is_replaced_at_the_end(tmp_path):
@@ -32,6 +33,27 @@ def test_links_are_not_followed(name, tmp_path):
     write_text(tmp_path / "a.txt", "new")
     assert (tmp_path / "victim").read_text() == "mine" and (tmp_path / "a.txt").read_text() == "new"
     assert not (tmp_path / "a.txt").is_symlink()
+
+
+def test_a_place_that_is_opened_for_writing_is_what_a_run_has_put_there(tmp_path):
+    """A link would lead elsewhere, and to open a pipe takes for ever."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "new"):
+        check_place(tmp_path / name)
+    for name in ("folder", "new"):
+        check_place(tmp_path / name, is_folder=True)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "link to a folder").symlink_to("folder")
+    for name, is_folder, kind in [
+        ("folder", False, "no regular file"), ("pipe", False, "no regular file"), ("link", False, "a link"),
+        ("dangling", False, "a link"), ("dangling", True, "a link"), ("link to a folder", True, "a link"),
+        ("file", True, "no folder"),
+    ]:
+        with pytest.raises(InputError, match=f"{name} is {kind}"):
+            check_place(tmp_path / name, is_folder)
 
 
 def test_text_of_names_that_are_not_utf8(tmp_path):

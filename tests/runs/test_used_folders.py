@@ -1,16 +1,23 @@
 """What a run makes of a folder that another run has used, or is using."""
 
 import os
+import re
 import shutil
+import sys
+import types
 
 import pytest
+import torch
 
 import checkpoint
 import engine
 import evaluation
 import main
 from data.datasets import read_digits
+from logger import open_log
+from metrics import MetricsWriter, start_wandb
 from models import InputError
+from resume_checks import check_run
 from tests.helpers import arguments, folder
 
 
@@ -44,6 +51,60 @@ def test_a_resume_with_another_batch_on_a_full_disk_keeps_the_only_checkpoint(tr
     assert main.main(arguments(tmp_path, *options, flags=["--allow-changes"])) == 2
     assert "make room and rerun the same command" in capsys.readouterr().out
     assert [path.name for path in checkpoint.list_checkpoints(folder(tmp_path))] == ["ckpt_step_00000007.pth"]
+
+
+WRITERS = {
+    ".lock": checkpoint.lock_folder, "log_rank0.txt": open_log,
+    "tensorboard": lambda path: MetricsWriter(path, 0, 0),
+    "wandb_id.txt": lambda path: start_wandb("strips", "run", {}, path),
+    "wandb": lambda path: start_wandb("strips", "run", {}, path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_run_writes_through_no_link_in_its_folder(name, tmp_path, monkeypatch):
+    """Nor into a folder that a link leads to."""
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    is_folder = name in ("tensorboard", "wandb")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere" / ("" if is_folder else "file"))
+    with pytest.raises(InputError, match=f"{name} is a link"):
+        WRITERS[name](tmp_path / "run")
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_an_odd_id_of_weights_and_biases_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    (tmp_path / "wandb_id.txt").write_bytes(b"../\xff")
+    with pytest.raises(InputError, match=r"wandb_id\.txt holds '\.\./"):
+        start_wandb("strips", "run", {}, tmp_path)
+
+
+@pytest.mark.parametrize(("entry", "value", "message"), [
+    ("config", 3, "its config is 3"), ("config", {"SEED": torch.zeros(3)}, "its config.SEED is tensor"),
+    ("config", {"TRAIN": {3: 4}}, "its config.TRAIN is "), ("config", {"TAG": "x" * 5000}, "its config.TAG is 'xxx"),
+    ("changes", 3, "its changes is 3"), ("changes", [3], "its changes hold 3"),
+    ("changes", [{"step": 1, "keys": 3}], "its changes hold"),
+    ("changes", [{"step": torch.zeros(1), "keys": {}}], "its changes.step is tensor"),
+    ("layout", [], "its layout is []"), ("epoch", "2", "its epoch is '2'"), ("step", None, "its step is None"),
+    ("max_accuracy", torch.zeros(2), "its max_accuracy is tensor"),
+])
+def test_what_is_read_of_a_run_before_it_is_built(entry, value, message, trained, tmp_path):
+    """Each was once a traceback, for it was read before the check of what is restored."""
+    content = torch.load(folder(trained) / "best.pth", weights_only=True)
+    check_run(content)
+    check_run({"model": content["model"], "config": value})  # of no training
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_run(content | {entry: value})
+
+
+def test_a_run_s_odd_checkpoint_is_one_line(trained, tmp_path, capsys):
+    folder(tmp_path).mkdir(parents=True)
+    content = torch.load(folder(trained) / "best.pth", weights_only=True)
+    torch.save(content | {"config": 3}, folder(tmp_path) / "ckpt_step_00000014.pth")
+    assert main.main(arguments(tmp_path)) == 2
+    assert "ckpt_step_00000014.pth: its config is 3" in capsys.readouterr().out
 
 
 def test_a_run_at_0_percent_has_a_best_checkpoint(tmp_path, monkeypatch):
