@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     """Evaluates a checkpoint on the validation set and writes ``eval.json`` into ``folder``.
 
     Raises:
-        InputError: there is no checkpoint, or it does not fit the config or the data set.
+        InputError: there is no checkpoint, it does not fit the config or the data set, or its network overflows.
     """
     path = weights_file(config.MODEL.RESUME or config.MODEL.PRETRAINED or folder / checkpoint.BEST)
     if not path.is_file():
@@ -60,6 +61,9 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     predictions = [] if config.TEST.PREDICTIONS else None
     results = evaluate_all(model, ema, loader, precision, predictions)
     log_results(results)
+    if not all(math.isfinite(result["loss"]) for result in results.values()):
+        raise InputError(f"{path}: the network's outputs overflow in {precision.name}, and its accuracy means nothing; "
+                         "try --amp-dtype fp32, or take an earlier checkpoint")
     if distributed.rank() == 0:
         report = results | {
             "checkpoint": str(path),

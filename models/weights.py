@@ -228,8 +228,9 @@ def check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     """Checks that a state dict is one of this model's; the model may be on the meta device.
 
     Raises:
-        InputError: it does not fit, and every missing key, unexpected key and differing shape is listed; or a tensor is
-            not of floating point where the model's is, or holds a value that is not finite.
+        InputError: it does not fit, and up to 100 missing keys, unexpected keys and differing shapes are listed; or a
+            tensor is not of floating point where the model's is, or holds a value that is not finite, or a variance
+            below 0.
     """
     own = model.state_dict()
     problems = [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state_dict]
@@ -241,9 +242,10 @@ def check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
         for key in shared if isinstance(state_dict[key], torch.Tensor) and state_dict[key].shape != own[key].shape
     ]
     if problems:
+        shown = problems[:100] + [f"... and {len(problems) - 100} more"] * (len(problems) > 100)
         raise InputError(
             f"the weights do not fit the model in {len(problems)} places; check MODEL.STRIP_MLP.*, MODEL.NUM_CLASSES "
-            "and DATA.IMG_SIZE against the run that wrote them:\n  " + "\n  ".join(problems)
+            "and DATA.IMG_SIZE against the run that wrote them:\n  " + "\n  ".join(shown)
         )
     for key, value in state_dict.items():
         if own[key].is_floating_point():
@@ -251,6 +253,8 @@ def check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
                 raise InputError(f"the weights are not numbers of floating point: {key} is of the type {value.dtype}")
             if not value.to(own[key].dtype).isfinite().all():
                 raise InputError(f"the weights are not finite: {key} holds nan or inf; take an earlier checkpoint")
+            if key.endswith("running_var") and (value < 0).any():
+                raise InputError(f"the weights are not a network's: {key} holds a variance below 0")
         elif value.dtype != own[key].dtype:
             raise InputError(f"the weights do not fit the model: {key} is of the type {value.dtype}, not "
                              f"{own[key].dtype}")

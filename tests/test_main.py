@@ -74,6 +74,7 @@ def test_a_run_ends_with_its_curves_and_where_everything_is(trained):
     """The picture's lines are tested in test_plots.py; here that it is drawn, from this run's records."""
     with Image.open(folder(trained) / "curves.png") as image:
         assert image.size == (1575, 510) and len(image.convert("RGB").getcolors(2**20)) > 100
+    assert not (folder(trained) / "elsewhere.png").exists()  # to where a link in its place led before
     summary = (folder(trained) / "log_rank0.txt").read_text().partition("Best top-1")[2].splitlines()[1:]
     named = {line[:20].strip(): line[20:].strip() for line in summary}
     assert named == {what: str(folder(trained) / name) for what, name in {
@@ -196,6 +197,19 @@ def test_eval_of_a_released_checkpoint(trained, tmp_path, layout):
     logged = [record for record in records(trained) if record["kind"] == "eval"][-1]
     report = json.loads((folder(tmp_path) / "eval.json").read_text())
     assert report["eval"]["acc1"] == logged["acc1"] and "eval_ema" not in report
+
+
+def test_eval_of_a_network_that_overflows_is_refused(trained, tmp_path, capsys):
+    """Its weights are finite; its accuracy would be that of a guess."""
+    content = torch.load(folder(trained) / "best.pth", weights_only=True)
+    for weights in (content["model"], content["model_ema"]):
+        for value in weights.values():
+            if value.is_floating_point():
+                value.mul_(1e38).clamp_(-1e38, 1e38)
+    torch.save(content, tmp_path / "huge.pth")
+    assert main.main(arguments(tmp_path, flags=["--eval", "--resume", str(tmp_path / "huge.pth")])) == 2
+    assert "huge.pth: the network's outputs overflow in fp32" in capsys.readouterr().out
+    assert not (folder(tmp_path) / "eval.json").exists()
 
 
 def test_eval_at_another_size_adapts_and_resuming_does_not(trained, tmp_path, capsys):

@@ -57,9 +57,15 @@ def predict(model, images: torch.Tensor, top_k: int) -> list[list[tuple[int, flo
         model: a network in evaluation mode; the pictures go to where its parameters are.
         images: one batch (N, 3, S, S), as the network takes them.
         top_k: at most the number of classes.
+
+    Raises:
+        InputError: an output is not finite.
     """
     device = next(model.parameters()).device
-    probabilities, labels = model(images.to(device)).softmax(dim=1).topk(top_k)
+    logits = model(images.to(device))
+    if not logits.isfinite().all():
+        raise InputError("the network's outputs are not finite, so that its weights are of no use")
+    probabilities, labels = logits.softmax(dim=1).topk(top_k)
     rows = zip(labels.tolist(), probabilities.tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in rows]
 

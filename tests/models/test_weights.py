@@ -285,6 +285,23 @@ def test_meaningless_weights_are_refused(spoil, message):
     assert same(copies(model), before)
 
 
+def test_a_variance_below_zero_is_refused():
+    """Its square root, and all that the network gives, would be not a number."""
+    model = tiny_model(0)
+    weights = copies(model)
+    key = next(key for key in weights if key.endswith("running_var"))
+    weights[key] = weights[key] - 2
+    with pytest.raises(InputError, match=f"{key} holds a variance below 0"):
+        load_strict(model, weights)
+
+
+def test_a_long_list_of_what_does_not_fit_is_cut():
+    weights = copies(tiny_model(0)) | {f"odd{i}": torch.zeros(1) for i in range(1000)}
+    with pytest.raises(InputError, match=r"in 1000 places") as caught:
+        load_strict(tiny_model(0), weights)
+    assert str(caught.value).count("\n") == 101 and str(caught.value).endswith("... and 900 more")
+
+
 def test_counts_of_another_type_are_refused():
     model = tiny_model(0)
     weights = {key: value.float() for key, value in copies(model).items()}

@@ -136,3 +136,13 @@ def test_pictures_are_turned_upright_and_one_too_narrow_is_named(tmp_path, capsy
     first, second = (json.loads(line)["classes"] for line in out.splitlines())
     assert first == second
     assert "c.png: an image of 1x600000 pixels would have" in err and "1 of 3 pictures could not be read" in err
+
+
+def test_a_network_whose_outputs_overflow_is_refused(network, tmp_path, capsys):
+    config, model = tiny_network()
+    for parameter in model.parameters():
+        parameter.data *= 1e38
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    path = save_network(tmp_path / "huge.pth", config, model)
+    assert predict.main([str(path), str(tmp_path / "a.png")]) == 2
+    assert "the network's outputs are not finite" in capsys.readouterr().err
