@@ -36,12 +36,15 @@ from detection_score import draw_found, evaluate
 
 import checkpoint
 import distributed
+import errors
 from config import load_config
 from device import choose_device
 from engine import Precision
+from files import replacing
 from hub import weights_file
 from logger import setup_console
-from models import InputError, build_model, load_pretrained
+from models import InputError, build_model, check_fit, load_pretrained, model_state_dict
+from resume_checks import MAX_EPOCHS, check_optimizer, check_scaler
 
 logger = logging.getLogger("strip_mlp")
 STAGES = [1, 2, 3]  # stages 2 to 4 feed the pyramid
@@ -125,6 +128,33 @@ def train_one_epoch(model, loader, optimizer, schedule, precision, scaler, devic
     return float(total) / len(loader)
 
 
+def restore(content: dict, state: dict) -> int:
+    """Restores a checkpoint's ``model``, ``optimizer`` and ``scaler``; hyperparameters stay as they are here.
+
+    Returns:
+        The epochs done.
+
+    Raises:
+        InputError: it is no checkpoint of this detector; nothing is changed then.
+    """
+    missing = [name for name in (*state, "epoch") if name not in content]
+    if missing:
+        raise InputError(f"the checkpoint lacks {', '.join(missing)}; choose another --output")
+    epoch, optimizer = content["epoch"], state["optimizer"]
+    if type(epoch) is not int or not 0 <= epoch <= MAX_EPOCHS:
+        raise InputError(f"its epoch is {epoch!r:.60}; it must be a number from 0 to {MAX_EPOCHS}")
+    weights = model_state_dict(content)
+    check_fit(state["model"], weights)
+    check_optimizer(content["optimizer"], optimizer)
+    check_scaler(content["scaler"], state["scaler"])
+    state["model"].load_state_dict(weights)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": groups})
+    if content["scaler"]:
+        state["scaler"].load_state_dict(content["scaler"])
+    return epoch
+
+
 def run(args) -> None:
     """Trains and evaluates; resumes from ``last.pth`` in the output folder."""
     device = choose_device(args.device, distributed.launcher_local_rank())
@@ -140,14 +170,16 @@ def run(args) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, warmup))
     precision = Precision(args.amp_dtype, device)
     scaler = precision.scaler()
-    state = {"model": detector, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    state = {"model": detector, "optimizer": optimizer, "scaler": scaler}
 
     first, output = 0, Path(args.output)
     if (output / "last.pth").is_file():
         content = checkpoint.load_file(output / "last.pth")
-        for name, part in state.items():
-            part.load_state_dict(content[name])
-        first = content["epoch"]
+        with checkpoint.naming(output / "last.pth"):
+            first = restore(content, state)
+        schedule.last_epoch = first * len(train_loader)
+        for group, lr in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = lr * learning_rate_factor(schedule.last_epoch, steps, warmup)
         logger.info(f"resumed {output / 'last.pth'} after epoch {first}")
     model = DistributedDataParallel(detector) if distributed.is_distributed() else detector
     for epoch in range(first, args.epochs):
@@ -162,7 +194,8 @@ def run(args) -> None:
             logger.info(f"epoch {epoch + 1}  loss {loss:.4f}  mAP {mean:.2f}  mAP at IoU 0.5 {half:.2f}  "
                         f"({time.perf_counter() - start:.0f} s)")
     if distributed.rank() == 0:
-        draw_found(detector, val_loader.dataset, device).save(output / "found.jpg")
+        with replacing(output / "found.jpg") as file:
+            draw_found(detector, val_loader.dataset, device).save(file, "JPEG")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -191,14 +224,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; the exit status is 0, or 2 for what the user can put right."""
+    """Runs the command line; the exit status is 0, 2 for what the user can put right, or 1 for a failure."""
     args = parse_arguments(argv)
     setup_console(is_first=True)
     try:
         run(args)
-    except InputError as error:
-        logger.error(error)
-        return 2
+    except Exception as error:
+        status = errors.exit_status(error)
+        if status is None:
+            raise
+        logger.error(errors.message(error))
+        return status
     return 0
 
 

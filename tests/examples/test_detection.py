@@ -1,5 +1,7 @@
 """The detector example: scenes, mixed image sizes, mAP, resuming."""
 
+import copy
+import functools
 import json
 import re
 import shlex
@@ -187,6 +189,34 @@ def test_training_resumes(config_file, tmp_path, capsys):
     assert detection.main([*command, "--epochs", "3"]) == 0
     log = capsys.readouterr().out
     assert "after epoch 2" in log and "epoch 3  loss" in log and "epoch 2  loss" not in log
+    lines = torch.load(tmp_path / "last.pth", weights_only=True)["optimizer"]["param_groups"]
+    steps = 3 * 2  # of which the last one's rate is what a run without a break would have had
+    factor = detection.learning_rate_factor(steps, steps, 0)
+    assert [group["lr"] for group in lines] == pytest.approx([1e-4 * factor, 1e-5 * factor])
+
+
+@pytest.mark.parametrize(("path", "value", "message"), [
+    (("epoch",), None, "its epoch is None"), (("epoch",), 10**9, "its epoch is 1000000000"),
+    (("model",), 3, "no weights"), (("model", "0.weight"), torch.full((3, 4), torch.nan), "not finite: 0.weight"),
+    (("optimizer", "state", 0, "exp_avg"), torch.zeros(1), "parameter 0: exp_avg is (1,)"),
+    (("optimizer",), [], "no param_groups"), (("scaler",), 3, "its scaler is int"),
+])
+def test_an_odd_checkpoint_changes_nothing(path, value, message):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    state = {"model": model, "optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu", enabled=False)}
+    content = copy.deepcopy({name: part.state_dict() for name, part in state.items()} | {"epoch": 2})
+    assert detection.restore(content, state) == 2
+    *above, last = path
+    functools.reduce(dict.__getitem__, above, content)[last] = value
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=re.escape(message)):
+        detection.restore(content, state)
+    assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+    with pytest.raises(InputError, match="lacks scaler, epoch"):
+        detection.restore({"model": {}, "optimizer": {}}, state)
 
 
 def test_bad_input_is_one_line(config_file, capsys, tmp_path):
