@@ -7,7 +7,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from models import InputError, MissingFileError
 
-from .images import EncodedImages, ImageError
+from .images import EncodedImages, ImageError, read_file
 from .listing import list_images
 
 
@@ -51,9 +51,9 @@ class FolderDataset(EncodedImages):
 
     def read(self, index: int) -> bytes:
         try:
-            return Path(self.name(index)).read_bytes()
-        except OSError as error:
-            raise ImageError(f"{self.name(index)} cannot be read ({error.strerror})") from error
+            return read_file(self.name(index))
+        except MissingFileError as error:  # it was there when the folder was listed
+            raise ImageError(str(error)) from error
 
     def name(self, index: int) -> str:
         return os.path.join(self.folder, self.names[index])

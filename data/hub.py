@@ -75,9 +75,9 @@ class HubDataset(EncodedImages):
 
     def read(self, index: int) -> bytes:
         image = self.table[index]["image"]
-        if image is None:
-            raise ImageError(f"{self.name(index)} is empty")
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        if image is None or image["bytes"] is None:  # a path alone could be that of any file
+            raise ImageError(f"{self.name(index)} holds no image")
+        return image["bytes"]
 
     def name(self, index: int) -> str:
         return f"{self.root}:{self.split}[{index}]"

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,24 @@ class EncodedImages(Dataset):
         return decode_pixels(self.read(index), self.name(index)), self.labels[index]
 
 
+def read_file(path: str | Path) -> bytes:
+    """The bytes of an image file; one that is no regular file is not waited for, as a pipe without a writer would be.
+
+    Raises:
+        MissingFileError: there is no such file.
+        ImageError: it cannot be read.
+    """
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ImageError(f"{path} is not a regular file")
+            return file.read()
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read ({error.strerror})") from error
+
+
 def load_image(path: str | Path, upright: bool = False) -> Image.Image:
     """The image file at ``path``, as ``decode_image`` gives it.
 
@@ -48,13 +68,7 @@ def load_image(path: str | Path, upright: bool = False) -> Image.Image:
         MissingFileError: there is no such file.
         ImageError: it cannot be read, or is not a complete image.
     """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise MissingFileError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read ({error.strerror})") from error
-    return decode_image(data, str(path), upright)
+    return decode_image(read_file(path), str(path), upright)
 
 
 def decode_image(data: bytes, name: str, upright: bool = False) -> Image.Image:

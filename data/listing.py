@@ -27,9 +27,15 @@ class Names(Sequence):
     Args:
         text: uint8, the names one after the other in UTF-8.
         ends: int64, where each ends.
+
+    Raises:
+        ValueError: the arrays, which may come from a file, do not belong together.
     """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray):
+        kinds = (text.dtype, text.ndim, ends.dtype, ends.ndim)
+        if kinds != (np.uint8, 1, np.int64, 1) or (np.diff(ends, prepend=0, append=len(text)) < 0).any():
+            raise ValueError("these are no names")
         self.text, self.ends = text, ends
 
     @classmethod
@@ -57,9 +63,13 @@ def list_images(folder: Path, classes: list[str], extensions: tuple[str, ...]) -
         InputError: a link leads back to a folder that it lies in.
     """
     place = folder.parent / f".listing_{folder.name}.npz"
-    cached = load(place)
-    if cached and cached["classes"].tolist() == classes and _unchanged(folder, cached):
-        return Names(cached["text"], cached["ends"]), cached["labels"]
+    cached = load(place) or {}
+    with contextlib.suppress(KeyError, ValueError, TypeError):  # another program's file: list again
+        listing, labels = Names(cached["text"], cached["ends"]), cached["labels"]
+        is_sound = labels.dtype == np.int64 and labels.shape == (len(listing),) and cached["text"].all()
+        if is_sound and np.isin(labels, range(len(classes))).all() and cached["classes"].tolist() == classes:
+            if _unchanged(folder, cached):
+                return listing, labels
     names, labels, folders = [], [], {"": _time(folder)}
     with tqdm(desc=f"listing {folder}", unit=" images", delay=2, leave=False, disable=None) as bar:
         for label, name in enumerate(classes):
@@ -114,8 +124,11 @@ def load(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays saved for ``path``, there or in the user's cache; None where there are none that can be read."""
     for place in (path, _in_cache(path)):
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            with np.load(place, allow_pickle=False) as arrays:
-                return dict(arrays)
+            with zipfile.ZipFile(place) as archive:
+                is_stored = all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+            if is_stored:  # as save() leaves it; else a small file could fill the memory
+                with np.load(place, allow_pickle=False) as arrays:
+                    return dict(arrays)
     return None
 
 

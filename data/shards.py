@@ -18,6 +18,7 @@ from . import listing
 from .images import EncodedImages, ImageError
 from .listing import Names
 
+MAX_LABEL = 999_999
 SPLITS = {"train": ("*train*.tar",), "val": ("*validation*.tar", "*val*.tar")}
 
 
@@ -75,7 +76,7 @@ def class_names(root: Path, count: int) -> list[str]:
     path = root / "classes.txt"
     if not path.is_file():
         return [str(label) for label in range(count)]
-    names = path.read_text(encoding="utf-8-sig").splitlines()
+    names = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     if len(names) < count:
         raise InputError(f"{path} names {len(names)} classes, but labels go up to {count - 1}; give each class a line")
     return names
@@ -91,7 +92,7 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
     names = np.array([path.name for path in shards])
     states = np.array([(path.stat().st_size, path.stat().st_mtime_ns) for path in shards])
     index = listing.load(place)
-    if index is not None:
+    if index is not None and _is_sound(index):
         if not np.array_equal(index["shards"], names):
             raise InputError(f"{root} had {len(index['shards'])} shards of {split} when they were indexed, and others "
                              f"than its {len(names)} now; if that is meant, remove {place}")  # fmt: skip
@@ -112,6 +113,22 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
     return index
 
 
+def _is_sound(index: dict[str, np.ndarray]) -> bool:
+    """Whether a file's arrays are an index, by which nothing but bytes of its shards is read."""
+    try:
+        count, states = len(Names(index["text"], index["ends"])), index["states"]
+        numbers = [index[name] for name in ("shard", "offset", "size", "labels")]
+        shard, offset, size, labels = numbers
+        return bool(
+            count and all(array.dtype == np.int64 and array.shape == (count,) and array.min() >= 0 for array in numbers)
+            and states.dtype == np.int64 and states.shape == (len(index["shards"]), 2) and labels.max() <= MAX_LABEL
+            and shard.max() < len(states) and (size <= states[shard, 0]).all()
+            and (offset <= states[shard, 0] - size).all()
+        )  # fmt: skip
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return False
+
+
 def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]]:
     """Name, shard, offset, size and label of each sample's image."""
     images, labels, end = {}, {}, 0
@@ -123,12 +140,14 @@ def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]
                 stem = posixpath.join(posixpath.dirname(member.name), stem)
                 if not member.isfile():
                     continue
+                if member.issparse():  # which may claim any size
+                    raise InputError(f"{path}:{member.name} is stored as a sparse file, which is not read here")
                 if f".{extension.lower()}" in IMG_EXTENSIONS:
                     images[stem] = member.name, number, member.offset_data, member.size
                 elif extension == "cls":
-                    text = shard.extractfile(member).read().decode("utf-8", "replace").strip()
-                    if not text.isdecimal():
-                        raise InputError(f"{path}:{member.name} holds {text!r:.60}, not the number of a class")
+                    text = shard.extractfile(member).read(100).decode("utf-8", "replace").strip()
+                    if not text.isdecimal() or len(text) > 20 or int(text) > MAX_LABEL:
+                        raise InputError(f"{path}:{member.name} holds {text!r:.60}, not a class from 0 to {MAX_LABEL}")
                     labels[stem] = int(text)
             shard.fileobj.seek(end)
             if shard.fileobj.read(512) != bytes(512):  # the end of an archive, which tarfile does not ask for

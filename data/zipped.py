@@ -86,8 +86,8 @@ def read_map(path: Path, num_classes: int) -> tuple[list[str], list[int], list[s
     members, labels, folders, lines = [], [], {}, {}
     for line, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         member, tab, label = text.rpartition("\t")
-        if not (member and tab and label.strip().isdecimal()):
-            raise InputError(f"{path}:{line}: expected 'path/in/zip.jpg<TAB>label', got {text!r}")
+        if not (member and tab and label.strip().isdecimal() and len(label) < 20):
+            raise InputError(f"{path}:{line}: expected 'path/in/zip.jpg<TAB>label', got {text!r:.300}")
         if int(label) >= num_classes:
             raise InputError(
                 f"{path}:{line}: label {int(label)} is not in 0..{num_classes - 1} (MODEL.NUM_CLASSES is {num_classes})"

@@ -36,6 +36,7 @@ from data.images import decode_image
 from data.zipped import ZipDataset
 from errors import one_line_errors
 from models import InputError
+from safe_text import printable
 
 SPLITS = ("train", "val")
 SHARD = 1000  # images in a tar
@@ -70,9 +71,11 @@ def convert(source: Path, target: Path, form: str, short_side: int = 0, workers:
     sets = {split: _open(source, split) for split in SPLITS}
     classes = sets["train"].classes
     check_same_classes(classes, sets["val"].classes, source)
-    for name in classes:
-        if name in ("", ".", "..") or "/" in name or len(name.splitlines()) != 1:
-            raise InputError(f"{source}: a class is called {name!r}, which no folder and no line of a file can be")
+    for label, name in enumerate(classes):
+        if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(os.fsencode(name)) > 255:
+            raise InputError(f"{source}: a class is called {name!r:.300}, which no folder and no line of a file can be")
+        if name in classes[:label]:
+            raise InputError(f"{source}: two classes are called {name}, which no two folders can be")
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as unfinished:
         place = Path(unfinished, "data")
@@ -122,6 +125,7 @@ def _read(dataset, short_side: int, index: int) -> Stored:
     with Image.open(io.BytesIO(data)) as image:
         extension = {"JPEG": "jpg", "TIFF": "tif"}.get(image.format, image.format.lower())
     stem = Path(dataset.name(index).rpartition(":")[2]).stem.partition(".")[0]
+    stem = printable(stem).replace("\\", "_")[:60]  # whatever was there, it fits a line and a file system
     return Stored(f"{index:08d}_{stem}.{extension}" if not stem.isdecimal() else f"{index:08d}.{extension}",
                   dataset.labels[index], data)  # fmt: skip
 

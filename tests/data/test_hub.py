@@ -74,6 +74,16 @@ def test_faults(tmp_path):
         HubDataset(tmp_path / "c", "train")
 
 
+def test_a_path_in_place_of_an_image_is_not_followed(tmp_path):
+    """It could be that of any file, which a conversion would copy."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    rows = datasets.Dataset.from_list([{"image": {"bytes": None, "path": str(tmp_path / "private.png")}, "label": 0}],
+                                      features=FEATURES)
+    rows.to_parquet(tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match=r"train\[0\] holds no image"):
+        HubDataset(tmp_path, "train").read(0)
+
+
 def test_without_the_package(tmp_path, monkeypatch):
     write(tmp_path / "set", "parquet")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)

@@ -1,9 +1,11 @@
 import io
+import os
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from data.folders import FolderDataset
 from data.images import ImageError, decode_image, decode_pixels, load_image
 
 
@@ -96,6 +98,17 @@ def test_errors_name_the_file(tmp_path):
         load_image(text)
     with pytest.raises(FileNotFoundError, match=r"missing\.jpg"):
         load_image(tmp_path / "missing.jpg")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    for path in (tmp_path / "a.jpg", "/dev/zero"):
+        with pytest.raises(ImageError, match=f"{path} is not a regular file"):
+            load_image(path)
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    os.rename(tmp_path / "a.jpg", tmp_path / "train" / "cat" / "a.jpg")
+    with pytest.raises(ImageError, match=r"a\.jpg is not a regular file"):
+        FolderDataset(tmp_path, "train").read(0)
 
 
 def test_a_huge_image_is_refused(monkeypatch):

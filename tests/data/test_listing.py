@@ -86,3 +86,26 @@ def test_other_links_are_followed(tmp_path):
     folder = write(tmp_path)
     (folder / "eel").symlink_to(folder / "cat")
     assert found(folder, ("cat", "dog", "eel"))[1] == [0] * 3 + [1] * 3 + [2] * 3
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("text", None), ("times", np.zeros(1, np.int64)), ("labels", np.full(6, 2)), ("labels", np.zeros(6)),
+    ("labels", np.zeros(5, np.int64)), ("ends", np.array([3, 1])), ("folder_ends", np.zeros((2, 2), np.int64)),
+    ("text", np.zeros(88, np.uint8)),
+])
+def test_a_file_that_is_no_listing_is_made_again(name, value, tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "WORTH_CACHING", 2)
+    folder = write(tmp_path)
+    settle(folder)
+    found(folder)
+    place = tmp_path / ".listing_train.npz"
+    arrays = listing.load(place) | {name: value}
+    listing.save(place, {key: array for key, array in arrays.items() if array is not None})
+    settle(folder)
+    assert found(folder) == EXPECTED
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path):
+    """A megabyte of it could hold a gigabyte."""
+    np.savez_compressed(tmp_path / "a.npz", text=np.zeros(10**6, np.uint8))
+    assert listing.load(tmp_path / "a.npz") is None

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from config import load_config
-from data import prepare_data
+from data import listing, prepare_data
 from data.datasets import build_dataset
 from data.images import ImageError
-from data.shards import ShardDataset
+from data.shards import ShardDataset, read_index
+from models import InputError
 
 
 def jpeg(value: int) -> bytes:
@@ -110,7 +111,9 @@ def test_a_damaged_image_is_named(root):
 
 @pytest.mark.parametrize("files, message", [
     ({"a.jpg": b"x"}, "a has no .cls file"), ({"a.cls": b"1"}, "a has no image"),
-    ({"a.jpg": b"x", "a.cls": b"cat"}, "a.cls holds 'cat', not the number of a class"),
+    ({"a.jpg": b"x", "a.cls": b"cat"}, "a.cls holds 'cat', not a class from 0"),
+    ({"a.jpg": b"x", "a.cls": b"1000000"}, "a.cls holds '1000000', not a class from 0 to 999999"),
+    ({"a.jpg": b"x", "a.cls": b"9" * 5000}, "a.cls holds '999"),
     ({"readme.txt": b"x"}, "hold no sample"),
 ])  # fmt: skip
 def test_samples_that_are_not_whole(files, message, tmp_path):
@@ -123,3 +126,34 @@ def test_samples_that_are_not_whole(files, message, tmp_path):
         ShardDataset(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="holds no shards of val"):
         ShardDataset(tmp_path, "val")
+
+
+def test_a_sparse_member_is_refused(tmp_path):
+    """It may claim to be of any size."""
+    with tarfile.open(tmp_path / "x-train-0.tar", "w", format=tarfile.PAX_FORMAT) as shard:
+        info = tarfile.TarInfo("a.jpg")
+        info.size, info.pax_headers = 4, {"GNU.sparse.size": str(10**12), "GNU.sparse.map": "0,4"}
+        shard.addfile(info, io.BytesIO(b"data"))
+    with pytest.raises(InputError, match=r"a\.jpg is stored as a sparse file"):
+        ShardDataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("shards", None), ("text", None), ("ends", np.arange(3)), ("ends", np.array([9, 1])), ("labels", np.array([0, -1])),
+    ("labels", np.array([0, 10**7])), ("shard", np.array([0, 1])), ("offset", np.array([0, -1])),
+    ("offset", np.array([0, 2**62])), ("size", np.array([0, 2**62])), ("labels", np.zeros(2)), ("states", np.zeros(2)),
+    ("size", np.array(5)),
+])
+def test_a_file_that_is_no_index_is_made_again(name, value, tmp_path):
+    """Whoever can write beside the shards cannot have other bytes read, or the memory filled."""
+    with tarfile.open(tmp_path / "x-train-0.tar", "w") as shard:
+        for file, data in ({"a.jpg": jpeg(1), "a.cls": b"0", "b.jpg": jpeg(2), "b.cls": b"1"}).items():
+            info = tarfile.TarInfo(file)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+    expected = read_index(tmp_path, "train")
+    arrays = expected | {name: value}
+    listing.save(tmp_path / ".index_train.npz", {key: array for key, array in arrays.items() if array is not None})
+    found = read_index(tmp_path, "train")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(array, expected[key]) for key, array in found.items())

@@ -75,6 +75,7 @@ def test_workers_and_pickles_read_the_same_images(tmp_path):
         ("cat/0.png\t0\ncat/1.png\t2\n", r"train_map\.txt:2: label 2 is not in 0\.\.1 \(MODEL\.NUM_CLASSES is 2\)"),
         ("cat/0.png\t0\ncat/1.png\t1\ncat/0.png\t1\n", r"txt:3: cat/0\.png has label 1 here and label 0 in line 1"),
         ("cat/0.png\t0\ncat/0.png\t0\n", r"txt:2: cat/0\.png has label 0 here and label 0 in line 1"),
+        ("cat/0.png\t" + "9" * 5000, r"train_map\.txt:1: expected"),
         ("cat/0.png\t1\n", r"train_map\.txt: no image has label 0, though labels go up to 1"),
         ("cat/0.png\t0\ncat/99.png\t1\n", r"train_map\.txt:2: cat/99\.png is not in .*train\.zip"),
     ],

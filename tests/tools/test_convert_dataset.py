@@ -1,6 +1,8 @@
 """Every form of a data set into every other: the same bytes, labels, classes and order."""
 
 import io
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -87,3 +89,21 @@ def test_what_cannot_be_converted(tmp_path, capsys):
     ):
         assert convert_dataset.main([str(argument) for argument in arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_names_that_others_chose(tmp_path, capsys):
+    """A name with a line break or a path in it adds no line to a map and leads to no other folder."""
+    source = write(tmp_path / "source")
+    odd = next((source / "train" / "cat").iterdir())
+    odd.rename(odd.with_name("x\t0\ny\\.." + "z" * 200 + odd.suffix))
+    assert convert_dataset.main([str(source), str(tmp_path / "zip"), "--to", "zip", "--workers", "1"]) == 0
+    lines = (tmp_path / "zip" / "train_map.txt").read_text().splitlines()
+    assert len(lines) == len(list((source / "train").rglob("*.*")))
+    assert max(map(len, lines)) < 120 and "\\" not in "".join(lines)
+    for name, message in (("a\nb", r"a class is called 'a\nb'"), (os.fsdecode(b"\xff"), r"a class is called '\udcff'")):
+        other = shutil.copytree(source, tmp_path / f"source {len(name)}")
+        for split in ("train", "val"):
+            (other / split / "cat").rename(other / split / name)
+        assert convert_dataset.main([str(other), str(tmp_path / "target"), "--to", "zip"]) == 2
+        assert message in capsys.readouterr().err
+        shutil.rmtree(other)
