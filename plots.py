@@ -55,7 +55,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             records.append(_record(json.loads(line)))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and not line.endswith("\n"):
                 break
             raise InputError(f"{path} is damaged: line {number} is not a record of a run: {line.strip()[:60]!r}; "

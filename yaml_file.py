@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from models import InputError
+from models import InputError, MissingFileError
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
@@ -39,9 +39,12 @@ def read_yaml(path: Path):
     """What a YAML file holds.
 
     Raises:
+        MissingFileError: there is no such file.
         InputError: it is none, repeats a key, uses aliases, or is too large or too deep; the line is named.
         OSError: it cannot be read.
     """
+    if not path.is_file():  # to open a pipe could take for ever
+        raise MissingFileError(f"{path} is not there, or is no regular file")
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path} has over {MAX_BYTES} bytes, too many for a YAML file of settings")
     try:

@@ -127,7 +127,7 @@ def test_runs_are_named_by_what_tells_them_apart():
     "not json", "[]", "3", "{}", '{"kind": "train"}', '{"kind": "test", "step": 1, "epoch": 0}',
     '{"kind": "train", "step": null, "epoch": 0, "loss": 1, "lr": 1}',
     '{"kind": "eval", "step": 1, "epoch": 0, "loss": 1}',
-    '{"kind": "eval", "step": 1, "epoch": 0, "loss": 1, "acc1": "high"}', "\x00\x00"])
+    '{"kind": "eval", "step": 1, "epoch": 0, "loss": 1, "acc1": "high"}', "\x00\x00", "[" * 100_000])
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join([json.dumps(RUN[0]), line, json.dumps(RUN[1])]) + "\n")

@@ -27,6 +27,7 @@ from safe_text import csv_cell
 
 _COLUMNS = ("target", "prediction", "target_label", "prediction_label")
 _NUMBERED = 20  # classes up to which every cell's number fits
+_MOST = 30_000  # classes, whose matrix takes 7 GB
 _NAMED = 60  # classes up to which every name fits beside the matrix
 _CELLS = 250  # cells of a side of the picture beyond which several classes share one
 
@@ -59,7 +60,7 @@ def read_predictions(path: str | Path) -> tuple[np.ndarray, list[str]]:
             for row in rows:
                 pair = int(row["target_label"]), int(row["prediction_label"])
                 for label, name in zip(pair, (row["target"], row["prediction"]), strict=True):
-                    if label < 0 or names.setdefault(label, name) != name:
+                    if not 0 <= label < _MOST or names.setdefault(label, name) != name:
                         raise ValueError
                 labels.append(pair)
         except (ValueError, TypeError, csv.Error):

@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 
 import timm
-import yaml
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from config import load_config
 from hub import weights_file
-from models import timm_arguments
+from models import InputError, timm_arguments
+from safe_text import printable
+from yaml_file import read_yaml
 
 
 def timm_config(config, classes: list[str]) -> dict:
@@ -47,11 +48,16 @@ def model_card(source: str | Path, config, weights: Path) -> str:
         source: the checkpoint. The run's ``config.yaml``, ``run.yaml`` and ``eval.json`` beside it tell the rest.
         config: the network's.
         weights: the file that is shared.
+
+    Raises:
+        InputError: one of those files is none of a run's.
     """
     checkpoint = weights_file(source)
     architecture, arguments = timm_arguments(config)
     run_file, recipe_file, unknown = checkpoint.parent / "run.yaml", checkpoint.parent / "config.yaml", "not recorded"
-    run = yaml.safe_load(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {}
+    run = read_yaml(run_file) if run_file.is_file() else {}
+    if not isinstance(run, dict):
+        raise InputError(f"{run_file} does not describe a run; move it away")
     recipe = load_config(recipe_file) if recipe_file.is_file() else None
     rows = {
         "network": f"{config.MODEL.NAME}: timm's `{architecture}` with {json.dumps(arguments)}",
@@ -64,7 +70,8 @@ def model_card(source: str | Path, config, weights: Path) -> str:
         "commit": run.get("git_commit", unknown),
         "SHA-256 of the weights": f"`{_sha256(weights)}`",
     }
-    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    cells = {name: printable(str(value)).replace("|", r"\|") for name, value in rows.items()}
+    table = "".join(f"| {name} | {value} |\n" for name, value in cells.items())
     registers = "import models  # registers the network; from this repository, or: import strip_mlp\n"
     return f"""---
 license: mit
@@ -106,13 +113,16 @@ def _recipe(config, batch) -> str:
 def _accuracy(checkpoint: Path) -> str:
     """The evaluation of this very file, if ``eval.json`` beside it is one."""
     path = checkpoint.parent / "eval.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     sha256 = _sha256(checkpoint)
-    if report.get("sha256") != sha256:
-        return "not evaluated; `python main.py --eval` beside the checkpoint, then export again"
-    result = report.get("eval_ema") or report["eval"]
-    return (f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} % of {result['images']} images, "
-            f"by the evaluation of the checkpoint with SHA-256 `{sha256}`")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if report.get("sha256") != sha256:
+            return "not evaluated; `python main.py --eval` beside the checkpoint, then export again"
+        result = report.get("eval_ema") or report["eval"]
+        return (f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} % of {result['images']} images, "
+                f"by the evaluation of the checkpoint with SHA-256 `{sha256}`")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is no evaluation's report ({error!r:.80}); move it away") from error
 
 
 def _sha256(path: Path) -> str:

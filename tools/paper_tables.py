@@ -30,6 +30,7 @@ from engine import Precision, measure_throughput  # noqa: E402
 from errors import one_line_errors  # noqa: E402
 from models import InputError, MissingFileError, build_model  # noqa: E402
 from report import describe_environment  # noqa: E402
+from safe_text import printable  # noqa: E402
 from same_run import FREE_KEYS  # noqa: E402
 from tools.tables import TABLES, Row, choose, final_results, read_tables  # noqa: E402
 from yaml_file import read_yaml  # noqa: E402
@@ -113,7 +114,7 @@ def find_runs(folders: list[str]) -> list[Run]:
         for folder in sorted({path.parent for name in ("config.yaml", "eval.json") for path in top.rglob(name)}):
             try:
                 runs += [run for run in (read_training(folder), read_evaluation(folder)) if run]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(f"{folder} holds no readable run ({error!r}); put it elsewhere") from None
     return runs
 
@@ -128,8 +129,9 @@ def read_training(folder: Path) -> Run | None:
         return None
     about = read_yaml(folder / "run.yaml")
     return Run(
-        folder=folder, config=config, checkpoint="", result=results[-1], best=max(r["acc1"] for r in results),
-        batch=about["effective_batch"], commit=about["git_commit"], changes=tuple(about.get("changes", ())),
+        folder=folder, config=config, checkpoint="", result=accuracies(results[-1]),
+        best=max(r["acc1"] for r in results), batch=about["effective_batch"], commit=printable(about["git_commit"]),
+        changes=tuple({"step": change["step"], "keys": dict(change["keys"])} for change in about.get("changes", ())),
     )
 
 
@@ -140,9 +142,15 @@ def read_evaluation(folder: Path) -> Run | None:
     report = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     result = report.get("eval_ema") or report["eval"]
     return Run(
-        folder=folder, config=flat_config(report["config"]), checkpoint=report["sha256"][:8], result=result,
-        best=result["acc1"], batch=None, commit=report["environment"]["git_commit"],
+        folder=folder, config=flat_config(report["config"]), checkpoint=printable(report["sha256"])[:8],
+        result=accuracies(result), best=float(result["acc1"]), batch=None,
+        commit=printable(report["environment"]["git_commit"]),
     )
+
+
+def accuracies(result: dict) -> dict[str, float]:
+    """The figures of an evaluation that tables have."""
+    return {metric: float(result[metric]) for metric in METRICS if metric in result}
 
 
 def one_of_each_seed(runs: list[Run]) -> list[Run]:

@@ -116,7 +116,8 @@ def test_picture_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["1,,b,a,0.5,1", "1,,b,a,0.5,x,0", "1,,b,a,0.5,-1,0", "1,,wrong,a,0.5,1,0", "\x00", "half"])
+    "line", ["1,,b,a,0.5,1", "1,,b,a,0.5,x,0", "1,,b,a,0.5,-1,0", "1,,wrong,a,0.5,1,0", "\x00", "half",
+             "1,,b,c,0.5,1,1000000000"])
 def test_a_damaged_line_is_named(tmp_path, line):
     path = write(tmp_path / "predictions.csv", [0, 1], [0, 1], "ab")
     path.write_text(path.read_text() + line + "\n")

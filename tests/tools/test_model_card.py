@@ -21,6 +21,7 @@ from inference import load_network
 from models import InputError
 from tests.helpers import DIGITS, TINY, arguments, folder, save_network, tiny_network
 from tools import export, predict
+from tools.model_card import model_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -165,6 +166,23 @@ def test_another_file_s_evaluation_is_not_claimed(shared, tmp_path):
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "| accuracy | not evaluated; `python main.py --eval`" in card and "91.23" not in card
     assert "| commit | not recorded |" in card and "| recipe | not recorded |" in card
+
+
+def test_odd_files_beside_the_checkpoint(shared, tmp_path):
+    """A folder that others made adds no line to the card, and ends in an error where it holds no run."""
+    path, _, exported = shared
+    shutil.copy(path, tmp_path / "best.pth")
+    config, weights = load_network(path)[1], exported / hub.WEIGHTS
+    (tmp_path / "run.yaml").write_text('git_commit: "a|b\\n# title"\n')
+    card = model_card(tmp_path / "best.pth", config, weights)
+    assert r"| commit | a\|b\n# title |" in card
+    no_figures = json.dumps({"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    for name, text in (("run.yaml", "[1]"), ("run.yaml", "a: &a [*a]"), ("eval.json", "[" * 100_000),
+                       ("eval.json", "3"), ("eval.json", no_figures)):
+        (tmp_path / "run.yaml").write_text("{}")
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=name):
+            model_card(tmp_path / "best.pth", config, weights)
 
 
 # ---- what is refused -----------------------------------------------------------------------------

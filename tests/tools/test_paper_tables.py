@@ -215,6 +215,19 @@ def test_bad_input(tables, tmp_path):
     assert status == 2 and error.startswith("paper_tables.py: runs/damaged holds no readable run (KeyError(")
 
 
+@pytest.mark.parametrize(("name", "text"), [
+    ("run.yaml", "[1]"), ("run.yaml", "{effective_batch: 1, git_commit: a, changes: [{keys: 3}]}"),
+    ("run.yaml", "{effective_batch: 1, git_commit: 3}"), ("run.yaml", "a: &a [*a]"), ("config.yaml", "[1]"),
+    ("eval.json", "[" * 100_000), ("eval.json", "[]"), ("eval.json", '{"eval": {"acc1": "high"}, "config": {}}'),
+    ("metrics.jsonl", "[" * 100_000 + "\n"),
+])
+def test_what_is_no_run_s_file_is_one_line(name, text, tables, tmp_path):
+    folder = add_run(tmp_path, "first", "odd", [1.0, 2.0])
+    (folder / name).write_text(text)
+    status, _, error = tables()
+    assert status == 2 and error.startswith("paper_tables.py: runs/odd") and error.count("\n") == 1
+
+
 def test_keys_that_do_not_matter_exist():
     assert paper_tables.FREE_KEYS <= flat_keys(load_config()).keys()
 
