@@ -17,7 +17,7 @@ import distributed
 import plots
 import utils
 from config import to_dict
-from files import replacing, write_text
+from files import write_text
 from inference import image_shape
 from models import InputError
 from train_state import TrainState
@@ -104,8 +104,9 @@ def draw_curves(folder: Path) -> None:
     """Draws the run's curves into its folder; a training does not fail for whatever a picture fails for."""
     try:
         figure = plots.draw_curves({folder.name: plots.read_metrics(folder)})
-        with replacing(folder / "curves.png") as file:
-            figure.savefig(file, format="png")
+        path = folder / "curves.png"
+        path.unlink(missing_ok=True)  # a link in its place is not followed
+        plots.save_figure(figure, path)
     except Exception as error:
         logger.warning(f"the curves were not drawn: {error}")
         logger.debug("where it happened:", exc_info=True)
