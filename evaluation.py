@@ -62,8 +62,9 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     results = evaluate_all(model, ema, loader, precision, predictions)
     log_results(results)
     if not all(math.isfinite(result["loss"]) for result in results.values()):
+        hint = "" if precision.name == "fp32" else "try --amp-dtype fp32, or "
         raise InputError(f"{path}: the network's outputs overflow in {precision.name}, and its accuracy means nothing; "
-                         "try --amp-dtype fp32, or take an earlier checkpoint")
+                         f"{hint}take an earlier checkpoint")
     if distributed.rank() == 0:
         report = results | {
             "checkpoint": str(path),
