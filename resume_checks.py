@@ -22,7 +22,10 @@ def check_run(content: dict) -> None:
         return
     kinds = {"layout": dict, "config": dict, "changes": list, "epoch": int, "step": int, "max_accuracy": int | float}
     for key, kind in kinds.items():
-        if key in content and not isinstance(content[key], kind):
+        if key not in content:
+            if key in ("epoch", "step", "max_accuracy"):
+                raise InputError(f"the checkpoint cannot be resumed, it lacks {key}")
+        elif not isinstance(content[key], kind):
             raise InputError(f"its {key} is {content[key]!r:.60}")
     _check_settings(content.get("config", {}), "config")
     for change in content.get("changes", []):

@@ -97,6 +97,9 @@ def test_what_is_read_of_a_run_before_it_is_built(entry, value, message, trained
     check_run({"model": content["model"], "config": value})  # of no training
     with pytest.raises(InputError, match=re.escape(message)):
         check_run(content | {entry: value})
+    if entry in ("epoch", "step", "max_accuracy"):
+        with pytest.raises(InputError, match=f"it lacks {entry}"):
+            check_run({key: item for key, item in content.items() if key != entry})
 
 
 def test_a_run_s_odd_checkpoint_is_one_line(trained, tmp_path, capsys):
