@@ -302,6 +302,11 @@ def _make_output_folder(config) -> Path:
     """The run's output folder, made where it is not there yet."""
     folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
     try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # TensorBoard would fail on it, late
+        raise InputError(f"{folder} is not UTF-8; choose another --output, or set PYTHONUTF8=1 in the environment if "
+                         "the locale is to blame") from None
+    try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write into {folder} ({error}); choose another --output") from None

@@ -123,6 +123,11 @@ for name, options, *message in [
         return Case(arguments(path, *options), message)
 
 
+@row("output folder whose name is not UTF-8")
+def _(path):
+    return Case(arguments(path / os.fsdecode(b"\xff")), [r"\udcff", "is not UTF-8; choose another --output"])
+
+
 @row("GPU that is not there")
 def _(path):
     return Case(["--cfg", DIGITS, "--device", "cuda"], ["--device cuda"], {"CUDA_VISIBLE_DEVICES": ""})
