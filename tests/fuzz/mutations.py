@@ -83,6 +83,17 @@ def mutate(content: dict, rng) -> None:
         place[key], place[other] = place[other], place[key]
 
 
+def is_small(value) -> bool:
+    """Whether its text has less than 10,000 values; one that holds the same list over and over may be endless."""
+    found = [value]
+    for _ in range(10_000):
+        if not found:
+            return True
+        inner = found.pop()
+        found += inner.values() if isinstance(inner, dict) else inner if isinstance(inner, (list, tuple)) else ()
+    return False
+
+
 def copied(value):
     """The same containers anew; the tensors are shared."""
     if isinstance(value, dict):
