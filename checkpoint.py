@@ -154,7 +154,7 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
         try:
             return path, load_file(path)
         except (CheckpointError, OSError) as error:
-            logger.warning("skipping a checkpoint: %s", error)
+            logger.warning("skipping a checkpoint: %s", str(error))  # a kept log record would keep all that was read
     if paths:
         raise CheckpointError(
             f"none of the {len(paths)} checkpoints in {folder} can be loaded; move them away to start afresh, or name "
