@@ -25,7 +25,7 @@ import torch
 from config import load_config
 from models import build_model
 from report import describe_environment
-from tools.benchmark import measure_device
+from tools.operator_times import measure_device
 from tools.published import published_formulation
 from tools.traffic import Traffic, count_step, floor
 from tools.traffic_compiled import count_compiled_step
