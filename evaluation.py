@@ -24,7 +24,7 @@ from hub import weights_file
 from logger import open_log
 from models import InputError, MissingFileError, adapt_size, build_model, load_strict, model_state_dict
 from report import describe_environment
-from safe_text import csv_cell
+from safe_text import csv_cell, printable
 from trust import class_names
 
 logger = logging.getLogger("strip_mlp")
@@ -42,6 +42,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
         raise MissingFileError(f"no checkpoint to evaluate at {path}; name one with --resume")
     logger.info(f"evaluating {path}")
     content = checkpoint.load_file(path)
+    _warn_of_other_data(content, config, path)
     distributed.once_per_machine(lambda: prepare_data(config))
     loader = build_val_loader(config, distributed.rank(), distributed.world_size(), device)
     precision = Precision(config.AMP_DTYPE, device)
@@ -104,6 +105,16 @@ def log_results(results: dict, before: str = "", after: str = "") -> None:
     for name, result in results.items():
         logger.info(f"{name}: {before}top-1 {result['acc1']:.3f}  top-5 {result['acc5']:.3f}  "
                     f"loss {result['loss']:.4f}  ({result['images']} images){after}")
+
+
+def _warn_of_other_data(content: dict, config, path: Path) -> None:
+    """Logs, before any data is read, that a checkpoint names another kind of data set than the config."""
+    saved = content.get("config")
+    group = saved.get("DATA") if isinstance(saved, dict) else None
+    name = group.get("DATASET") if isinstance(group, dict) else None
+    if isinstance(name, str) and name != config.DATA.DATASET:
+        logger.warning(f"{path} was trained with DATA.DATASET {printable(name)[:60]} and is evaluated on "
+                       f"{config.DATA.DATASET}, which --cfg names; is this the right --cfg?")
 
 
 def _check_classes(saved, found: list[str]) -> None:
