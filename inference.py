@@ -46,10 +46,11 @@ def load_network(
     try:
         has_average = content.get("model_ema") is not None
         state_dict = model_state_dict({"model": content["model_ema"]} if has_average else content)
-        config = config or _own_config(content)
+        is_own, config = config is None, config or _own_config(content)
         classes = class_names(content.get("classes"), config.MODEL.NUM_CLASSES)
         outline = _outline(config)
-        state_dict = adapt_size(state_dict, outline)
+        if not is_own:  # its own must fit as it is: a small file cannot ask for a huge network's work
+            state_dict = adapt_size(state_dict, outline)
         check_fit(outline, state_dict)
         model = build_model(config)
         load_strict(model, state_dict)

@@ -9,10 +9,10 @@ import yaml
 
 import checkpoint
 import trust
-from config import to_dict
+from config import load_config, to_dict
 from inference import load_network
 from models.errors import InputError
-from tests.helpers import save_network, tiny_network
+from tests.helpers import DIGITS, TINY, save_network, tiny_network
 from tests.watch import Watch
 from trust import architecture, check_size, class_names, plain
 
@@ -123,6 +123,17 @@ def test_sizes_are_bounded(key, value, message, network, tmp_path):
     with pytest.raises(InputError, match=message) as caught:
         load_network(tmp_path / "a.pth")
     assert len(str(caught.value)) < 500
+
+
+def test_weights_are_not_stretched_to_the_size_that_a_checkpoint_claims(network, tmp_path):
+    """A megabyte of weights with an image size of 4096 once took minutes and gigabytes."""
+    config, model = network
+    values = to_dict(config)
+    values["DATA"]["IMG_SIZE"] = 64
+    path = save_network(tmp_path / "a.pth", config, model, config=values)
+    with pytest.raises(InputError, match=r"shape: stages\.0\.0\.token_mixing\.cgsmm\.row_position\.table"):
+        load_network(path)
+    assert load_network(path, load_config(DIGITS, [*TINY, "DATA.IMG_SIZE", "32"]))[1].DATA.IMG_SIZE == 32
 
 
 def test_check_size_counts_parameters_and_buffers():
