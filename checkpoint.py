@@ -56,7 +56,7 @@ def load_file(path: str | Path) -> dict:
     path = Path(path)
     if not os.path.lexists(path):
         raise MissingFileError(f"checkpoint {path} does not exist")
-    if not path.is_file():  # to open a pipe could take for ever
+    if not path.is_file():  # opening a pipe could block forever
         raise CheckpointError(f"{path} is not a regular file")
     try:
         content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)

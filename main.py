@@ -83,13 +83,16 @@ def argument_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--data-path", metavar="DIR", help="the data set's folder")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per process and micro-batch")
     parser.add_argument("--zip", action="store_true", default=None, help="read train.zip and val.zip, not folders")
-    parser.add_argument("--cache-mode", metavar="MODE", help="of --zip, in memory: no, part (each its share), full")
+    parser.add_argument("--cache-mode", metavar="MODE",
+                        help="what --zip keeps in memory: no (nothing), part (each process its share), full")
     parser.add_argument("--pretrained", metavar="CKPT",
                         help="start from these weights: a file, an exported folder, or hf-hub:USER/NAME")
-    parser.add_argument("--resume", metavar="CKPT", help="go on from this checkpoint, or evaluate it; likewise")
+    parser.add_argument("--resume", metavar="CKPT",
+                        help="resume from this checkpoint, or evaluate it (--eval); takes the same")
     parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches per update")
     parser.add_argument("--use-checkpoint", action="store_true", default=None, help="gradient checkpointing")
-    parser.add_argument("--amp-dtype", metavar="TYPE", help="bf16, fp16, fp32 or auto (what the hardware multiplies)")
+    parser.add_argument("--amp-dtype", metavar="TYPE",
+                        help="bf16, fp16, fp32 or auto (the first of them that the hardware supports)")
     parser.add_argument("--compile", nargs="?", const="on", choices=["auto", "on", "off"],
                         help="torch.compile the network; auto, the default: on CUDA, where it works")
     parser.add_argument("--device", default="", metavar="TYPE",
@@ -97,7 +100,7 @@ def argument_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="DIR", help="results go to DIR/<model name>/<tag>/; default: output")
     parser.add_argument("--tag", metavar="NAME", help="names the run")
     parser.add_argument("--allow-changes", action="store_true",
-                        help="go on with a run although its settings changed, and record that in its run.yaml")
+                        help="resume a run although its settings changed, and record the changes in its run.yaml")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--eval", action="store_true", help="evaluate --resume (default: the run's best checkpoint)")
     mode.add_argument("--throughput", action="store_true", help="measure images per second of the forward pass")
@@ -187,7 +190,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
 
     Raises:
         InputError: the config or the data cannot be used, or ``folder`` holds a run with other settings, which only
-            ``allow_changes`` goes on with.
+            ``allow_changes`` resumes.
     """
     with machine_failures(), Checkpointer(config, folder) as checkpointer:
         # 0. The run so far.

@@ -31,7 +31,7 @@ def accept_changes(content: dict, path: Path, config, allow_changes: bool) -> li
     Args:
         content: the checkpoint to resume.
         path: where it lies.
-        config: the config to go on with.
+        config: the config to resume with.
         allow_changes: whether keys may change that the weights do not depend on.
 
     Raises:
@@ -44,5 +44,5 @@ def accept_changes(content: dict, path: Path, config, allow_changes: bool) -> li
                          "--tag; --pretrained starts it from these weights")
     if keys and not allow_changes:
         raise InputError(f"{path} is from a run with other settings: {named}. Give the new run another --tag, or add "
-                         "--allow-changes to go on with this one, which run.yaml then records")
+                         "--allow-changes to resume this one with the new settings, which run.yaml then records")
     return changes + [{"step": content["step"], "keys": keys}] if keys else changes

@@ -43,7 +43,7 @@ def read_yaml(path: Path):
         InputError: it is none, repeats a key, uses aliases, or is too large or too deep; the line is named.
         OSError: it cannot be read.
     """
-    if not path.is_file():  # to open a pipe could take for ever
+    if not path.is_file():  # opening a pipe could block forever
         raise MissingFileError(f"{path} is not there, or is no regular file")
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path} has over {MAX_BYTES} bytes, too many for a YAML file of settings")
