@@ -88,7 +88,7 @@ def argument_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--pretrained", metavar="CKPT",
                         help="start from these weights: a file, an exported folder, or hf-hub:USER/NAME")
     parser.add_argument("--resume", metavar="CKPT",
-                        help="resume from this checkpoint, or evaluate it (--eval); takes the same")
+                        help="resume from this checkpoint, or evaluate it (--eval); a name as for --pretrained")
     parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches per update")
     parser.add_argument("--use-checkpoint", action="store_true", default=None, help="gradient checkpointing")
     parser.add_argument("--amp-dtype", metavar="TYPE",

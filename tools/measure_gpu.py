@@ -1,6 +1,6 @@
 """Everything that a GPU can tell of this repository, in one command of at most nine minutes.
 
-    python tools/measure_gpu.py
+    python tools/measure_gpu.py                    # on the machine with the GPU
 
 It runs, one after another: the tests that need CUDA; the networks, eager; each operation of a training step and of the
 inference form beside its prediction; the strip operator alone; the networks, compiled. Each part has a time limit, and
