@@ -21,9 +21,9 @@ OPTIONS = {
     "realize_acc_reads_threshold": 40,
     "layout_optimization": False,
 }
-_EARLY = {"force_non_lazy_backward_lowering": True}  # in PyTorch since 2.8
+EARLY = {"force_non_lazy_backward_lowering": True}  # in PyTorch since 2.8
 if not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
-    _EARLY = {}
+    EARLY = {}
 
 
 def compile_network(model: nn.Module, setting: str, device: torch.device, deterministic: bool = False) -> nn.Module:
@@ -64,7 +64,7 @@ class CompiledNetwork(nn.Module):
         """(N, C, H, W) -> (N, num_classes)"""
         try:
             # The backward pass is compiled with the forward pass, so that a failure comes before anything has run.
-            with torch._functorch.config.patch(_EARLY):
+            with torch._functorch.config.patch(EARLY):
                 return self.run(x)
         except TorchDynamoException as error:
             if not self.may_fail:

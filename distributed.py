@@ -51,7 +51,7 @@ def init_distributed(device: torch.device, limit_minutes: float = 10.0) -> None:
         raise InputError(f"--device {device.type} runs as one process; start it without torchrun")
     try:
         _init_process_group(device, datetime.timedelta(minutes=limit_minutes))
-    except dist.DistError as error:
+    except RuntimeError as error:  # DistError, or of a port in use PyTorch 2.6's plain one
         raise InputError(
             f"process {os.environ['RANK']} cannot join the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); where another run holds this port, give "

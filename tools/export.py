@@ -47,6 +47,7 @@ from tools.model_card import model_card, timm_config
 from trust import architecture
 
 TOLERANCE = 1e-4  # of the outputs, against the largest logit or 1
+BATCH = torch.export.Dim("batch", max=2**31 - 1)  # PyTorch 2.6 needs an upper limit
 
 
 class Network(NamedTuple):
@@ -172,7 +173,7 @@ def _write_native(network: Network, path: Path) -> Callable:
 
 def _trace(network: Network) -> torch.export.ExportedProgram:
     images = torch.zeros(2, *image_shape(network.config))
-    return torch.export.export(network.model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    return torch.export.export(network.model, (images,), dynamic_shapes=({0: BATCH},))
 
 
 def _metadata(network: Network) -> dict[str, str]:

@@ -23,6 +23,7 @@ import timm
 import torch
 
 from config import load_config
+from errors import one_line_errors
 from models import build_model
 from report import describe_environment
 from tools.operator_times import measure_device
@@ -110,6 +111,7 @@ def _kind_of_module(op) -> str:
     return ".".join(part for part in op.module.split(".") if not part.isdigit()) or "(network)"
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Counts and prints Markdown; with ``--json`` writes every operation."""
     args = parse_arguments(argv)

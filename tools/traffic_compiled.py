@@ -8,8 +8,8 @@ import torch._inductor.config
 from torch import nn
 from torch._inductor.graph import GraphLowering
 
-from compiling import OPTIONS
-from models import strip_ops
+from compiling import EARLY, OPTIONS
+from models import InputError, strip_ops
 from tools.traffic import Operation, Traffic
 
 
@@ -44,8 +44,12 @@ def count_compiled_step(
         dtype: autocast's precision; None: no autocast.
 
     Raises:
+        InputError: PyTorch is too old to plan the backward pass with the forward pass.
         RuntimeError: the network does not compile in one piece.
     """
+    if not EARLY:
+        raise InputError(f"PyTorch {torch.__version__} cannot plan a compiled step without running it; use 2.8 or "
+                         "newer")
     traffic = Traffic()
 
     def plan(graph: GraphLowering):
@@ -67,7 +71,7 @@ def count_compiled_step(
         mock.patch.object(strip_ops, "_IS_INTERPRETED", True),
         mock.patch("torch._inductor.ir.is_cpu", return_value=False),  # asked where a CPU would store an exponential
         torch._inductor.config.patch(force_disable_caches=True),
-        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+        torch._functorch.config.patch(EARLY),
         torch.autocast("cpu", dtype, enabled=dtype is not None),
         torch.set_grad_enabled(training),
     ):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from compiling import EARLY
+from models import InputError
 from models.strip_mlp import Block, StripMLP
-from tools import roofline
+from tools import roofline, traffic_compiled
 from tools.traffic import Traffic, count_step
 from tools.traffic_compiled import count_compiled_step
 from tools.traffic_measured import time_step
@@ -98,6 +100,10 @@ def test_peak_memory():
     assert count_step(network, (1, 128, 32, 32), training=False, dtype=None).peak_bytes == 3 * size
 
 
+needs_early_planning = pytest.mark.skipif(not EARLY, reason="PyTorch older than 2.8 cannot plan a backward pass early")
+
+
+@needs_early_planning
 def test_compiled_traffic_known_by_hand():
     """Compiled, a chain of pointwise operations is one kernel that reads a map and writes one."""
     network = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.GELU(), nn.Hardtanh(), nn.GELU())
@@ -125,6 +131,13 @@ def test_figures_of_strip_mlp_do_not_grow():
     assert traffic.peak_bytes < 1.9 * 2**30
 
 
+def test_a_pytorch_that_cannot_plan_a_step_is_an_error(monkeypatch):
+    monkeypatch.setattr(traffic_compiled, "EARLY", {})
+    with pytest.raises(InputError, match="cannot plan a compiled step without running it; use 2.8 or newer"):
+        count_compiled_step(nn.Flatten(), (1, 3, 2, 2), training=True)
+
+
+@needs_early_planning
 @pytest.mark.slow
 def test_compiled_figures_of_strip_mlp_do_not_grow():
     """Inductor's own settings move 98e6 bytes an image here."""
