@@ -9,6 +9,7 @@ import torch._functorch.config
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
+from models import InputError
 from models.strip_ops import strip_triton
 
 logger = logging.getLogger("strip_mlp")
@@ -36,8 +37,17 @@ def compile_network(model: nn.Module, setting: str, device: torch.device, determ
         setting: COMPILE of the config. ``"auto"``: on CUDA GPUs of compute capability 7.0 or later with Triton, unless
             ``deterministic``; where the compiler fails, training goes on without it. ``"on"``: such a failure is an
             error. ``"off"``.
+
+    Raises:
+        InputError: ``"on"`` with gradient checkpointing, where PyTorch then counts BatchNorm's batches twice.
     """
     if setting == "off" or setting == "auto" and (deterministic or not _can_compile(device)):
+        return model
+    if getattr(model, "grad_checkpointing", False) and torch.__version__ < (2, 11):
+        problem = f"PyTorch {torch.__version__} counts BatchNorm's batches twice in a compiled, checkpointed network"
+        if setting == "on":
+            raise InputError(f"{problem}; use --compile off, or leave out --use-checkpoint")
+        logger.info(f"not compiling the network: {problem}")
         return model
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strip_mlp"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.torch_version import TorchVersion
 
 import compiling
 from compiling import CompiledNetwork, compile_network
+from models import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -33,6 +35,20 @@ def test_auto_needs_triton(monkeypatch):
     monkeypatch.setattr(compiling, "strip_triton", None)
     network = nn.Linear(2, 2)
     assert compile_network(network, "auto", CUDA) is network
+
+
+@pytest.mark.parametrize("version, is_compiled", [("2.8.0", False), ("2.11.0+cu130", True), ("2.14.1", True)])
+def test_checkpointed_networks_need_a_newer_pytorch(monkeypatch, version, is_compiled):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(compiling, "strip_triton", object())
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    network = nn.Linear(2, 2)
+    network.grad_checkpointing = True
+    assert isinstance(compile_network(network, "auto", CUDA), CompiledNetwork) == is_compiled
+    if not is_compiled:
+        with pytest.raises(InputError, match="PyTorch 2.8.0 counts BatchNorm's batches twice .* leave out"):
+            compile_network(network, "on", CUDA)
 
 
 def fail(x):
