@@ -1,6 +1,7 @@
 """Where a run computes: the device, the arithmetic that it has, and whether Triton's kernels work there."""
 
 import contextlib
+import copy
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ from torch import nn
 
 import distributed
 from models import InputError
+from models.strip_mlp import Block
 from models.strip_ops import allows_tf32, strip_mix, strip_mix_plain
 
 logger = logging.getLogger("strip_mlp")
@@ -137,13 +139,13 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
 # ---- the form of the strip layers ----------------------------------------------------------------
 
 def settle_form(config, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Has the strip layers compute by matrix products, on all processes, where Triton's kernels do not work on one.
+    """Has the network compute without Triton's kernels, on all processes, where they do not work on one.
 
     Runs the kernels once, and only where FORM auto or triton would use them: on CUDA.
 
     Args:
         config: the run's config; MODEL.STRIP_MLP.FORM says who chooses the form.
-        model: the network; its strip layers are the modules that have a ``form``.
+        model: the network; what has kernels are the modules that have a ``form``.
         device: where it is.
         dtype: of the forward pass.
 
@@ -183,15 +185,41 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
         with _smallest_blocks():
             found = _results(lambda *args: strip_mix(*args, "triton"), [t.to(device) for t in tensors],
                              grad.to(device), dtype)
+        for name, value, reference in zip(("result", "gradient of x", "of the weight", "of the bias"), found, expected,
+                                          strict=True):
+            error = float((value.cpu().double() - reference).norm() / reference.norm())
+            if not error < tolerance:
+                return f"their {name} differs from the formula's by {error:.1e} of its size"
+        with _smallest_blocks():
+            of_blocks = [_error_of_block(size, device, dtype) for size in ((6, 5), (2, 3))]  # tokens: many and few
     except Exception as error:  # a compiler, a driver, a file system: each fails in its own way
         advice = "; TRITON_CACHE_DIR sets where they are compiled to" if isinstance(error, OSError) else ""
         return f"{type(error).__name__}: {_first_line(error)}{advice}"
-    for name, value, reference in zip(("result", "gradient of x", "of the weight", "of the bias"), found, expected,
-                                      strict=True):
-        error = float((value.cpu().double() - reference).norm() / reference.norm())
-        if not error < tolerance:
-            return f"their {name} differs from the formula's by {error:.1e} of its size"
+    if not max(of_blocks) < 5 * tolerance:  # a dozen layers deep
+        return f"a block's results or gradients differ from the formulas' by {max(of_blocks):.1e} of their size"
     return ""
+
+
+def _error_of_block(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error of a block's result, gradients and running statistics by the kernels."""
+    generator = torch.Generator().manual_seed(0)
+    block = Block(4, size, num_patches=1, strip_width=3, mlp_ratio=3.0, drop_path=0.0)
+    for parameter in block.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+    x, grad = (torch.randn(8, 4, *size, generator=generator) for _ in range(2))
+    results = []
+    for form, where, of in (("triton", device, torch.float32), ("plain", torch.device("cpu"), torch.float64)):
+        net = copy.deepcopy(block).to(where, of, memory_format=torch.channels_last)
+        for module in net.modules():
+            if hasattr(module, "form"):
+                module.form = form
+        images = x.to(where, of, memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast(where.type, dtype, enabled=form == "triton" and dtype != torch.float32):
+            y = net(images.to(dtype) if form == "triton" else images)
+        gradients = torch.autograd.grad(y, [images, *net.parameters()], grad.to(where, y.dtype))
+        groups = ([y], gradients[:1], gradients[1:], [b for b in net.buffers() if b.is_floating_point()])
+        results.append([torch.cat([t.detach().flatten().cpu().double() for t in group]) for group in groups])
+    return max(float((value - reference).norm() / reference.norm()) for value, reference in zip(*results, strict=True))
 
 
 def _results(mix, tensors, grad, dtype: torch.dtype | None = None) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 from .ablations import build_ablated
 from .errors import InputError
 from .freeze import freeze_stages
-from .strip_mlp import VARIANTS, StripMLP, StripMLPNet
+from .strip_mlp import VARIANTS, StripMLPNet
 
 WHOLE = ("both", True, True)  # the network with nothing ablated
 
@@ -32,7 +32,7 @@ def build_model(config) -> nn.Module:
         choices = _ablations(config)
         model = StripMLPNet(**kwargs) if choices == WHOLE else build_ablated(*choices, **kwargs)
         for module in model.modules():
-            if isinstance(module, StripMLP):
+            if hasattr(module, "form"):
                 module.form = config.MODEL.STRIP_MLP.FORM
     if config.TRAIN.USE_CHECKPOINT:
         try:

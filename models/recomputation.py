@@ -18,19 +18,19 @@ def count_batches_once(model: nn.Module) -> None:
             module.register_forward_hook(_restore_statistics, always_call=True)
 
 
-def _is_recomputation() -> bool:
-    # A forward pass within a backward pass. A compiled recomputation leaves the statistics alone by itself.
+def is_recomputation() -> bool:
+    """Whether this is a forward pass within a backward pass; a compiled one leaves the statistics alone by itself."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _keep_statistics(module: nn.Module, inputs) -> None:
-    if _is_recomputation():
+    if is_recomputation():
         module.kept_statistics = [buffer.clone() for buffer in module.buffers()]
 
 
 @torch.no_grad()
 def _restore_statistics(module: nn.Module, inputs, output) -> None:
-    if _is_recomputation():
+    if is_recomputation():
         for buffer, kept in zip(module.buffers(), module.kept_statistics, strict=True):
             buffer.copy_(kept)
         del module.kept_statistics

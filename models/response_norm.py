@@ -39,7 +39,7 @@ def grn_linear(
     """
     with without_autocast(x):
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        if not _folds(x):
+        if not folds(x):
             return F.linear(_GRN.apply(x, gamma, beta), weight, bias)
         bias = bias + (weight * beta.view(-1).to(x.dtype)).sum(1)
         return scaled_linear(x, grn_scale(_Norm.apply(x), gamma), weight, bias)
@@ -48,13 +48,14 @@ def grn_linear(
 def scaled_linear(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """``linear(x * scale, weight, bias)`` for a scale (N, 1, 1, C): (N, H, W, C) -> (N, H, W, C_out)"""
     n, h, w, c = x.shape
-    if not _folds(x):
+    if not folds(x):
         return F.linear(x * scale.to(x.dtype), weight, bias)
     weights = weight * scale.view(n, 1, c).to(x.dtype)  # (N, C_out, C)
     return torch.bmm(x.reshape(n, h * w, c), weights.transpose(1, 2)).view(n, h, w, -1) + bias
 
 
-def _folds(x) -> bool:
+def folds(x: torch.Tensor) -> bool:
+    """Whether a map (N, H, W, C) has at least as many tokens as channels."""
     return x.shape[1] * x.shape[2] >= x.shape[3]
 
 
@@ -68,6 +69,15 @@ def channel_norm(x: torch.Tensor) -> torch.Tensor:
 def grn_scale(norm: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """What GRN multiplies each channel by, given its norm: (N, 1, 1, C) -> (N, 1, 1, C)"""
     return 1 + gamma * _response(norm)
+
+
+def grn_scale_grad(
+    norm: torch.Tensor, gamma: torch.Tensor, dscale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of ``grn_scale``: the gradient of gamma (1, 1, 1, C), and what x is multiplied by for its own (N, 1, 1, C)."""
+    mean, dresponse = norm.mean(dim=-1, keepdim=True) + EPS, dscale * gamma
+    dnorm = dresponse / mean - (dresponse * norm).mean(dim=-1, keepdim=True) / mean.square()
+    return (dscale * _response(norm)).sum(0, keepdim=True), _direction(norm, dnorm)
 
 
 def _response(norm):
@@ -110,11 +120,8 @@ class _GRN(torch.autograd.Function):
     def backward(ctx, dy):
         x, gamma, beta, norm = ctx.saved_tensors
         norm = _differentiable(norm, x)
-        mean, response = norm.mean(dim=-1, keepdim=True) + EPS, _response(norm)
         dscale = (dy * x).sum((1, 2), keepdim=True, dtype=norm.dtype)  # (N, 1, 1, C)
         dbeta = dy.sum((1, 2), keepdim=True, dtype=norm.dtype).sum(0, keepdim=True)
-        dgamma = (dscale * response).sum(0, keepdim=True)
-        dresponse = dscale * gamma
-        dnorm = dresponse / mean - (dresponse * norm).mean(dim=-1, keepdim=True) / mean.square()
-        dx = torch.addcmul(dy * (1 + gamma * response).to(x.dtype), x, _direction(norm, dnorm).to(x.dtype))
+        dgamma, direction = grn_scale_grad(norm, gamma, dscale)
+        dx = torch.addcmul(dy * grn_scale(norm, gamma).to(x.dtype), x, direction.to(x.dtype))
         return dx, dgamma.to(gamma.dtype), dbeta.to(beta.dtype)

@@ -17,13 +17,15 @@ from torch.utils.checkpoint import checkpoint
 from .errors import InputError
 from .fused import FusedChannelMixingBlock, FusedStripMixingBlock
 from .input_size import check_images, check_img_size, map_sizes
-from .response_norm import grn, grn_linear
+from .map_ops import norm_gelu, project, weigh_branches
+from .mlp_ops import mlp
+from .response_norm import grn
 from .strip_ops import arrange, fuse, strip_mix, without_autocast
 from .timm_interface import TimmInterface
 from .windows import cut, merge
 
 # torch.fx keeps these calls whole: what they do depends on the input's size, type and device.
-for _name in ("_layer_norm", "arrange", "check_images", "cut", "fuse", "grn", "grn_linear", "merge", "strip_mix"):
+for _name in ("_layer_norm", "arrange", "check_images", "cut", "fuse", "grn", "merge", "mlp", "strip_mix"):
     torch.fx.wrap(_name)
 
 
@@ -99,6 +101,7 @@ class CGSMM(nn.Module):
     def __init__(self, dim: int, size: int | tuple[int, int], num_patches: int, strip_width: int = 3):
         super().__init__()
         self.size = height, width = to_2tuple(size)
+        self.form = "auto"
         self.row_position = RelativePosition(dim, size)
         self.row_strip = StripMLP(dim, width, num_patches, "row", strip_width)
         self.row_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
@@ -112,7 +115,7 @@ class CGSMM(nn.Module):
         given, x = x, arrange(x, self.row_strip.weight, self.row_strip.form)
         windows = cut(x, self.size)  # the map itself where it has the trained size
         row = self.row_strip(windows, self.row_position.map())
-        y = F.gelu(self.norm(fuse(row, windows, self.row_fuse.weight, like=windows)))
+        y = norm_gelu(fuse(row, windows, self.row_fuse.weight, like=windows), self.norm, self.form)
         column = merge(self.column_strip(y, self.column_position.map()), x.shape)
         return fuse(x, column, self.column_fuse.weight, like=given)
 
@@ -137,6 +140,7 @@ class LSMM(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
+        self.form = "auto"
         self.row_conv = nn.Conv2d(dim, dim, (3, 7), padding=(1, 3), groups=dim, bias=False)
         self.column_conv = nn.Conv2d(dim, dim, (7, 3), padding=(3, 1), groups=dim, bias=False)
         self.reweight_fc1 = nn.Conv2d(dim, dim // 2, 1)
@@ -144,12 +148,13 @@ class LSMM(nn.Module):
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        row, column = self.row_conv(x), self.column_conv(x)
-        pooled = sum(branch.mean((2, 3), keepdim=True) for branch in (row, column, x))
+        # column * w[0] + row * w[1] + x * w[2] with w = weigh(mean over tokens of column + row + x)
+        return weigh_branches(self.column_conv(x), self.row_conv(x), x, self.weigh, self.form)
+
+    def weigh(self, pooled):
+        """(N, C, 1, 1) -> (N, C, 3), the weights of column, row and input"""
         scores = self.reweight_fc2(F.gelu(self.reweight_fc1(pooled)))
-        weights = scores.view(x.shape[0], -1, 3).softmax(dim=2).to(row.dtype)[:, :, :, None, None]  # (N, C, 3, 1, 1)
-        mixed = torch.addcmul(column * weights[:, :, 0], row, weights[:, :, 1])
-        return torch.addcmul(mixed, x, weights[:, :, 2])
+        return scores.view(pooled.shape[0], -1, 3).softmax(dim=2)
 
 
 class StripMixingBlock(nn.Module):
@@ -157,6 +162,7 @@ class StripMixingBlock(nn.Module):
 
     def __init__(self, dim: int, size: int | tuple[int, int], num_patches: int, strip_width: int = 3):
         super().__init__()
+        self.form = "auto"
         self.conv_norm = nn.BatchNorm2d(dim)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.proj_in = nn.Conv2d(dim, dim, 1)
@@ -167,10 +173,9 @@ class StripMixingBlock(nn.Module):
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        x = self.conv(F.gelu(self.conv_norm(x)))
-        x = F.gelu(self.proj_norm(self.proj_in(x)))
-        first, second = x.chunk(2, dim=1)
-        return self.proj_out(torch.cat([self.cgsmm(first), self.lsmm(second)], dim=1))
+        y = self.conv(norm_gelu(x, self.conv_norm, self.form))
+        first, second = project(y, self.proj_in, self.proj_norm, self.form)  # the halves of gelu(norm(proj_in(y)))
+        return fuse(self.cgsmm(first), self.lsmm(second), self.proj_out.weight, like=x)
 
 
 class GRN(nn.Module):
@@ -208,6 +213,7 @@ class ChannelMixingBlock(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float = 3.0):
         super().__init__()
         hidden_dim = int(mlp_ratio * dim)
+        self.form = "auto"
         self.conv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, bias=False)
         self.norm = LayerNorm(dim)
         self.fc1 = nn.Linear(dim, hidden_dim)
@@ -217,8 +223,8 @@ class ChannelMixingBlock(nn.Module):
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
         x = self.conv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-        x = F.gelu(self.fc1(self.norm(x)))
-        x = grn_linear(x, self.grn.gamma, self.grn.beta, self.fc2.weight, self.fc2.bias)  # fc2(grn(x))
+        x = mlp(self.norm(x), self.fc1.weight, self.fc1.bias, self.grn.gamma, self.grn.beta, self.fc2.weight,
+                self.fc2.bias, self.form)  # fc2(grn(gelu(fc1(x))))
         return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
 

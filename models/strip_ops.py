@@ -74,6 +74,14 @@ def strip_mix(
     return y.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else y
 
 
+def uses_kernels(x: torch.Tensor, form: str) -> bool:
+    """Whether Triton's kernels compute what is not the strip operator's: eagerly alone, since torch.compile joins the
+    plain form's passes by itself. What torch.fx traces with is no tensor."""
+    if not isinstance(x, torch.Tensor) or torch.compiler.is_compiling() or _triton_lacks(x):
+        return False
+    return _chosen(form, x) == "triton"
+
+
 def arrange(x: torch.Tensor, weight: torch.Tensor, form: str) -> torch.Tensor:
     """A map in the layout that ``strip_mix`` reads without a copy: plain (N, C, H, W) order for Triton's kernels."""
     return _Planar.apply(x) if _chosen(form, x, weight) == "triton" and _is_channels_last(x) else x
@@ -82,14 +90,14 @@ def arrange(x: torch.Tensor, weight: torch.Tensor, form: str) -> torch.Tensor:
 def fuse(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The 1x1 convolution of ``concat[first, second]``: (N, C1, H, W), (N, C2, H, W) -> (N, C_out, H, W)
 
-    Maps in plain (N, C, H, W) order are multiplied where they lie, without a concatenation; the product comes out in
-    the layout of ``like`` at no cost.
+    Where the first lies in plain (N, C, H, W) order, both are multiplied where they lie, without a concatenation; the
+    product comes out in the layout of ``like`` at no cost.
 
     Args:
         weight: (C_out, C1 + C2, 1, 1).
         like: a map.
     """
-    if _is_channels_last(first) or _is_channels_last(second) or not first.is_cuda and not _IS_INTERPRETED:
+    if _is_channels_last(first) or not first.is_cuda and not _IS_INTERPRETED:
         return F.conv2d(torch.cat([first, second], dim=1), weight)
     with without_autocast(first):
         y = _Fuse.apply(first, second, weight.flatten(1).to(first.dtype), _is_channels_last(like))
@@ -97,7 +105,7 @@ def fuse(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor, like: 
 
 
 class _Fuse(torch.autograd.Function):
-    """``fuse`` of maps in plain order, whose gradients come back in plain order too."""
+    """``fuse`` by matrix products, which take any layout; each gradient comes back in its map's."""
 
     @staticmethod
     def forward(ctx, first, second, weight, to_channels_last):
@@ -115,8 +123,11 @@ class _Fuse(torch.autograd.Function):
         first, second, weight = ctx.saved_tensors
         n, c, h, w = first.shape
         dy = dy.flatten(2)
-        dmaps = [torch.bmm(part.T.expand(n, -1, -1), dy).unflatten(2, (h, w))
-                 for part in weight.tensor_split([c], dim=1)]
+        dmaps = []
+        for x, part in zip((first, second), weight.tensor_split([c], dim=1), strict=True):
+            part = part.expand(n, -1, -1)
+            dx = torch.bmm(dy.mT, part).mT if _is_channels_last(x) else torch.bmm(part.mT, dy)
+            dmaps.append(dx.unflatten(2, (h, w)))
         dweight = torch.cat([torch.bmm(dy, x.flatten(2).mT).sum(0) for x in (first, second)], dim=1)
         return (*dmaps, dweight, None)
 
@@ -179,7 +190,7 @@ def _matmul(x, weight, bias, axis):
     return y.permute(1, 2, 0, 3, 4).reshape(n, c, h, w)
 
 
-def _chosen(form: str, x, weight) -> str:
+def _chosen(form: str, x, weight=None) -> str:
     """The form that ``"auto"`` stands for; any other is itself."""
     if form != "auto":
         return form
@@ -210,7 +221,7 @@ def _is_ampere() -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
 
 
-def _triton_lacks(x, weight) -> str:
+def _triton_lacks(x, weight=None) -> str:
     """What keeps Triton's kernels from running; empty where nothing does."""
     if strip_triton is None:
         return f"needs the package triton, which comes with PyTorch's CUDA builds ({_WHY_NO_TRITON})"
@@ -218,7 +229,7 @@ def _triton_lacks(x, weight) -> str:
         return f"needs a CUDA GPU, and this is the device {x.device.type}"
     if x.dtype not in _TRITON_DTYPES:
         return f"computes in at most 32 bits, and this is {x.dtype}"
-    if weight.shape[1] > _TRITON_LONGEST:
+    if weight is not None and weight.shape[1] > _TRITON_LONGEST:
         return f"takes strips of at most {_TRITON_LONGEST} tokens, and these have {weight.shape[1]}"
     return ""
 

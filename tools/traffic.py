@@ -171,7 +171,8 @@ class Counter(TorchDispatchMode):
             overwrites = name in ("copy_", "zero_", "fill_", "zeros", "zeros_like", "full", "full_like", "ones_like")
             reads = inputs[1:] if overwrites else inputs
             moved, launches = sum(map(_bytes, reads)) + sum(map(_bytes, outputs)), 1
-            formula = flop_registry.get(function.overloadpacket)
+            packet = aten.baddbmm if function.overloadpacket is aten.baddbmm_ else function.overloadpacket
+            formula = flop_registry.get(packet)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
         extra, extra_launches = _extra(name, args, outputs)
         return Operation(self.phase, name, self._module(), moved + extra, flops, launches + extra_launches)

@@ -9,7 +9,7 @@ from torch import nn
 
 from compiling import EARLY
 from models import InputError
-from models.strip_mlp import Block, StripMLP
+from models.strip_mlp import Block
 from tools import roofline, traffic_compiled
 from tools.traffic import Traffic, count_step
 from tools.traffic_compiled import count_compiled_step
@@ -117,7 +117,7 @@ def first_block():
     """T*'s stem and first block, then a mean over the tokens."""
     block = Block(80, 56, num_patches=2, strip_width=3, mlp_ratio=3.0, drop_path=0.1)
     for module in block.modules():
-        if isinstance(module, StripMLP):
+        if hasattr(module, "form"):
             module.form = "triton"
     network = nn.Sequential(nn.Conv2d(3, 80, 4, 4, bias=False), block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return network.to(memory_format=torch.channels_last)
@@ -126,9 +126,9 @@ def first_block():
 def test_figures_of_strip_mlp_do_not_grow():
     """At batch 128 in bfloat16. Lower the limits when the step gets lighter."""
     traffic = count_step(first_block(), (128, 3, 224, 224), training=True)
-    assert traffic.total("bytes") / 128 < 114e6
-    assert traffic.total("launches") <= 290
-    assert traffic.peak_bytes < 1.9 * 2**30
+    assert traffic.total("bytes") / 128 < 83e6
+    assert traffic.total("launches") <= 275
+    assert traffic.peak_bytes < 1.7 * 2**30
 
 
 def test_a_pytorch_that_cannot_plan_a_step_is_an_error(monkeypatch):
