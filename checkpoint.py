@@ -154,7 +154,7 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
         try:
             return path, load_file(path)
         except (CheckpointError, OSError) as error:
-            logger.warning("skipping a checkpoint: %s", str(error))  # a kept log record would keep all that was read
+            logger.warning("skipping a checkpoint: %s", str(error))  # the error would keep the content in memory
     if paths:
         raise CheckpointError(
             f"none of the {len(paths)} checkpoints in {folder} can be loaded; move them away to start afresh, or name "
@@ -195,7 +195,7 @@ def lock_folder(folder: str | Path):
 def _load_torch(path: Path):
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data.find(_ENCODE) >= 0:
-            raise InputError("it holds bytes, which no checkpoint needs, or calls their encoder, which can take hours")
+            raise InputError("it holds pickled bytes, which no checkpoint needs and which can take hours to decode")
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         with zipfile.ZipFile(path) as archive:

@@ -11,6 +11,14 @@ from .map_triton import grid_and_blocks, load, place, store, tokens_last
 
 
 @triton.jit
+def load_weights(weights, is_channel):
+    """The three branches' weights, each (1, channels)."""
+    return (tl.load(weights, mask=is_channel, other=0.0)[None, :],
+            tl.load(weights + 1, mask=is_channel, other=0.0)[None, :],
+            tl.load(weights + 2, mask=is_channel, other=0.0)[None, :])
+
+
+@triton.jit
 def _sum_kernel(a, a_n, a_c, a_t, b, b_n, b_c, b_t, x, x_n, x_c, x_t, sums, channels, tokens, parts,
                 PART: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     image, part, c, is_channel = place(channels, parts, BLOCK_C)
@@ -27,10 +35,7 @@ def _sum_kernel(a, a_n, a_c, a_t, b, b_n, b_c, b_t, x, x_n, x_c, x_t, sums, chan
 def _mix_kernel(a, a_n, a_c, a_t, b, b_n, b_c, b_t, x, x_n, x_c, x_t, y, y_n, y_c, y_t, weights, channels, tokens,
                 parts, PART: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     image, part, c, is_channel = place(channels, parts, BLOCK_C)
-    weights += (image * channels + c) * 3
-    of_a = tl.load(weights, mask=is_channel, other=0.0)[None, :]
-    of_b = tl.load(weights + 1, mask=is_channel, other=0.0)[None, :]
-    of_x = tl.load(weights + 2, mask=is_channel, other=0.0)[None, :]
+    of_a, of_b, of_x = load_weights(weights + (image * channels + c) * 3, is_channel)
     for step in range(0, PART, BLOCK_T):
         t = part * PART + step + tl.arange(0, BLOCK_T)
         mask = (t < tokens)[:, None] & is_channel[None, :]
@@ -64,10 +69,7 @@ def _grads_kernel(dy, d_n, d_c, d_t, da, db, dx, o_n, o_c, o_t, weights, added, 
                   PART: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     image, part, c, is_channel = place(channels, parts, BLOCK_C)
     base = tl.load(added + image * channels + c, mask=is_channel, other=0.0)[None, :]
-    weights += (image * channels + c) * 3
-    of_a = tl.load(weights, mask=is_channel, other=0.0)[None, :]
-    of_b = tl.load(weights + 1, mask=is_channel, other=0.0)[None, :]
-    of_x = tl.load(weights + 2, mask=is_channel, other=0.0)[None, :]
+    of_a, of_b, of_x = load_weights(weights + (image * channels + c) * 3, is_channel)
     for step in range(0, PART, BLOCK_T):
         t = part * PART + step + tl.arange(0, BLOCK_T)
         mask = (t < tokens)[:, None] & is_channel[None, :]

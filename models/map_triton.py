@@ -26,7 +26,7 @@ def gelu_slope(x):
 
 @triton.jit
 def place(channels, parts, BLOCK_C: tl.constexpr):
-    """The program's image, its first token, its channels, and which of them there are."""
+    """The program's image, its part of the tokens, its channels, and which of them there are."""
     image = tl.program_id(0) // parts
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     return image.to(tl.int64), tl.program_id(0) % parts, c, c < channels

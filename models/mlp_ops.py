@@ -5,7 +5,9 @@ sum up GRN's norms in one pass over them, and form the gradient of all three in 
 """
 
 import torch
+import torch.fx
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .response_norm import folds, grn_linear, grn_scale, grn_scale_grad
@@ -14,22 +16,20 @@ from .strip_ops import strip_triton, uses_kernels, without_autocast
 if strip_triton is not None:
     from . import map_triton
 
+torch.fx.wrap("grn_linear")  # what it does depends on the input's size
 
-def mlp(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor,
-    out_weight: torch.Tensor, out_bias: torch.Tensor, form: str,
-) -> torch.Tensor:
-    """``linear(grn(gelu(linear(x, weight, bias))), out_weight, out_bias)``: (N, H, W, C_in) -> (N, H, W, C_out)
+def mlp(x: torch.Tensor, fc1: nn.Linear, grn: nn.Module, fc2: nn.Linear, form: str) -> torch.Tensor:
+    """``fc2(grn(gelu(fc1(x))))``: (N, H, W, C_in) -> (N, H, W, C_out)
 
     Args:
-        gamma, beta: (1, 1, 1, C), GRN's.
+        grn: a module with GRN's ``gamma`` and ``beta``, (1, 1, 1, C).
         form: as ``strip_ops.strip_mix`` has it.
     """
-    if not uses_kernels(x, form):
-        return grn_linear(F.gelu(F.linear(x, weight, bias)), gamma, beta, out_weight, out_bias)
-    x = F.linear(x, weight)
+    if not (uses_kernels(x, form) and type(fc1) is nn.Linear):
+        return grn_linear(F.gelu(fc1(x)), grn.gamma, grn.beta, fc2.weight, fc2.bias)
+    x = F.linear(x, fc1.weight)
     with without_autocast(x):
-        return _GELUGRNLinear.apply(x, bias, gamma, beta, out_weight.to(x.dtype), out_bias.to(x.dtype))
+        return _GELUGRNLinear.apply(x, fc1.bias, grn.gamma, grn.beta, fc2.weight.to(x.dtype), fc2.bias.to(x.dtype))
 
 
 class _GELUGRNLinear(torch.autograd.Function):

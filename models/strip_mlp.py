@@ -25,7 +25,7 @@ from .timm_interface import TimmInterface
 from .windows import cut, merge
 
 # torch.fx keeps these calls whole: what they do depends on the input's size, type and device.
-for _name in ("_layer_norm", "arrange", "check_images", "cut", "fuse", "grn", "merge", "mlp", "strip_mix"):
+for _name in ("_layer_norm", "arrange", "check_images", "cut", "fuse", "grn", "merge", "strip_mix"):
     torch.fx.wrap(_name)
 
 
@@ -223,8 +223,7 @@ class ChannelMixingBlock(nn.Module):
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
         x = self.conv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-        x = mlp(self.norm(x), self.fc1.weight, self.fc1.bias, self.grn.gamma, self.grn.beta, self.fc2.weight,
-                self.fc2.bias, self.form)  # fc2(grn(gelu(fc1(x))))
+        x = mlp(self.norm(x), self.fc1, self.grn, self.fc2, self.form)  # fc2(grn(gelu(fc1(x))))
         return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
 

@@ -81,7 +81,7 @@ def test_bytes_are_refused_before_they_are_made(tmp_path, new_format):
     slow = Malicious(codecs.encode, "".join(map(chr, range(0x4e00, 0x4e00 + 2000))), "punycode")
     for content in (slow, b"bytes"):
         torch.save({"model": content}, path, _use_new_zipfile_serialization=new_format)
-        with pytest.raises(checkpoint.CheckpointError, match=r"evil\.pth: it holds bytes"):
+        with pytest.raises(checkpoint.CheckpointError, match=r"evil\.pth: it holds pickled bytes"):
             checkpoint.load_file(path)
 
 

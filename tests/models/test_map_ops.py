@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from models import count_batches_once, strip_ops
 from models.map_ops import norm_gelu, project, weigh_branches
 from models.mlp_ops import mlp
-from models.strip_mlp import LSMM, Block, StripMLP
+from models.strip_mlp import GRN, LSMM, Block, StripMLP
 from tests.nets import draw, randomise, relative_error
 from tests.processes import ROOT
 
@@ -95,15 +95,24 @@ def test_weigh_branches(size, dtype, tolerance, layout):
 def test_mlp(size, dtype, tolerance):
     """With more tokens than channels in the hidden map, and with fewer."""
     c = size[-1]
-    layers = nn.ModuleDict({"fc1": nn.Linear(c, 3 * c), "fc2": nn.Linear(3 * c, c)})
-    layers.gamma, layers.beta = (nn.Parameter(torch.zeros(1, 1, 1, 3 * c)) for _ in range(2))
-    randomise(layers)
+    layers = randomise(nn.ModuleDict({"fc1": nn.Linear(c, 3 * c), "grn": GRN(3 * c), "fc2": nn.Linear(3 * c, c)}))
+    compare(lambda form, layers, x: mlp(x, *layers.values(), form), layers, draw(*size), dtype, tolerance)
 
-    def call(form, layers, x):
-        return mlp(x, layers.fc1.weight, layers.fc1.bias, layers.gamma, layers.beta, layers.fc2.weight,
-                   layers.fc2.bias, form)
 
-    compare(call, layers, draw(*size), dtype, tolerance)
+def test_replaced_layers_and_hooks_take_part():
+    """An adapter in the place of a block's first linear layer, and a hook on it, wherever kernels do not run."""
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layers = randomise(nn.ModuleDict({"fc1": Doubled(4, 12), "grn": GRN(12), "fc2": nn.Linear(12, 4)}))
+    layers.to(DEVICE, torch.float32)
+    x, seen = draw(2, 3, 3, 4).to(DEVICE).float(), []
+    layers.fc1.register_forward_hook(lambda *args: seen.append(args))
+    expected = layers.fc2(layers.grn(nn.functional.gelu(layers.fc1(x))))
+    for form in ("triton", "plain"):
+        assert relative_error(mlp(x, *layers.values(), form), expected) < 1e-5
+    assert len(seen) == 3
 
 
 def test_a_recomputed_block():
