@@ -185,7 +185,7 @@ def lock_folder(folder: str | Path):
         file.close()
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise InputError(f"{folder} belongs to a run in progress ({holder}); give this one another --tag") from None
-        raise InputError(f"cannot lock {folder} ({error.strerror}); its file system must know locks") from None
+        raise InputError(f"cannot lock {folder} ({error.strerror}); its file system must support locks") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()

@@ -36,12 +36,12 @@ def check_place(path: Path, is_folder: bool = False) -> None:
     """Checks a place in a run's folder that is opened for writing, not replaced: no link is followed, no pipe opened.
 
     Raises:
-        InputError: something lies there that is no regular file, or with ``is_folder`` no folder.
+        InputError: something lies there that is not a regular file, or with ``is_folder`` not a folder.
     """
     fits = path.is_dir() if is_folder else path.is_file()
     if path.is_symlink() or path.exists() and not fits:
-        kind = "a link" if path.is_symlink() else "no folder" if is_folder else "no regular file"
-        raise InputError(f"{path} is {kind}, and a run does not write into that; move it away")
+        kind = "a link" if path.is_symlink() else "not a folder" if is_folder else "not a regular file"
+        raise InputError(f"{path} is {kind}, so the run does not write there; move it away")
 
 
 def move(source: Path, target: Path) -> None:

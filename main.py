@@ -92,7 +92,7 @@ def argument_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches per update")
     parser.add_argument("--use-checkpoint", action="store_true", default=None, help="gradient checkpointing")
     parser.add_argument("--amp-dtype", metavar="TYPE",
-                        help="bf16, fp16, fp32 or auto (the first of them that the hardware supports)")
+                        help="bf16, fp16, fp32 or auto (bf16 or fp16 where the GPU is fast in it, else fp32)")
     parser.add_argument("--compile", nargs="?", const="on", choices=["auto", "on", "off"],
                         help="torch.compile the network; auto, the default: on CUDA, where it works")
     parser.add_argument("--device", default="", metavar="TYPE",

@@ -28,8 +28,8 @@ def start_wandb(project: str, name: str, config: dict, folder: Path):
     try:
         import wandb
     except ImportError as error:
-        raise InputError(f"WANDB_PROJECT is {project!r} but wandb is not there ({error}); pip install wandb, or leave "
-                         "WANDB_PROJECT empty") from error
+        raise InputError(f"WANDB_PROJECT is {project!r} but wandb is not installed ({error}); pip install wandb, or "
+                         "leave WANDB_PROJECT empty") from error
     id_file = folder / "wandb_id.txt"
     check_place(id_file)
     check_place(folder / "wandb", is_folder=True)

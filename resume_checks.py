@@ -216,7 +216,7 @@ def _check_like(value, own, where: str) -> None:
     """A value is of the same kind as this optimiser's own, a tensor also of its shape and type, and a sane number."""
     if isinstance(own, dict):
         if not isinstance(value, dict):
-            raise InputError(f"{where} is no mapping")
+            raise InputError(f"{where} is not a mapping")
         if value.keys() != own.keys():
             raise InputError(f"{where} does not hold {', '.join(sorted(own)) or 'nothing'}")
         for key in own:

@@ -44,7 +44,7 @@ def read_yaml(path: Path):
         OSError: it cannot be read.
     """
     if not path.is_file():  # opening a pipe could block forever
-        raise MissingFileError(f"{path} is not there, or is no regular file")
+        raise MissingFileError(f"{path} does not exist or is not a regular file")
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path} has over {MAX_BYTES} bytes, too many for a YAML file of settings")
     try:

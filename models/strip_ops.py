@@ -76,7 +76,7 @@ def strip_mix(
 
 def uses_kernels(x: torch.Tensor, form: str) -> bool:
     """Whether Triton's kernels compute what is not the strip operator's: eagerly alone, since torch.compile joins the
-    plain form's passes by itself. What torch.fx traces with is no tensor."""
+    plain form's passes by itself. torch.fx traces with proxies, not tensors."""
     if not isinstance(x, torch.Tensor) or torch.compiler.is_compiling() or _triton_lacks(x):
         return False
     return _chosen(form, x) == "triton"

@@ -107,7 +107,7 @@ def model_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
         raise InputError(f"no weights under 'model'; the entries are: {entries}")
     for key, value in state_dict.items():
         if not isinstance(value, torch.Tensor):
-            raise InputError(f"the entry {key} among the weights is no tensor but {type(value).__name__}")
+            raise InputError(f"the entry {key} among the weights is not a tensor but a {type(value).__name__}")
     return _under_own_keys(state_dict)
 
 
@@ -250,7 +250,7 @@ def check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     for key, value in state_dict.items():
         if own[key].is_floating_point():
             if value.dtype not in _FLOATS:
-                raise InputError(f"the weights are not numbers of floating point: {key} is of the type {value.dtype}")
+                raise InputError(f"the weights must be floating point, but {key} is {value.dtype}")
             if not value.to(own[key].dtype).isfinite().all():
                 raise InputError(f"the weights are not finite: {key} holds nan or inf; take an earlier checkpoint")
             if key.endswith("running_var") and (value < 0).any():

@@ -48,9 +48,9 @@ def test_a_place_that_is_opened_for_writing_is_what_a_run_has_put_there(tmp_path
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "link to a folder").symlink_to("folder")
     for name, is_folder, kind in [
-        ("folder", False, "no regular file"), ("pipe", False, "no regular file"), ("link", False, "a link"),
+        ("folder", False, "not a regular file"), ("pipe", False, "not a regular file"), ("link", False, "a link"),
         ("dangling", False, "a link"), ("dangling", True, "a link"), ("link to a folder", True, "a link"),
-        ("file", True, "no folder"),
+        ("file", True, "not a folder"),
     ]:
         with pytest.raises(InputError, match=f"{name} is {kind}"):
             check_place(tmp_path / name, is_folder)

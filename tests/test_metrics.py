@@ -113,7 +113,7 @@ def test_without_the_module_nothing_is_trained(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main.main(arguments(tmp_path, "WANDB_PROJECT", "strips")) == 2
     message, = [line for line in capsys.readouterr().out.splitlines() if "ERROR" in line]
-    assert "WANDB_PROJECT is 'strips' but wandb is not there" in message and "pip install wandb" in message
+    assert "WANDB_PROJECT is 'strips' but wandb is not installed" in message and "pip install wandb" in message
     assert not list(folder(tmp_path).glob("*.pth"))
 
 

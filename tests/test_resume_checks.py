@@ -94,7 +94,7 @@ CASES = [
     (("optimizer", "param_groups", 0), lambda group: group | {"nesterov": True}, "another optimiser"),
     (("optimizer", "state"), [], "not a mapping"),
     (("optimizer", "state"), lambda state: state | {10**6: state[0]}, "not a mapping from the numbers"),
-    (("optimizer", "state", 0), 3, "parameter 0 is no mapping"),
+    (("optimizer", "state", 0), 3, "parameter 0 is not a mapping"),
     (("optimizer", "state", 0), {}, "parameter 0 does not hold"),
     (("optimizer", "state", 0, "step"), 3, "parameter 0: step is int"),
     (("optimizer", "state", 0, "step"), torch.zeros(2), r"step is \(2,\) of torch.float32, but must be \(\)"),

@@ -73,9 +73,9 @@ def convert(source: Path, target: Path, form: str, short_side: int = 0, workers:
     check_same_classes(classes, sets["val"].classes, source)
     for label, name in enumerate(classes):
         if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(os.fsencode(name)) > 255:
-            raise InputError(f"{source}: a class is called {name!r:.300}, which no folder and no line of a file can be")
+            raise InputError(f"{source}: the class name {name!r:.300} cannot be used as a folder name")
         if name in classes[:label]:
-            raise InputError(f"{source}: two classes are called {name}, which no two folders can be")
+            raise InputError(f"{source}: two classes are called {name}; each needs a folder of its own")
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as unfinished:
         place = Path(unfinished, "data")

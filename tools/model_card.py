@@ -122,7 +122,7 @@ def _accuracy(checkpoint: Path) -> str:
         return (f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} % of {result['images']} images, "
                 f"by the evaluation of the checkpoint with SHA-256 `{sha256}`")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is no evaluation's report ({error!r:.80}); move it away") from error
+        raise InputError(f"{path} is not an evaluation's report ({error!r:.80}); move it away") from error
 
 
 def _sha256(path: Path) -> str:

@@ -64,7 +64,7 @@ def predict(model, images: torch.Tensor, top_k: int) -> list[list[tuple[int, flo
     device = next(model.parameters()).device
     logits = model(images.to(device))
     if not logits.isfinite().all():
-        raise InputError("the network's outputs are not finite, so that its weights are of no use")
+        raise InputError("the network's outputs are not finite; its weights cannot be used")
     probabilities, labels = logits.softmax(dim=1).topk(top_k)
     rows = zip(labels.tolist(), probabilities.tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in rows]

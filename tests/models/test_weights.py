@@ -269,10 +269,10 @@ def test_load_pretrained_of_a_timm_model():
 @pytest.mark.parametrize(("spoil", "message"), [
     (lambda value: value * torch.nan, "not finite: head.weight"),
     (lambda value: value.double() * 1e300, "not finite: head.weight"),  # finite there, infinite in float32
-    (lambda value: value.to(torch.int8), "head.weight is of the type torch.int8"),
-    (lambda value: value > 0, "head.weight is of the type torch.bool"),
-    (lambda value: value.to(torch.complex64), "head.weight is of the type torch.complex64"),
-    (lambda value: value.to(torch.float8_e5m2), "head.weight is of the type torch.float8_e5m2"),
+    (lambda value: value.to(torch.int8), "head.weight is torch.int8"),
+    (lambda value: value > 0, "head.weight is torch.bool"),
+    (lambda value: value.to(torch.complex64), "head.weight is torch.complex64"),
+    (lambda value: value.to(torch.float8_e5m2), "head.weight is torch.float8_e5m2"),
     (lambda value: value.tolist(), "head.weight"),
 ])
 def test_meaningless_weights_are_refused(spoil, message):

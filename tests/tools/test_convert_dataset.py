@@ -100,7 +100,7 @@ def test_names_that_others_chose(tmp_path, capsys):
     lines = (tmp_path / "zip" / "train_map.txt").read_text().splitlines()
     assert len(lines) == len(list((source / "train").rglob("*.*")))
     assert max(map(len, lines)) < 120 and "\\" not in "".join(lines)
-    for name, message in (("a\nb", r"a class is called 'a\nb'"), (os.fsdecode(b"\xff"), r"a class is called '\udcff'")):
+    for name, message in (("a\nb", r"the class name 'a\nb'"), (os.fsdecode(b"\xff"), r"the class name '\udcff'")):
         other = shutil.copytree(source, tmp_path / f"source {len(name)}")
         for split in ("train", "val"):
             (other / split / "cat").rename(other / split / name)
