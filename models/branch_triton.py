@@ -88,13 +88,11 @@ def branch_sums(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tens
     return sums
 
 
-@torch.library.custom_op("strip_mlp::branch_mix", mutates_args=())
-def branch_mix(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``a * weights[0] + b * weights[1] + x * weights[2]``, channels last, for weights (N, C, 3), float32."""
-    y = tokens_last(x, False)
+@torch.library.custom_op("strip_mlp::branch_mix", mutates_args=("y",))
+def branch_mix(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, y: torch.Tensor) -> None:
+    """Writes ``a * weights[0] + b * weights[1] + x * weights[2]`` into y, of any layout; weights (N, C, 3), float32."""
     grid, sizes, constants = grid_and_blocks(x)
     _mix_kernel[grid](a, *a.stride(), b, *b.stride(), x, *x.stride(), y, *y.stride(), weights, *sizes, **constants)
-    return y
 
 
 @torch.library.custom_op("strip_mlp::branch_dots", mutates_args=())
@@ -123,8 +121,8 @@ def _(a, b, x):
 
 
 @branch_mix.register_fake
-def _(a, b, x, weights):
-    return tokens_last(x, False)
+def _(a, b, x, weights, y):
+    return None
 
 
 @branch_dots.register_fake

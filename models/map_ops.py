@@ -61,6 +61,27 @@ def weigh_branches(
     return torch.addcmul(torch.addcmul(a * w[:, :, 0], b, w[:, :, 1]), x, w[:, :, 2])
 
 
+def gelu_into(y: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor) -> torch.Tensor:
+    """Writes ``gelu(x * scale + shift)`` into y by a kernel and without a backward; no scale is 1.
+
+    Args:
+        x, y: (N, C, H, W) in any layout; they may be the same map.
+        scale, shift: (C,).
+    """
+    map_triton.affine_gelu(x.flatten(2), scale, shift, None, None, y.flatten(2))
+    return y
+
+
+def weigh_branches_into(
+    y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor,
+    weigh: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Writes ``weigh_branches`` into y, (N, C, H, W) in any layout, by kernels and without a backward."""
+    a, b, x, y = (t.flatten(2) for t in (a, b, x, y))
+    pooled = branch_triton.branch_sums(a, b, x).sum(1) / x.shape[2]
+    branch_triton.branch_mix(a, b, x, weigh(pooled[:, :, None, None]).float().contiguous(), y)
+
+
 def _takes_own_batch(norm, x) -> bool:
     """Whether a norm takes its statistics from this process's batch; PyTorch refuses a batch of one token."""
     is_plain = type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.affine
@@ -82,11 +103,12 @@ class _NormGELU(torch.autograd.Function):
         ctx.save_for_backward(x, statistics)
         ctx.count, ctx.given = count, given
         is_planar = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
-        return tuple(
-            map_triton.affine_gelu(part, *of_part[:2], None, None, is_planar or i < pieces - 1).view(
-                len(x), -1, *x.shape[2:])
-            for i, (part, of_part) in enumerate(zip(x3.chunk(pieces, 1), statistics.chunk(pieces, 1), strict=True))
-        )
+        ys = []
+        for part, of_part in zip(x3.chunk(pieces, 1), statistics.chunk(pieces, 1), strict=True):
+            y = map_triton.tokens_last(part, is_planar or len(ys) < pieces - 1)
+            map_triton.affine_gelu(part, *of_part[:2], None, None, y)
+            ys.append(y.view(len(x), -1, *x.shape[2:]))
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
@@ -134,7 +156,9 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_backward(a, b, x)
         ctx.dtype = weights.dtype
         shared["weights"] = weights.float().contiguous()
-        return branch_triton.branch_mix(a.flatten(2), b.flatten(2), x.flatten(2), shared["weights"]).view(x.shape)
+        y = map_triton.tokens_last(x.flatten(2), False)
+        branch_triton.branch_mix(a.flatten(2), b.flatten(2), x.flatten(2), shared["weights"], y)
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable

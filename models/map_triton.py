@@ -240,25 +240,23 @@ def statistics(
     return out
 
 
-@torch.library.custom_op("strip_mlp::affine_gelu", mutates_args=())
+@torch.library.custom_op("strip_mlp::affine_gelu", mutates_args=("y",))
 def affine_gelu(
     x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor, gain: torch.Tensor | None,
-    offset: torch.Tensor | None, is_planar: bool,
-) -> torch.Tensor:
-    """``gelu(x * scale + shift) * gain + offset`` in plain order or channels last.
+    offset: torch.Tensor | None, y: torch.Tensor,
+) -> None:
+    """Writes ``gelu(x * scale + shift) * gain + offset`` into y, of any layout, which may be x itself.
 
     Args:
         scale, shift, offset: (C,). Scale and, together, gain and offset may be None.
         gain: (N, C), float32.
     """
-    y = tokens_last(x, is_planar)
     grid, sizes, constants = grid_and_blocks(x)
     _gelu_kernel[grid](
         x, *x.stride(), y, *y.stride(), shift if scale is None else scale, shift, shift if gain is None else gain,
         shift if offset is None else offset, shift, *sizes, HAS_SCALE=scale is not None, HAS_GAIN=gain is not None,
         STORES=True, ADDS=False, **constants,
     )
-    return y
 
 
 @torch.library.custom_op("strip_mlp::gelu_squares", mutates_args=())
@@ -333,8 +331,8 @@ def _(first_token, count, sums, weight, bias, given, running_mean, running_var, 
 
 
 @affine_gelu.register_fake
-def _(x, scale, shift, gain, offset, is_planar):
-    return tokens_last(x, is_planar)
+def _(x, scale, shift, gain, offset, y):
+    return None
 
 
 @gelu_squares.register_fake

@@ -47,7 +47,8 @@ class _GELUGRNLinear(torch.autograd.Function):
             weights = weight * scale.to(x.dtype)[:, None]  # (N, C_out, C)
             out = torch.bmm(y, weights.mT).add_(out_bias + (weight * beta.view(-1).to(x.dtype)).sum(1))
         else:
-            y = map_triton.affine_gelu(tokens.mT, None, bias, scale, beta.view(-1), False).mT
+            y = torch.empty_like(tokens)
+            map_triton.affine_gelu(tokens.mT, None, bias, scale, beta.view(-1), y.mT)
             out = F.linear(y, weight, out_bias)
         ctx.save_for_backward(x, y, bias, gamma, beta, weight, norm)
         return out.view(n, h, w, -1)

@@ -74,6 +74,17 @@ def strip_mix(
     return y.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else y
 
 
+def strip_mix_into(
+    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, axis: str, position: torch.Tensor
+) -> None:
+    """Writes ``strip_mix`` into y by Triton's kernels and without a backward.
+
+    Args:
+        x, y: (N, C, H, W), each image in plain (C, H, W) order; the images may lie apart.
+    """
+    strip_triton.mix_into(x, position.to(x.dtype).contiguous(), weight, bias, y, axis, _multiplies_tf32(x))
+
+
 def uses_kernels(x: torch.Tensor, form: str) -> bool:
     """Whether Triton's kernels compute what is not the strip operator's: eagerly alone, since torch.compile joins the
     plain form's passes by itself. torch.fx traces with proxies, not tensors."""
@@ -202,9 +213,12 @@ def _triton(x, weight, bias, axis, position):
     lack = _triton_lacks(x, weight)
     if lack:
         raise InputError(f"the strip layers' form 'triton' {lack}; let 'auto' choose (MODEL.STRIP_MLP.FORM auto)")
-    tf32 = x.is_cuda and x.dtype == torch.float32 and allows_tf32()
     position = None if position is None else position.contiguous()
-    return strip_triton.mix(x.contiguous(), position, weight, bias, axis, tf32)
+    return strip_triton.mix(x.contiguous(), position, weight, bias, axis, _multiplies_tf32(x))
+
+
+def _multiplies_tf32(x):
+    return x.is_cuda and x.dtype == torch.float32 and allows_tf32()
 
 
 @torch.compiler.assume_constant_result

@@ -22,42 +22,45 @@ from torch.utils.flop_counter import register_flop_formula
 
 @triton.jit
 def _line_offsets(m, d, patches, dim, ACROSS: tl.constexpr, LENGTH: tl.constexpr, STEP_ACROSS: tl.constexpr):
-    """Where line m of channel d begins in a map of all images and in one image's, and its place a among its lines."""
+    """The image of line m of channel d, where the line begins in that image, and its place a among its lines."""
     a = m % ACROSS
     image_and_patch = m // ACROSS
     patch = image_and_patch % patches
     image = image_and_patch // patches
     channel = patch * dim + d
-    start = channel * (ACROSS * LENGTH) + a * STEP_ACROSS
-    return image.to(tl.int64) * (patches * dim * ACROSS * LENGTH) + start, start, a
+    return image.to(tl.int64), channel * (ACROSS * LENGTH) + a * STEP_ACROSS, a
 
 
 @triton.jit
-def _mix_kernel(x, position, weight, bias, y, lines, patches, dim,
+def _mix_kernel(x, x_step, position, weight, bias, y, y_step, lines, patches, dim,
                 ACROSS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, STEP_ACROSS: tl.constexpr,
                 STEP_ALONG: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, HAS_POSITION: tl.constexpr,
                 HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """``BLOCK_M`` lines of one channel: x, position and y as stored, weight (D, K, L in, L out), bias (D, L)."""
+    """``BLOCK_M`` lines of one channel: weight (D, K, L in, L out), bias (D, L), maps in plain order.
+
+    An image of x (of y) begins ``x_step`` (``y_step``) numbers after the one before it.
+    """
     d = tl.program_id(1)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     along = tl.arange(0, BLOCK_L)
-    start, start_in_image, a = _line_offsets(m, d, patches, dim, ACROSS, LENGTH, STEP_ACROSS)
+    image, start, a = _line_offsets(m, d, patches, dim, ACROSS, LENGTH, STEP_ACROSS)
     is_token = along < LENGTH
+    x += image * x_step
     total = tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)
     for k in tl.static_range(WIDTH):
         shift = k - WIDTH // 2
         is_line = (m < lines) & (a + shift >= 0) & (a + shift < ACROSS)
         mask = is_line[:, None] & is_token[None, :]
         strip = shift * STEP_ACROSS + along[None, :] * STEP_ALONG
-        tokens = tl.load(x + start[:, None] + strip, mask=mask, other=0.0)
+        tokens = tl.load((x + start)[:, None] + strip, mask=mask, other=0.0)
         if HAS_POSITION:
-            tokens += tl.load(position + start_in_image[:, None] + strip, mask=mask, other=0.0)
+            tokens += tl.load(position + start[:, None] + strip, mask=mask, other=0.0)
         matrix = tl.load(weight + ((d * WIDTH + k) * LENGTH + along[:, None]) * LENGTH + along[None, :],
                          mask=is_token[:, None] & is_token[None, :], other=0.0)
         total = tl.dot(tokens, matrix, total, input_precision=PRECISION)
     if HAS_BIAS:
         total += tl.load(bias + d * LENGTH + along, mask=is_token, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + start[:, None] + along[None, :] * STEP_ALONG, total.to(y.dtype.element_ty),
+    tl.store((y + image * y_step + start)[:, None] + along[None, :] * STEP_ALONG, total.to(y.dtype.element_ty),
              mask=(m < lines)[:, None] & is_token[None, :])
 
 
@@ -78,14 +81,15 @@ def _weight_grad_kernel(x, position, dy, dw, db, lines, patches, dim, PART_LINES
     vector = tl.zeros((BLOCK_L,), dtype=tl.float32)
     for first in range(0, PART_LINES, BLOCK_M):
         m = part * PART_LINES + first + tl.arange(0, BLOCK_M)
-        start, start_in_image, a = _line_offsets(m, d, patches, dim, ACROSS, LENGTH, STEP_ACROSS)
+        image, start, a = _line_offsets(m, d, patches, dim, ACROSS, LENGTH, STEP_ACROSS)
+        begin = image * (patches * dim * ACROSS * LENGTH) + start
         is_line = (m < end) & (a + shift >= 0) & (a + shift < ACROSS)
         mask = is_token[:, None] & is_line[None, :]
         strip = shift * STEP_ACROSS + along[:, None] * STEP_ALONG
-        tokens = tl.load(x + start[None, :] + strip, mask=mask, other=0.0)
+        tokens = tl.load(x + begin[None, :] + strip, mask=mask, other=0.0)
         if HAS_POSITION:
-            tokens += tl.load(position + start_in_image[None, :] + strip, mask=mask, other=0.0)
-        grad = tl.load(dy + start[:, None] + along[None, :] * STEP_ALONG,
+            tokens += tl.load(position + start[None, :] + strip, mask=mask, other=0.0)
+        grad = tl.load(dy + begin[:, None] + along[None, :] * STEP_ALONG,
                        mask=(m < end)[:, None] & is_token[None, :], other=0.0)
         matrix = tl.dot(tokens, grad, matrix, input_precision=PRECISION)
         vector += tl.sum(grad.to(tl.float32), axis=0)
@@ -140,15 +144,30 @@ def mix(
         tf32: multiply float32 in TF32.
     """
     y = torch.empty_like(x)
+    _launch_mix(x, position, weight, bias, y, axis, tf32)
+    return y
+
+
+@torch.library.custom_op("strip_mlp::mix_into", mutates_args=("y",))
+def mix_into(
+    x: torch.Tensor, position: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor,
+    axis: str, tf32: bool,
+) -> None:
+    """Writes ``mix`` into y, without a backward. The images of x and of y may lie apart, each in plain order."""
+    _launch_mix(x, position, weight, bias, y, axis, tf32)
+
+
+def _launch_mix(x, position, weight, bias, y, axis, tf32):
     channels = weight.shape[0]
     patches, lines, constants = _shape(x, channels, weight.shape[3], axis, tf32)
-    packed = weight.permute(0, 3, 2, 1).to(x.dtype).contiguous()  # (D, K, L in, L out)
+    given = weight.permute(0, 3, 2, 1)
+    packed = x.new_empty(given.shape).copy_(given)  # (D, K, L in, L out)
     # What is not given is not read; the tensor in its place is of the same type, so nothing is tuned anew.
     _tuned(_mix_kernel)[lambda meta: (triton.cdiv(lines, meta["BLOCK_M"]), channels)](
-        x, x if position is None else position, packed, weight if bias is None else bias.contiguous(), y,
-        lines, patches, channels, **constants, HAS_POSITION=position is not None, HAS_BIAS=bias is not None,
+        x, x.stride(0), x if position is None else position, packed, weight if bias is None else bias.contiguous(),
+        y, y.stride(0), lines, patches, channels, **constants, HAS_POSITION=position is not None,
+        HAS_BIAS=bias is not None,
     )
-    return y
 
 
 @torch.library.custom_op("strip_mlp::weight_grad", mutates_args=())
@@ -186,6 +205,11 @@ def _(x, position, weight, bias, axis, tf32):
     return torch.empty_like(x)
 
 
+@mix_into.register_fake
+def _(x, position, weight, bias, y, axis, tf32):
+    return None
+
+
 @weight_grad.register_fake
 def _(x, position, dy, channels, width, axis, tf32):
     length = x.shape[3] if axis == "row" else x.shape[2]
@@ -217,7 +241,7 @@ mix.register_autograd(_backward, setup_context=_setup_context)
 
 
 # What PyTorch's counter of operations takes a strip for, as it counts the other forms' products.
-@register_flop_formula(torch.ops.strip_mlp.mix)
+@register_flop_formula([torch.ops.strip_mlp.mix, torch.ops.strip_mlp.mix_into])
 def _mix_flops(x_shape, position_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     _, length, _, width = weight_shape
     return 2 * math.prod(x_shape) * length * width

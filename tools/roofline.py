@@ -53,9 +53,8 @@ def build_network(args) -> tuple[torch.nn.Module, int]:
         if args.form == "fused":
             network.fuse()
         for module in network.modules() if not args.measured else ():
-            for form in ("form", "row_form", "column_form"):
-                if getattr(module, form, "") == "auto":
-                    setattr(module, form, "triton")  # what auto means on a GPU
+            if getattr(module, "form", "") == "auto":
+                module.form = "triton"  # what auto means on a GPU
         network.to(memory_format=torch.channels_last)
     return network.train(args.mode == "training"), side
 

@@ -246,7 +246,8 @@ def _extra(name: str, args, outputs) -> tuple[int, int]:
     return 0, LAUNCHES.get(name, 1) - 1
 
 
-LAUNCHES = {"mix": 3, "weight_grad": 3}  # the strip operators: the kernel, and packing weights or adding up parts
+# The strip operators': the kernel, and packing the weight or adding up the parts of two gradients.
+LAUNCHES = {"mix": 2, "mix_into": 2, "weight_grad": 3}
 
 
 def _moved_by_convolution_backward(args, gradients) -> tuple[int, int]:

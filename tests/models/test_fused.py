@@ -10,7 +10,10 @@ import models.strip_mlp
 from models import InputError, StripMLPNet
 from models.ablations import build_ablated
 from models.fused import FusedChannelMixingBlock, FusedStripMixingBlock
-from tests.nets import relative_error
+from models.strip_mlp import Block
+from tests.nets import draw, randomise, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def trained(dtype=torch.float64, build=StripMLPNet, **kwargs):
@@ -42,6 +45,39 @@ def test_equals_the_network(kwargs, dtype, tolerance):
     assert relative_error(fused.forward_features(x), features) < tolerance
     fused.to(memory_format=torch.channels_last)
     assert relative_error(fused(x.contiguous(memory_format=torch.channels_last)), logits) < tolerance
+
+
+def fused_by_kernels(block):
+    fused = copy.deepcopy(block).fuse().to(DEVICE, torch.float32)
+    for mixing in (fused.token_mixing, fused.channel_mixing):
+        mixing.form = "triton"
+    return fused
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 1e-2)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+# Maps of many tokens, of few, and one that is cut into windows.
+@pytest.mark.parametrize("size, trained_size", [((4, 5), (4, 5)), ((2, 3), (2, 3)), ((6, 5), (4, 5))], ids=str)
+@torch.no_grad()
+def test_by_kernels(size, trained_size, layout, dtype, tolerance):
+    pytest.importorskip("triton")
+    block = randomise(Block(4, trained_size, 2, 3, 3.0, drop_path=0.1)).eval()
+    x = draw(2, 4, *size).contiguous(memory_format=layout)
+    fused = fused_by_kernels(block)
+    with torch.autocast(DEVICE, dtype, enabled=dtype == torch.float16):
+        y = fused(x.to(DEVICE, dtype))
+    assert y.dtype == dtype and relative_error(y.cpu(), block(x)) < tolerance
+
+
+def test_gradient_of_the_images():
+    """By the plain form, since the kernels have none; also where GRN meets a channel that is 0 everywhere."""
+    pytest.importorskip("triton")
+    block, x = randomise(Block(4, (4, 5), 2, 3, 3.0, drop_path=0.1)).eval(), draw(2, 4, 4, 5).requires_grad_()
+    with torch.no_grad():
+        block.channel_mixing.fc1.bias[0] = -100
+    (expected,) = torch.autograd.grad(block(x).sum(), x)
+    (found,) = torch.autograd.grad(fused_by_kernels(block)(x.to(DEVICE, torch.float32)).sum(), x)
+    assert relative_error(found, expected) < 1e-5
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.strip_ops import strip_mix, strip_mix_plain
+from models.strip_ops import strip_mix, strip_mix_into, strip_mix_plain
 from tests.models.test_strip_ops import AXES, draw
 from tests.nets import relative_error
 from tests.processes import ROOT
@@ -82,6 +82,18 @@ def test_position_is_added_as_the_map_is_read(axis):
 
 
 @pytest.mark.parametrize("axis", AXES)
+def test_into_a_part_of_a_map(axis):
+    x, weight, bias = (t.float().to(DEVICE) for t in draw(3, 4, 5, 9, 2, 3, axis))
+    position = torch.randn(4, 5, 9, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    maps = torch.full((3, 12, 5, 9), 7.0, device=DEVICE)
+    before, y, given = maps.chunk(3, dim=1)
+    given.copy_(x)
+    strip_mix_into(y, given, weight, bias, axis, position)
+    assert torch.equal(y, triton_mix(x, weight, bias, axis, position=position))
+    assert (before == 7).all() and torch.equal(given, x)
+
+
+@pytest.mark.parametrize("axis", AXES)
 def test_as_a_pytorch_operator(axis):
     """Its shapes without data, its backward's registration, and compilation, as PyTorch itself checks them."""
     from models import strip_triton
@@ -90,6 +102,8 @@ def test_as_a_pytorch_operator(axis):
     position = torch.ones(x.shape[1:], device=DEVICE, requires_grad=True)
     torch.library.opcheck(strip_triton.mix, (x, position, weight, bias, axis, False))
     dy = torch.ones_like(x).detach()
+    y = torch.empty_like(x).detach()
+    torch.library.opcheck(strip_triton.mix_into, (x.detach(), position.detach(), weight, bias, y, axis, False))
     torch.library.opcheck(strip_triton.weight_grad, (x.detach(), position.detach(), dy, 2, 3, axis, False))
 
 
@@ -141,9 +155,10 @@ from triton.compiler import ASTSource
 from models import strip_triton
 
 def check(kernel, tensors, constants, capability, config):
-    numbers = dict.fromkeys(["lines", "patches", "dim"], "i32")
-    arguments = tensors | numbers | dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(tensors))}
+    types = tensors | dict.fromkeys(["x_step", "y_step", "lines", "patches", "dim"], "i32")
+    types |= dict.fromkeys(constants, "constexpr")
+    arguments = {name: types[name] for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if name in tensors}
     source = ASTSource(fn=kernel, signature=arguments, constexprs=constants, attrs=aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -131,6 +131,14 @@ def test_figures_of_strip_mlp_do_not_grow():
     assert traffic.peak_bytes < 1.7 * 2**30
 
 
+def test_figures_of_the_inference_form_do_not_grow():
+    network = first_block().eval()
+    network[1].fuse()
+    traffic = count_step(network, (128, 3, 224, 224), training=False)
+    assert traffic.total("bytes") / 128 < 26e6
+    assert traffic.total("launches") <= 72
+
+
 def test_a_pytorch_that_cannot_plan_a_step_is_an_error(monkeypatch):
     monkeypatch.setattr(traffic_compiled, "EARLY", {})
     with pytest.raises(InputError, match="cannot plan a compiled step without running it; use 2.8 or newer"):
@@ -151,7 +159,7 @@ def test_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     operations = json.loads(file.read_text())["operations"]
     assert f"| step | {sum(op['bytes'] for op in operations) / 4e6:.1f} |" in printed
-    assert "| stages.channel_mixing.fc1 |" in printed and "| H200 | 4800 | 989 |" in printed
+    assert "| stages.token_mixing.lsmm.reweight_fc1 |" in printed and "| H200 | 4800 | 989 |" in printed
 
 
 def test_fused_form_does_not_train():
