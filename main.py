@@ -18,7 +18,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
 
-import argparse
 import contextlib
 import logging
 import os
@@ -36,8 +35,9 @@ import distributed
 import errors
 import report
 import utils
+from arguments import argument_parser, config_overrides, parse_arguments
 from compiling import compile_network
-from config import flat_keys, load_config, nearest, to_dict
+from config import load_config, to_dict
 from data import augment_on, build_train_loader, build_val_loader, prepare_data
 from device import choose_device, settle_form
 from engine import Precision, measure_throughput, train_one_epoch
@@ -55,84 +55,6 @@ from train_state import NOT_SAVED, PREEMPTED, Checkpointer, Layout, NotSavedErro
 
 logger = logging.getLogger("strip_mlp")
 
-# Flags that are short for a config key.
-FLAG_KEYS = {
-    "batch_size": "DATA.BATCH_SIZE",
-    "data_path": "DATA.DATA_PATH",
-    "zip": "DATA.ZIP_MODE",
-    "cache_mode": "DATA.CACHE_MODE",
-    "pretrained": "MODEL.PRETRAINED",
-    "resume": "MODEL.RESUME",
-    "accumulation_steps": "TRAIN.ACCUMULATION_STEPS",
-    "use_checkpoint": "TRAIN.USE_CHECKPOINT",
-    "amp_dtype": "AMP_DTYPE",
-    "compile": "COMPILE",
-    "output": "OUTPUT",
-    "tag": "TAG",
-}
-
-
-def argument_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """The command line's flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=add_help
-    )
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="the run's config, see configs/")
-    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE",
-                        help="config keys to set, e.g. --opts TRAIN.EPOCHS 100 AUG.MIXUP 0; config.py lists them all")
-    parser.add_argument("--data-path", metavar="DIR", help="the data set's folder")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images per process and micro-batch")
-    parser.add_argument("--zip", action="store_true", default=None, help="read train.zip and val.zip, not folders")
-    parser.add_argument("--cache-mode", metavar="MODE",
-                        help="what --zip keeps in memory: no (nothing), part (each process its share), full")
-    parser.add_argument("--pretrained", metavar="CKPT",
-                        help="start from these weights: a file, an exported folder, or hf-hub:USER/NAME")
-    parser.add_argument("--resume", metavar="CKPT",
-                        help="resume from this checkpoint, or evaluate it (--eval); a name as for --pretrained")
-    parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches per update")
-    parser.add_argument("--use-checkpoint", action="store_true", default=None, help="gradient checkpointing")
-    parser.add_argument("--amp-dtype", metavar="TYPE",
-                        help="bf16, fp16, fp32 or auto (bf16 or fp16 where the GPU is fast in it, else fp32)")
-    parser.add_argument("--compile", nargs="?", const="on", choices=["auto", "on", "off"],
-                        help="torch.compile the network; auto, the default: on CUDA, where it works")
-    parser.add_argument("--device", default="", metavar="TYPE",
-                        help="cpu, cuda, mps or another that PyTorch finds; default: cuda where there is a GPU")
-    parser.add_argument("--output", metavar="DIR", help="results go to DIR/<model name>/<tag>/; default: output")
-    parser.add_argument("--tag", metavar="NAME", help="names the run")
-    parser.add_argument("--allow-changes", action="store_true",
-                        help="resume a run although its settings changed, and record the changes in its run.yaml")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--eval", action="store_true", help="evaluate --resume (default: the run's best checkpoint)")
-    mode.add_argument("--throughput", action="store_true", help="measure images per second of the forward pass")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers set LOCAL_RANK
-    parser.add_argument("--amp-opt-level", help=argparse.SUPPRESS)
-    return parser
-
-
-def parse_arguments(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """The command line; an unknown flag is an error that names the nearest known one."""
-    parser = parser or argument_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        name = unknown[0].split("=")[0]
-        parser.error(f"unknown argument {unknown[0]}{_as_option(name) or nearest(name, flags)}")
-    return args
-
-
-def _as_option(flag: str) -> str:
-    """How to set the config keys of an unknown flag's name, for a message: ``--epochs`` is ``TRAIN.EPOCHS``."""
-    name = flag.lstrip("-").replace("-", "_").upper()
-    keys = [key for key in flat_keys(load_config()) if flag.startswith("--") and key.split(".")[-1] == name]
-    keys = keys or [key for key in flat_keys(load_config()) if flag.startswith("--") and key.endswith(f"_{name}")]
-    return f"; set {' or '.join(keys)} by --opts {keys[0]} VALUE" if keys else ""
-
-
-def config_overrides(args: argparse.Namespace) -> list:
-    """The config keys that the command line sets, as ``load_config`` takes them; flags win over ``--opts``."""
-    flags = [(key, getattr(args, flag)) for flag, key in FLAG_KEYS.items() if getattr(args, flag) is not None]
-    return [*args.opts, *(item for pair in flags for item in pair)]
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line.
@@ -142,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint could not be saved into its folder; 75 for one that saved itself and stopped on a signal, to be
         resumed by the same command; 130 for an interruption by Ctrl-C.
     """
-    args = parse_arguments(argv)
+    args = parse_arguments(argument_parser(__doc__), argv)
     status = 0
     setup_console(is_first=os.environ.get("RANK", "0") == "0")
     try:

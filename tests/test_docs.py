@@ -5,9 +5,8 @@ import shlex
 
 import pytest
 
+from arguments import argument_parser, config_overrides, parse_arguments
 from config import load_config
-from main import config_overrides
-from main import parse_arguments as parse_main_arguments
 from tests.processes import ROOT
 from tools import gpu_hours, paper_tables, reproduce
 
@@ -30,7 +29,7 @@ def test_commands_and_files(text, monkeypatch, capsys):
         if words[:2] == ["python", "tools/reproduce.py"]:
             assert reproduce.main([*words[2:], "--dry-run"]) == 0, words
         elif words[:2] == ["python", "main.py"]:
-            args = parse_main_arguments(words[2:])
+            args = parse_arguments(argument_parser(), words[2:])
             load_config(args.cfg, config_overrides(args))
         elif words[:2] == ["python", "tools/paper_tables.py"]:
             assert set(words[2:3]) <= paper_tables.read_tables().keys()

@@ -1,6 +1,7 @@
 """Every command of the repository: what ``--help`` says, and that it starts wherever it is called from."""
 
 import argparse
+import re
 import runpy
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from tests.processes import ROOT, run_interpreter
 
 SCRIPTS = sorted(path for folder in (ROOT, ROOT / "tools") for path in folder.glob("*.py")
-                 if "argparse.ArgumentParser(" in path.read_text())
+                 if re.search(r"parse_arg\w*\(.*^if __name__", path.read_text(), re.M | re.S))
 TOOLS = [path for path in SCRIPTS if path.parent.name == "tools"]
 
 

@@ -365,31 +365,6 @@ def test_cuda_trains_and_resumes(tmp_path, flags):
 
 # ---- what a user can get wrong ---------------------------------------------------------------------
 
-def test_opts_add_up():
-    argv = ["--cfg", str(DIGITS), "--opts", "SEED", "4", "--tag", "x", "--opts", "TRAIN.EPOCHS", "9"]
-    args = main.parse_arguments(argv)
-    config = load_config(args.cfg, main.config_overrides(args))
-    assert (config.SEED, config.TRAIN.EPOCHS) == (4, 9)
-
-
-def test_flags_reach_the_config():
-    args = main.parse_arguments(["--cfg", str(DIGITS), "--batch-size", "6", "--zip", "--cache-mode", "no",
-                                 "--accumulation-steps", "3", "--use-checkpoint", "--amp-dtype", "bf16", "--compile",
-                                 "--output", "out", "--tag", "1e5", "--pretrained", "p", "--resume", "r", "--data-path",
-                                 "d", "--opts", "DATA.BATCH_SIZE", "8", "SEED", "4"])
-    config = load_config(args.cfg, main.config_overrides(args))
-    assert config.DATA.BATCH_SIZE == 6 and config.SEED == 4  # a flag wins over --opts
-    assert (config.DATA.ZIP_MODE, config.DATA.CACHE_MODE, config.TRAIN.ACCUMULATION_STEPS) == (True, "no", 3)
-    assert (config.TRAIN.USE_CHECKPOINT, config.AMP_DTYPE, config.COMPILE) == (True, "bf16", "on")
-    assert (config.OUTPUT, config.TAG, config.MODEL.PRETRAINED, config.MODEL.RESUME) == ("out", "1e5", "p", "r")
-
-
-@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
-def test_launcher_flags_are_ignored(flag):
-    args = main.parse_arguments(["--cfg", str(DIGITS), flag])
-    assert main.config_overrides(args) == []
-
-
 def test_amp_opt_level_is_deprecated(tmp_path, capsys):
     assert main.main(arguments(tmp_path, flags=["--amp-opt-level", "O1", "--throughput", "--batch-size", "2"])) == 0
     assert "WARNING: --amp-opt-level" in capsys.readouterr().out

@@ -21,10 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoint  # noqa: E402
+from arguments import argument_parser, config_overrides, parse_arguments  # noqa: E402
 from config import load_config  # noqa: E402
 from errors import one_line_errors  # noqa: E402
-from main import argument_parser, config_overrides  # noqa: E402
-from main import parse_arguments as parse_main_arguments  # noqa: E402
 from models import InputError  # noqa: E402
 from same_run import changed_keys  # noqa: E402
 from tools.tables import ROOT, TABLES, choose, final_results, read_tables  # noqa: E402
@@ -34,7 +33,7 @@ from yaml_file import read_yaml  # noqa: E402
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; the exit status is 0, 1 after failed runs, 2 for bad input, 75 after a signal."""
-    return launch(parse_main_arguments(argv, launch_parser()))
+    return launch(parse_arguments(launch_parser(), argv))
 
 
 def launch_parser() -> argparse.ArgumentParser:
@@ -89,7 +88,7 @@ def launch(args: argparse.Namespace) -> int:
                 "--cfg", os.path.relpath(rows[key].path), "--output", str(Path(args.output, key)),
                 "--tag", f"seed{seed}", *flags, "--opts", *rows[key].opts, *args.opts, "SEED", str(seed),
             ]
-            config = load_config(rows[key].path, config_overrides(parse_main_arguments(arguments)))
+            config = load_config(rows[key].path, config_overrides(parse_arguments(argument_parser(), arguments)))
             folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
             if not args.allow_changes:
                 check_settings(folder, config)
