@@ -51,7 +51,7 @@ def init_distributed(device: torch.device, limit_minutes: float = 10.0) -> None:
         raise InputError(f"--device {device.type} runs as one process; start it without torchrun")
     try:
         _init_process_group(device, datetime.timedelta(minutes=limit_minutes))
-    except RuntimeError as error:  # DistError, or of a port in use PyTorch 2.6's plain one
+    except dist.DistError as error:
         raise InputError(
             f"process {os.environ['RANK']} cannot join the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); where another run holds this port, give "
@@ -79,7 +79,10 @@ def _check_launcher_variables() -> None:
 
 
 def _init_process_group(device: torch.device, limit: datetime.timedelta) -> None:
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+    except RuntimeError as error:  # PyTorch 2.6's, where the port is in use
+        raise dist.DistError(str(error)) from error
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # torchrun 2.11 keeps one store over its restarts, in which a process may find a dead one's address. On several
         # machines restarts may be counted differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.

@@ -17,6 +17,10 @@ import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
+    try:
+        import models  # noqa: F401, before timm: it checks torchvision
+    except ImportError as error:
+        raise SystemExit(f"main.py: {error}") from None
 
 import contextlib
 import logging

@@ -3,7 +3,7 @@
 ``strip_mlp_{tiny_light,tiny,small,base}``, ``smlpnet_{tiny,small,base}``, ``wave_mlp_{tiny,small,medium,base}``.
 """
 
-from . import registry  # noqa: F401, registers the variants with timm
+from . import _torchvision, registry  # noqa: F401, checks torchvision; registers the variants with timm
 from .build import build_model, timm_arguments
 from .errors import InputError, MissingFileError
 from .freeze import freeze_stages, set_train_mode
