@@ -93,13 +93,11 @@ class _NormGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, given, norm, pieces):
-        momentum = 0.0 if is_recomputation() else norm.momentum
-        if momentum:
-            norm.num_batches_tracked.add_(1)
         x3 = x.flatten(2)
         count = x.numel() // x.shape[1]
-        statistics = map_triton.statistics(x3[0, :, 0], count, map_triton.moments(x3), weight, bias, given,
-                                           norm.running_mean, norm.running_var, momentum, norm.eps)
+        statistics = map_triton.statistics(
+            x3[0, :, 0], count, map_triton.moments(x3), weight, bias, given, norm.running_mean, norm.running_var,
+            norm.num_batches_tracked, 0.0 if is_recomputation() else norm.momentum, norm.eps)
         ctx.save_for_backward(x, statistics)
         ctx.count, ctx.given = count, given
         is_planar = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
@@ -122,7 +120,7 @@ class _NormGELU(torch.autograd.Function):
             dots = map_triton.gelu_dots(part, dy.flatten(2), shift, scale, mean).sum((0, 1))  # (2, C)
             map_triton.norm_gelu_grad(part, dy.flatten(2), out, of_part, dots, ctx.count)
             sums.append(dots)
-        dbias, dweight = torch.cat(sums, 1)
+        dbias, dweight = torch.cat(sums, 1) if len(sums) > 1 else dots
         dgiven = None if ctx.given is None else torch.zeros_like(ctx.given)
         return dx, dweight * statistics[3], dbias, dgiven, None, None
 

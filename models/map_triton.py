@@ -64,8 +64,9 @@ def _moments_kernel(x, x_n, x_c, x_t, sums, channels, tokens, parts,
 
 
 @triton.jit
-def _statistics_kernel(first_token, x_c, sums, weight, bias, given, mean, var, out, channels, count, eps, momentum,
-                       ROWS: tl.constexpr, HAS_GIVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _statistics_kernel(first_token, x_c, sums, weight, bias, given, mean, var, batches, out, channels, count, eps,
+                       momentum, ROWS: tl.constexpr, HAS_GIVEN: tl.constexpr, BLOCK_R: tl.constexpr,
+                       BLOCK_C: tl.constexpr):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = c < channels
     first = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
@@ -91,6 +92,8 @@ def _statistics_kernel(first_token, x_c, sums, weight, bias, given, mean, var, o
     tl.store(mean + c, old + momentum * (m - old), mask=is_channel)
     old = tl.load(var + c, mask=is_channel, other=0.0)
     tl.store(var + c, old + momentum * (v * count / (count - 1) - old), mask=is_channel)
+    if (tl.program_id(0) == 0) & (momentum > 0):
+        tl.store(batches, tl.load(batches) + 1)
 
 
 @triton.jit
@@ -216,12 +219,15 @@ def moments(x: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-@torch.library.custom_op("strip_mlp::statistics", mutates_args=("running_mean", "running_var"))
+@torch.library.custom_op("strip_mlp::statistics", mutates_args=("running_mean", "running_var", "batches"))
 def statistics(
     first_token: torch.Tensor, count: int, sums: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
-    given: torch.Tensor | None, running_mean: torch.Tensor, running_var: torch.Tensor, momentum: float, eps: float,
+    given: torch.Tensor | None, running_mean: torch.Tensor, running_var: torch.Tensor, batches: torch.Tensor,
+    momentum: float, eps: float,
 ) -> torch.Tensor:
-    """Of ``moments``: BatchNorm's scale and shift, the mean and 1 over the deviation, (4, C). Updates the running ones.
+    """Of ``moments``: BatchNorm's scale and shift, the mean and 1 over the deviation, (4, C).
+
+    Updates the running mean and variance and counts the batch, unless momentum is 0.
 
     Args:
         first_token: (C,), the map's.
@@ -234,8 +240,8 @@ def statistics(
     out = weight.new_empty(4, channels, dtype=torch.float32)
     _statistics_kernel[(triton.cdiv(channels, 16),)](
         first_token, first_token.stride(0), sums, weight, bias, weight if given is None else given, running_mean,
-        running_var, out, channels, count, eps, momentum, ROWS=len(sums), HAS_GIVEN=given is not None, BLOCK_R=64,
-        BLOCK_C=16,
+        running_var, batches, out, channels, count, eps, momentum, ROWS=len(sums), HAS_GIVEN=given is not None,
+        BLOCK_R=64, BLOCK_C=16,
     )
     return out
 
@@ -326,7 +332,7 @@ def _(x):
 
 
 @statistics.register_fake
-def _(first_token, count, sums, weight, bias, given, running_mean, running_var, momentum, eps):
+def _(first_token, count, sums, weight, bias, given, running_mean, running_var, batches, momentum, eps):
     return weight.new_empty(4, len(weight), dtype=torch.float32)
 
 

@@ -50,16 +50,15 @@ class _GELUGRNLinear(torch.autograd.Function):
             y = torch.empty_like(tokens)
             map_triton.affine_gelu(tokens.mT, None, bias, scale, beta.view(-1), y.mT)
             out = F.linear(y, weight, out_bias)
-        ctx.save_for_backward(x, y, bias, gamma, beta, weight, norm)
+        ctx.save_for_backward(x, y, bias, gamma, beta, weight, norm, scale)
         return out.view(n, h, w, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, y, bias, gamma, beta, weight, norm = ctx.saved_tensors
+        x, y, bias, gamma, beta, weight, norm, scale = ctx.saved_tensors
         n, h, w, c = x.shape
         dout, tokens = dout.reshape(n, h * w, -1), x.reshape(n, h * w, c)
-        scale = grn_scale(norm, gamma).view(n, c)
         dout_bias = dout.sum((0, 1))
         if folds(x):
             weights = weight * scale.to(x.dtype)[:, None]

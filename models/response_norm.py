@@ -68,20 +68,17 @@ def channel_norm(x: torch.Tensor) -> torch.Tensor:
 
 def grn_scale(norm: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """What GRN multiplies each channel by, given its norm: (N, 1, 1, C) -> (N, 1, 1, C)"""
-    return 1 + gamma * _response(norm)
+    return 1 + gamma * (norm / (norm.mean(dim=-1, keepdim=True) + EPS))
 
 
 def grn_scale_grad(
     norm: torch.Tensor, gamma: torch.Tensor, dscale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of ``grn_scale``: the gradient of gamma (1, 1, 1, C), and what x is multiplied by for its own (N, 1, 1, C)."""
-    mean, dresponse = norm.mean(dim=-1, keepdim=True) + EPS, dscale * gamma
-    dnorm = dresponse / mean - (dresponse * norm).mean(dim=-1, keepdim=True) / mean.square()
-    return (dscale * _response(norm)).sum(0, keepdim=True), _direction(norm, dnorm)
-
-
-def _response(norm):
-    return norm / (norm.mean(dim=-1, keepdim=True) + EPS)
+    mean = norm.mean(dim=-1, keepdim=True) + EPS
+    of_gamma = dscale * (norm / mean)
+    dnorm = (dscale * gamma - (of_gamma * gamma).mean(dim=-1, keepdim=True)) / mean
+    return of_gamma.sum(0, keepdim=True), _direction(norm, dnorm)
 
 
 def _direction(norm, dnorm):

@@ -65,12 +65,11 @@ def strip_mix(
     """
     if _is_autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    position = None if position is None else position.to(x.dtype)
     if _chosen(form, x, weight) == "triton":
         y = _triton(x, weight, bias, axis, position)
     else:
         form = strip_mix_plain if form == "plain" else _matmul
-        y = form(x if position is None else x + position, weight, bias, axis)
+        y = form(x if position is None else x + position.to(x.dtype), weight, bias, axis)
     return y.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else y
 
 
@@ -139,8 +138,20 @@ class _Fuse(torch.autograd.Function):
             part = part.expand(n, -1, -1)
             dx = torch.bmm(dy.mT, part).mT if _is_channels_last(x) else torch.bmm(part.mT, dy)
             dmaps.append(dx.unflatten(2, (h, w)))
-        dweight = torch.cat([torch.bmm(dy, x.flatten(2).mT).sum(0) for x in (first, second)], dim=1)
-        return (*dmaps, dweight, None)
+        return (*dmaps, _weight_grad(dy, (first.flatten(2), second.flatten(2))), None)
+
+
+def _weight_grad(dy: torch.Tensor, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Sums over images of ``dy @ x.mT``, side by side: (N, C_out, T), maps x (N, C, T) -> (C_out, C of all maps)
+
+    As one product over all images, for which maps in plain order are copied, or as a product for each image, whose
+    results are added up: whichever moves less.
+    """
+    copied = sum(x.numel() for x in (dy, *maps) if not _is_channels_last(x))
+    if copied < len(dy) * dy.shape[1] * sum(x.shape[1] for x in maps):
+        dy, *maps = (x.transpose(0, 1).flatten(1) for x in (dy, *maps))  # (C, N * T)
+        return torch.cat([dy @ x.mT for x in maps], dim=1)
+    return torch.cat([torch.bmm(dy, x.mT).sum(0) for x in maps], dim=1)
 
 
 class _Planar(torch.autograd.Function):
@@ -213,7 +224,8 @@ def _triton(x, weight, bias, axis, position):
     lack = _triton_lacks(x, weight)
     if lack:
         raise InputError(f"the strip layers' form 'triton' {lack}; let 'auto' choose (MODEL.STRIP_MLP.FORM auto)")
-    position = None if position is None else position.contiguous()
+    if position is not None:
+        position = x.new_empty(position.shape).copy_(position)  # rounded and laid out in one pass
     return strip_triton.mix(x.contiguous(), position, weight, bias, axis, _multiplies_tf32(x))
 
 

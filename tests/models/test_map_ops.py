@@ -148,7 +148,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from models import branch_triton, map_triton
 
-NUMBERS = {"channels": "i32", "tokens": "i32", "parts": "i32", "count": "i32", "eps": "fp32", "momentum": "fp32"}
+NUMBERS = {"channels": "i32", "tokens": "i32", "parts": "i32", "count": "i32", "eps": "fp32", "momentum": "fp32",
+           "batches": "*i64"}
 MAPS = {"a", "b", "x", "y", "dy", "da", "db", "dx", "first_token"}
 
 def check(kernel, constants, is_planar, capability):

@@ -226,14 +226,15 @@ def test_triton_is_chosen_from_ampere_on(monkeypatch, capability, form):
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
+@pytest.mark.parametrize("size", [(4, 5), (1, 2)], ids=str)
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=3)), ids=str)
-def test_fuse_against_the_convolution_of_the_concatenation(layouts, monkeypatch):
-    """Whatever the layouts of the two maps and of the result that is asked for."""
+def test_fuse_against_the_convolution_of_the_concatenation(layouts, size, monkeypatch):
+    """Whatever the layouts of the two maps and of the result that is asked for; on maps of many tokens and of few."""
     monkeypatch.setattr(strip_ops, "_IS_INTERPRETED", True)  # as on a GPU
     generator = torch.Generator().manual_seed(0)
-    maps = [torch.randn(2, c, 4, 5, generator=generator, dtype=torch.float64) for c in (3, 2)]
+    maps = [torch.randn(2, c, *size, generator=generator, dtype=torch.float64) for c in (3, 2)]
     weight = torch.randn(6, 5, 1, 1, generator=generator, dtype=torch.float64)
-    like = torch.zeros(2, 6, 4, 5).contiguous(memory_format=layouts[2])
+    like = torch.zeros(2, 6, *size).contiguous(memory_format=layouts[2])
     tensors = [x.contiguous(memory_format=layout) for x, layout in zip(maps, layouts, strict=False)] + [weight]
     tensors = [t.requires_grad_() for t in tensors]
     y, expected = fuse(*tensors, like), F.conv2d(torch.cat(tensors[:2], dim=1), weight)
