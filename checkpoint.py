@@ -1,7 +1,7 @@
 """Checkpoint files: save, verify, load safely, find the newest good one.
 
-A checkpoint is a PyTorch file, whose zip form keeps a CRC-32 beside every record. Saving is atomic; loading checks the
-sums first and then admits nothing but tensors and plain containers (see trust.py), so that no file can run code.
+A checkpoint is a PyTorch file, a zip archive with a CRC-32 for every record. Saving is atomic. Loading verifies the
+checksums first and then admits only tensors and plain containers (see trust.py), so that no file can run code.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ except ImportError:  # Windows
 logger = logging.getLogger("strip_mlp")
 
 BEST = "best.pth"
-SAFETENSORS_ABOUT = ("config", "classes")  # entries of a checkpoint that a safetensors file holds as JSON
-_ENCODE = b"c_codecs\nencode\n"  # what PyTorch's unpickler makes bytes with; Punycode's takes quadratic time
+SAFETENSORS_ABOUT = ("config", "classes")  # entries of a checkpoint that a safetensors file stores as JSON
+_ENCODE = b"c_codecs\nencode\n"  # PyTorch's unpickler creates bytes with it; the Punycode codec takes quadratic time
 _NAME = re.compile(r"ckpt_step_(\d+)\.pth")
 
 
 class CheckpointError(InputError):
-    """A checkpoint file that cannot be used; the message names the file and the fault."""
+    """A checkpoint file that cannot be used; the message names the file and the problem."""
 
 
 def load_file(path: str | Path) -> dict:
@@ -51,7 +51,7 @@ def load_file(path: str | Path) -> dict:
 
     Raises:
         MissingFileError: there is no such file.
-        CheckpointError: the file is damaged, is no checkpoint, or holds an object of a class that is not admitted.
+        CheckpointError: the file is damaged, is not a checkpoint, or holds an object of a class that is not admitted.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -67,10 +67,10 @@ def load_file(path: str | Path) -> dict:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise CheckpointError(
-                f"{path} holds a pickled {printable(refused[1])}; only tensors and plain containers are loaded, since "
-                "unpickling anything else could run code"
+                f"{path} holds a pickled {printable(refused[1])}; only tensors and plain containers are loaded, "
+                "because unpickling anything else could run code"
             ) from error
-        raise CheckpointError(f"{path} is not a PyTorch file, or a damaged one") from error
+        raise CheckpointError(f"{path} is not a PyTorch file, or is damaged") from error
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file can fail in any way inside the reader
@@ -87,7 +87,7 @@ def naming(path: str | Path):
 
 
 def save_file(content: dict, path: str | Path) -> None:
-    """Writes a checkpoint so that ``path`` is at any moment either the old file or the new one, whole and on disk.
+    """Writes a checkpoint so that ``path`` is at any moment either the complete old file or the complete new one.
 
     Raises:
         OSError: it could not be written; ``path`` is as it was.
@@ -96,8 +96,8 @@ def save_file(content: dict, path: str | Path) -> None:
     try:
         with replacing(path) as file:
             torch.save(content, file)
-    except RuntimeError as error:  # what PyTorch's writer makes of a full disk
-        if "DataLoader worker" in str(error):  # the news of one that died, which comes in the middle of anything
+    except RuntimeError as error:  # how PyTorch's writer reports a full disk
+        if "DataLoader worker" in str(error):  # a worker died; this can be raised anywhere
             raise
         raise OSError(f"cannot write {path}: {_first_line(error)}") from error
 
@@ -109,7 +109,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def save_checkpoint(content: dict, folder: str | Path, is_best: bool, keep: int) -> Path:
-    """Saves a run's checkpoint under its step, marks it as ``best.pth`` if it is, and prunes old ones to ``keep``."""
+    """Saves a run's checkpoint under its step, as ``best.pth`` too if it is the best, and keeps the ``keep`` newest."""
     path = Path(folder) / f"ckpt_step_{content['step']:08d}.pth"
     save_file(content, path)
     if is_best:
@@ -128,26 +128,26 @@ def save_checkpoint(content: dict, folder: str | Path, is_best: bool, keep: int)
 
 
 def set_aside_after(step: int, folder: str | Path) -> None:
-    """Renames the checkpoints of later steps than the one that a run goes on from.
+    """Renames the checkpoints of later steps than the one that a run resumes from.
 
-    They are damaged, or count the updates of another batch size; left where they are, they would pass for newer than
-    those to come.
+    They are damaged, or count updates of another batch size. If they kept their names, they would seem newer than the
+    checkpoints to come.
     """
     for path in list_checkpoints(folder):
         if int(_NAME.fullmatch(path.name)[1]) > step:
             aside = path.with_name(path.name + ".aside")
             os.replace(path, aside)
-            logger.warning("the run goes on from step %s; set aside %s", step, aside)
+            logger.warning("the run resumes from step %s; set aside %s", step, aside)
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
     """The newest checkpoint of a run that can be loaded, and its content; damaged ones are skipped with a warning.
 
     Returns:
-        None where the folder holds no numbered checkpoint at all.
+        None if the folder holds no numbered checkpoint.
 
     Raises:
-        CheckpointError: there are checkpoints and none is good, so starting afresh would overwrite a run.
+        CheckpointError: there are checkpoints but none can be loaded, so starting afresh would overwrite a run.
     """
     paths = list_checkpoints(folder)
     for path in paths:
@@ -164,18 +164,19 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
 
 
 def lock_folder(folder: str | Path):
-    """Keeps other runs out of an output folder for as long as the returned file is open.
+    """Keeps other runs out of an output folder while the returned file is open.
 
-    The lock is this process's alone, not its forked data workers': one left by a dead run does not block.
+    The lock belongs to this process, not to its forked data workers, so a dead run does not leave it locked.
 
     Raises:
-        InputError: another run holds it, something else is in its place, or the file system knows no locks.
+        InputError: another run holds it, the lock's path is not a regular file, or the file system does not support
+            locks.
     """
     path = Path(folder, ".lock")
     check_place(path)
     file = open(path, "a+", encoding="utf-8", errors="replace")
     if fcntl is None:
-        logger.warning("no locks on this system: nothing keeps a second run out of %s", folder)
+        logger.warning("this system has no file locks: nothing stops a second run from writing into %s", folder)
         return file
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,7 +185,7 @@ def lock_folder(folder: str | Path):
         holder = printable(file.read(200).strip())
         file.close()
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise InputError(f"{folder} belongs to a run in progress ({holder}); give this one another --tag") from None
+            raise InputError(f"{folder} is in use by another run ({holder}); give this run another --tag") from None
         raise InputError(f"cannot lock {folder} ({error.strerror}); its file system must support locks") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
@@ -202,12 +203,12 @@ def _load_torch(path: Path):
             records = archive.infolist()
             is_stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
             if not is_stored or sum(record.file_size for record in records) > path.stat().st_size:
-                raise InputError("its records are compressed or overlap, which PyTorch's are not")
+                raise InputError("its records are compressed or overlap, unlike those that PyTorch writes")
             damaged = archive.testzip()
         if damaged:
             raise InputError(f"it is damaged: the checksum of its record {printable(damaged)} does not match")
     torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
-    # Mapped, a record that claims more bytes than it has cannot be read beyond its end by any version of PyTorch.
+    # With a memory-mapped file, no version of PyTorch reads beyond the end of a record that claims too many bytes.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 

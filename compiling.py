@@ -1,4 +1,4 @@
-"""torch.compile for a training: where it is on by default, its settings, and going on without it where it fails."""
+"""torch.compile for a training: where it is the default, its settings, and the fallback where it fails."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from models.strip_ops import strip_triton
 logger = logging.getLogger("strip_mlp")
 
 # Inductor's defaults write a normalised map to memory because two kernels read it; computing it twice moves less.
-# tools/roofline.py --compiled counts the difference. The layouts are chosen already: the network is channels last.
+# tools/roofline.py --compiled counts the difference. The layout is already chosen: the network is channels last.
 OPTIONS = {
     "realize_opcount_threshold": 300,
     "realize_reads_threshold": 20,
@@ -28,14 +28,14 @@ if not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
 
 
 def compile_network(model: nn.Module, setting: str, device: torch.device, deterministic: bool = False) -> nn.Module:
-    """The network as a training calls it: compiled at its first batch, or ``model`` itself.
+    """The network for the training loop: compiled at its first batch, or ``model`` itself.
 
-    The compiler's results stay in ~/.cache/strip_mlp, unless TORCHINDUCTOR_CACHE_DIR names another place, so a resumed
-    run finds them. ``model`` itself stays as it is: evaluation and checkpoints use it.
+    The compiled code is cached in ~/.cache/strip_mlp, or in TORCHINDUCTOR_CACHE_DIR if it is set, so that a resumed run
+    finds it. ``model`` itself is not changed: evaluation and checkpoints use it.
 
     Args:
         setting: COMPILE of the config. ``"auto"``: on CUDA GPUs of compute capability 7.0 or later with Triton, unless
-            ``deterministic``; where the compiler fails, training goes on without it. ``"on"``: such a failure is an
+            ``deterministic``; if the compiler fails, training continues without it. ``"on"``: such a failure is an
             error. ``"off"``.
 
     Raises:
@@ -58,11 +58,11 @@ def compile_network(model: nn.Module, setting: str, device: torch.device, determ
 
 def _can_compile(device: torch.device) -> bool:
     is_recent = device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (7, 0))
-    return is_recent and strip_triton is not None  # which needs the package that compiled code needs
+    return is_recent and strip_triton is not None  # None without Triton, which compiled code needs
 
 
 class CompiledNetwork(nn.Module):
-    """A network whose forward and backward passes are compiled, or the network itself where that fails."""
+    """A network whose forward and backward passes are compiled, or the network itself if that fails."""
 
     def __init__(self, network: nn.Module, may_fail: bool):
         super().__init__()
@@ -73,14 +73,15 @@ class CompiledNetwork(nn.Module):
     def forward(self, x):
         """(N, C, H, W) -> (N, num_classes)"""
         try:
-            # The backward pass is compiled with the forward pass, so that a failure comes before anything has run.
+            # The backward pass is compiled with the forward pass, so that it fails before anything has run.
             with torch._functorch.config.patch(EARLY):
                 return self.run(x)
         except TorchDynamoException as error:
             if not self.may_fail:
                 raise
             reason = next(iter(str(error).splitlines()), "")
-            logger.warning(f"THE NETWORK COULD NOT BE COMPILED ({type(error).__name__}: {reason}); training goes on "
-                           "without, more slowly. --compile off leaves it out, --compile on shows the whole error")
+            logger.warning(f"THE NETWORK COULD NOT BE COMPILED ({type(error).__name__}: {reason}); training continues "
+                           "without torch.compile, more slowly. Use --compile off to skip compiling, or --compile on "
+                           "to see the whole error")
             self.run = self.network
             return self.run(x)

@@ -1,6 +1,6 @@
-"""Every option of a run: its default here, one line on what it does; loading, merging and checking.
+"""Every option of a run, with its default and a comment on what it does; loading, merging and checking of configs.
 
-The order of precedence is: the defaults below, the YAML file's ``BASE`` files, the YAML file, ``opts``.
+Later ones override earlier ones: the defaults below, the YAML file's ``BASE`` files, the YAML file, ``opts``.
 """
 
 import copy
@@ -20,61 +20,61 @@ _C.BASE = []  # config files merged before this one, in order, relative to it
 
 # ---- data ----------------------------------------------------------------------------------------
 _C.DATA = CfgNode()
-_C.DATA.DATASET = "imagenet"  # imagenet | cifar10 | cifar100 | caltech101 | imagefolder (one's own) | digits (bundled)
+_C.DATA.DATASET = "imagenet"  # imagenet | cifar10 | cifar100 | caltech101 | imagefolder (your own) | digits (bundled)
 _C.DATA.DATA_PATH = ""  # the data set's folder; may stay empty for digits
-_C.DATA.MIRROR = ""  # cifar10, cifar100: URL of a folder with the archive, where its own host is slow; empty: its own
+_C.DATA.MIRROR = ""  # cifar10, cifar100: URL of a folder that holds the archive; empty: the original host
 _C.DATA.IMG_SIZE = 224  # side of the square input, in pixels
-_C.DATA.HOLD_OUT = 0.0  # share of the training set kept from training and evaluated on in place of the test set
+_C.DATA.HOLD_OUT = 0.0  # share of the training set held out and used for evaluation instead of the test set
 _C.DATA.BATCH_SIZE = 128  # images per process and micro-batch
-_C.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic | bilinear | random (evaluation then takes bicubic)
+_C.DATA.INTERPOLATION = "bicubic"  # for resizing: bicubic | bilinear | random (evaluation then uses bicubic)
 _C.DATA.ZIP_MODE = False  # imagenet and imagefolder: read train.zip + train_map.txt, val.zip + val_map.txt
-_C.DATA.CACHE_MODE = "part"  # of the zip form, in memory: no | part (this process's shard) | full
-_C.DATA.SKIP_BAD_IMAGES = False  # training: put the next image in place of an unreadable one instead of stopping
+_C.DATA.CACHE_MODE = "part"  # with ZIP_MODE, what to keep in memory: no | part (this process's share) | full
+_C.DATA.SKIP_BAD_IMAGES = False  # training: replace an unreadable image with the next one instead of stopping
 _C.DATA.NUM_WORKERS = 8  # loading processes per training process
 _C.DATA.AUGMENT_ON = "auto"  # where training images are augmented: worker | device | auto (device on a GPU)
 
 # ---- model ---------------------------------------------------------------------------------------
 _C.MODEL = CfgNode()
-_C.MODEL.TYPE = "strip_mlp"  # strip_mlp | timm (any of timm's models, trained by the same recipe)
-_C.MODEL.ARCH = ""  # timm: the model's name there, e.g. resnet50
-_C.MODEL.NAME = ""  # names the output folder; empty: the config file's name
-_C.MODEL.TIMM_KWARGS = ""  # timm: what timm.create_model is given besides, in YAML: "{stem_type: deep, stem_width: 32}"
-_C.MODEL.NUM_CLASSES = 1000  # checked against the data set
-_C.MODEL.PRETRAINED = ""  # checkpoint whose weights to start from; a head of another class count is re-initialised
+_C.MODEL.TYPE = "strip_mlp"  # strip_mlp | timm (any of timm's models, trained with the same recipe)
+_C.MODEL.ARCH = ""  # timm: the model's name, e.g. resnet50
+_C.MODEL.NAME = ""  # name of the output folder; empty: the config file's name
+_C.MODEL.TIMM_KWARGS = ""  # timm: further arguments of timm.create_model, in YAML: "{stem_type: deep, stem_width: 32}"
+_C.MODEL.NUM_CLASSES = 1000  # must equal the data set's number of classes
+_C.MODEL.PRETRAINED = ""  # initial weights (a checkpoint); if the class count differs, the head is re-initialised
 _C.MODEL.RESUME = ""  # checkpoint to resume from (or to evaluate)
-_C.MODEL.LABEL_SMOOTHING = 0.1  # share of each target spread over all classes
-_C.MODEL.DROP_PATH_RATE = 0.1  # probability that a residual branch is dropped for an image
-_C.MODEL.DROP_PATH_SCHEDULE = "constant"  # constant: the rate in every block | linear: from 0 in the first to the rate
+_C.MODEL.LABEL_SMOOTHING = 0.1  # share of each target that is spread over all classes
+_C.MODEL.DROP_PATH_RATE = 0.1  # probability of dropping a residual branch for an image
+_C.MODEL.DROP_PATH_SCHEDULE = "constant"  # constant: the rate in every block | linear: rising to it from 0
 _C.MODEL.STRIP_MLP = CfgNode()
 _C.MODEL.STRIP_MLP.PATCH_SIZE = 4  # kernel and stride of the stem, in pixels
 _C.MODEL.STRIP_MLP.IN_CHANS = 3  # channels of the input image
 _C.MODEL.STRIP_MLP.EMBED_DIM = 80  # channels of the first stage; they double at every stage
 _C.MODEL.STRIP_MLP.DEPTHS = [2, 2, 6, 2]  # blocks of the four stages
-_C.MODEL.STRIP_MLP.MLP_RATIO = 3.0  # alpha: width of the channel mixing over its input's
+_C.MODEL.STRIP_MLP.MLP_RATIO = 3.0  # alpha: hidden width of the channel mixing, relative to its input
 _C.MODEL.STRIP_MLP.NUM_PATCHES = 2  # P: channel patches that share the strip weights
-_C.MODEL.STRIP_MLP.STRIP_WIDTH = 3  # rows (columns) that a strip spans, odd
-_C.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = 0  # side the strip weights are for, windows of it elsewhere; 0: IMG_SIZE
-_C.MODEL.STRIP_MLP.FORM = "auto"  # how strips are computed: plain | matmul | triton | auto, by device, shape and type
-_C.MODEL.STRIP_MLP.TOKEN_MIXERS = "both"  # ablation: both, on half of the channels each | cgsmm | lsmm, on all of them
-_C.MODEL.STRIP_MLP.CASCADE = True  # ablation: CGSMM's column strips read what the row strips made; False: the input
+_C.MODEL.STRIP_MLP.STRIP_WIDTH = 3  # rows (columns) that a strip spans; odd
+_C.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = 0  # trained size; if IMG_SIZE differs, run in windows of it; 0: IMG_SIZE
+_C.MODEL.STRIP_MLP.FORM = "auto"  # how strips are computed: plain | matmul | triton | auto (by device, shape and type)
+_C.MODEL.STRIP_MLP.TOKEN_MIXERS = "both"  # ablation: both (half of the channels each) | cgsmm | lsmm (all channels)
+_C.MODEL.STRIP_MLP.CASCADE = True  # ablation: CGSMM's column strips read the row strips' output; False: the input
 _C.MODEL.STRIP_MLP.SHORTCUTS = True  # ablation: the cross-stage shortcuts
 
 # ---- training ------------------------------------------------------------------------------------
 _C.TRAIN = CfgNode()
 _C.TRAIN.EPOCHS = 300  # passes over the training set
-_C.TRAIN.WARMUP_EPOCHS = 20  # epochs of linear warm-up, counted in EPOCHS
+_C.TRAIN.WARMUP_EPOCHS = 20  # epochs of linear warm-up, part of EPOCHS
 _C.TRAIN.BASE_LR = 5e-4  # learning rate at the end of the warm-up; never scaled by the batch size
 _C.TRAIN.WARMUP_LR = 5e-7  # learning rate of the first step
 _C.TRAIN.MIN_LR = 5e-6  # learning rate at the end
-_C.TRAIN.WEIGHT_DECAY = 0.05  # none on one-dimensional parameters and biases
-_C.TRAIN.LAYER_DECAY = 1.0  # fine-tuning: factor of the learning rate from a layer to the one before it; 1: none
-_C.TRAIN.FREEZE_STAGES = 0  # fine-tuning: the stem and so many stages stay as they were loaded; 0: nothing is frozen
+_C.TRAIN.WEIGHT_DECAY = 0.05  # not applied to one-dimensional parameters and biases
+_C.TRAIN.LAYER_DECAY = 1.0  # fine-tuning: each layer's learning rate is this times the next layer's; 1: off
+_C.TRAIN.FREEZE_STAGES = 0  # fine-tuning: freeze the stem and this many stages; 0: freeze nothing
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0: no clipping
 _C.TRAIN.ACCUMULATION_STEPS = 1  # micro-batches per update
 _C.TRAIN.AUTO_RESUME = True  # resume from the newest checkpoint in the output folder
 _C.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing: less memory, more time, the same result
-_C.TRAIN.MAX_SKIPPED = 50  # updates in a row skipped for a non-finite loss or gradient after which the run stops
-_C.TRAIN.SYNC_BN = False  # BatchNorm over the batch of all processes instead of each one's own
+_C.TRAIN.MAX_SKIPPED = 50  # stop after this many updates in a row were skipped for a non-finite loss or gradient
+_C.TRAIN.SYNC_BN = False  # BatchNorm over the batches of all processes together instead of each process's own
 _C.TRAIN.LR_SCHEDULER = CfgNode()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step, by update step
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step: epochs between two decays
@@ -85,8 +85,8 @@ _C.TRAIN.OPTIMIZER.EPS = 1e-8  # adamw: added to the denominator
 _C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]  # adamw: decay of the two moments
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
 _C.TRAIN.EMA = CfgNode()
-_C.TRAIN.EMA.ENABLED = False  # keep an exponential moving average of the weights; evaluated and saved beside them
-_C.TRAIN.EMA.DECAY = 0.9999  # share of the average kept at an update
+_C.TRAIN.EMA.ENABLED = False  # keep an exponential moving average of the weights, and evaluate and save it too
+_C.TRAIN.EMA.DECAY = 0.9999  # share of the average that an update keeps
 
 # ---- augmentation --------------------------------------------------------------------------------
 _C.AUG = CfgNode()
@@ -97,35 +97,35 @@ _C.AUG.COLOR_JITTER = 0.4  # strength of colour jitter; used when AUTO_AUGMENT i
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # timm's policy string | none
 _C.AUG.REPROB = 0.25  # random erasing: probability
 _C.AUG.REMODE = "pixel"  # random erasing: pixel | rand | const
-_C.AUG.RECOUNT = 1  # random erasing: rectangles
+_C.AUG.RECOUNT = 1  # random erasing: number of rectangles
 _C.AUG.MIXUP = 0.8  # mixup's alpha; 0: off
 _C.AUG.CUTMIX = 1.0  # cutmix's alpha; 0: off
 _C.AUG.CUTMIX_MINMAX = []  # cutmix: smallest and largest side of the box as a share; replaces alpha when set
-_C.AUG.MIXUP_PROB = 1.0  # probability that a batch is mixed at all
-_C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix where both are on
-_C.AUG.MIXUP_MODE = "batch"  # what shares one draw: batch | pair | elem
+_C.AUG.MIXUP_PROB = 1.0  # probability that a batch is mixed
+_C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix if both are on
+_C.AUG.MIXUP_MODE = "batch"  # what shares one random draw: batch | pair | elem
 
 # ---- evaluation ----------------------------------------------------------------------------------
 _C.TEST = CfgNode()
 _C.TEST.CROP = True  # resize to 256/224 of the input size, then crop the centre; False: resize to the input size
 _C.TEST.FUSE = False  # --eval, --throughput: the network's inference form, faster and equal within rounding
-_C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, a line per image
+_C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, one line per image
 
 # ---- the run -------------------------------------------------------------------------------------
-_C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto, by the hardware: the first that it multiplies
-_C.DETERMINISTIC = False  # CUDA: the same bits from every run on the same GPU and versions, at a cost in speed
+_C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto (bf16 or fp16 if the GPU supports it)
+_C.DETERMINISTIC = False  # CUDA: bitwise reproducible runs on the same GPU and versions, but slower
 _C.COMPILE = "auto"  # torch.compile the network: on | off | auto (in training, on CUDA, where it works)
-_C.HANG_MINUTES = 10.0  # a process for which the others wait longer than this ends the run (an hour for downloads)
+_C.HANG_MINUTES = 10.0  # end the run if a process does not answer for this long (downloads: an hour)
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG/
-_C.TAG = "default"  # names the run
+_C.TAG = "default"  # name of the run
 _C.SEED = 0  # of weights, data order, augmentation and drop path
 _C.PRINT_FREQ = 10  # updates between two log lines
-_C.WANDB_PROJECT = ""  # Weights & Biases project that gets the metrics too (pip install wandb); empty: none
+_C.WANDB_PROJECT = ""  # also log to this Weights & Biases project (pip install wandb); empty: off
 _C.SAVE_FREQ = 1  # epochs between two checkpoints
 _C.SAVE_STEPS = 0  # updates between two checkpoints within an epoch; 0: none
 _C.SAVE_MINUTES = 0.0  # minutes between two checkpoints within an epoch; 0: none
-_C.SAVE_ELSEWHERE = ""  # folder on another disk for the last checkpoint, where OUTPUT's stays full
-_C.KEEP_CHECKPOINTS = 3  # newest checkpoints kept beside the best one
+_C.SAVE_ELSEWHERE = ""  # folder on another disk for the last checkpoint if OUTPUT's disk stays full
+_C.KEEP_CHECKPOINTS = 3  # number of newest checkpoints to keep, besides the best one
 
 _CHOICES = {
     "DATA.DATASET": ("imagenet", "cifar10", "cifar100", "caltech101", "imagefolder", "digits"),
@@ -142,7 +142,7 @@ _CHOICES = {
     "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),
     "COMPILE": ("auto", "on", "off"),
 }
-_RETIRED = ("DATA.PIN_MEMORY",)  # in configs and checkpoints of older versions; ignored
+_RETIRED = ("DATA.PIN_MEMORY",)  # ignored; configs and checkpoints of older versions have them
 _AT_LEAST_ONE = (
     "DATA.IMG_SIZE DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS PRINT_FREQ SAVE_FREQ "
     "KEEP_CHECKPOINTS TRAIN.MAX_SKIPPED AUG.RECOUNT TRAIN.LR_SCHEDULER.DECAY_EPOCHS MODEL.STRIP_MLP.PATCH_SIZE "
@@ -158,7 +158,7 @@ _SHARES = (
     "AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB DATA.HOLD_OUT"
 ).split()
 
-_MAX_FILES = 64  # merged for one config
+_MAX_FILES = 64  # that may be merged for one config
 
 
 def load_config(path: str | Path = "", opts=()) -> CfgNode:
@@ -194,11 +194,11 @@ def load_config(path: str | Path = "", opts=()) -> CfgNode:
 
 
 def from_dict(values: dict, source: str) -> CfgNode:
-    """The frozen config whose ``to_dict`` is ``values``; keys that are not in it have their defaults.
+    """The frozen config whose ``to_dict`` is ``values``; missing keys have their defaults.
 
     Args:
         values: nested dictionaries of config keys, as a checkpoint holds them.
-        source: what to call them in errors.
+        source: what error messages call them.
 
     Raises:
         InputError: as ``load_config``.
@@ -211,7 +211,7 @@ def from_dict(values: dict, source: str) -> CfgNode:
 
 
 def flat_keys(config: CfgNode, prefix: str = "") -> dict:
-    """``{"DATA.BATCH_SIZE": 128, ...}``: every leaf of the config by its dotted name."""
+    """``{"DATA.BATCH_SIZE": 128, ...}``: every value of the config by its dotted name."""
     flat = {}
     for key, value in config.items():
         flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value}
@@ -219,7 +219,7 @@ def flat_keys(config: CfgNode, prefix: str = "") -> dict:
 
 
 def flat_config(saved: dict) -> dict:
-    """A saved ``to_dict`` by dotted names; keys that it is too old to hold have their defaults."""
+    """A saved ``to_dict`` by dotted names; keys that an older version did not have get their defaults."""
     def flatten(node, prefix=""):
         for key, value in node.items():
             yield from flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
@@ -242,7 +242,7 @@ def nearest(word: str, known) -> str:
 def _merge_file(config: CfgNode, path: Path, parents: tuple, merged: list) -> None:
     path = path.resolve()
     if path in parents:
-        raise InputError(f"{path}: its BASE files lead back to itself")
+        raise InputError(f"{path}: its BASE files include it again")
     if not path.is_file():
         if path.is_dir():
             raise InputError(f"{path} is a folder; name one of the config files in it")
@@ -251,7 +251,7 @@ def _merge_file(config: CfgNode, path: Path, parents: tuple, merged: list) -> No
         known = [str(other) for folder in folders for pattern in patterns for other in folder.glob(pattern)]
         raise MissingFileError(f"config file {path} does not exist{nearest(str(path), known)}")
     if len(merged) == _MAX_FILES:
-        raise InputError(f"{path}: more than {_MAX_FILES} config files are merged, by way of BASE")
+        raise InputError(f"{path}: more than {_MAX_FILES} config files are merged through BASE")
     merged.append(path)
     loaded = read_yaml(path) or {}
     if not isinstance(loaded, dict):
@@ -271,8 +271,9 @@ def _merge(node: CfgNode, values: dict, source: str, prefix: str = "") -> None:
         if name in _RETIRED:
             continue
         if name == "MODEL.SWIN" or name == "MODEL.TYPE" and value == "swin":
-            raise InputError(f"{source}: {name} is Swin-Transformer's. Here its networks are timm's: MODEL.TYPE timm, "
-                             "MODEL.ARCH swin_tiny_patch4_window7_224; see configs/baselines/swin_tiny_*.yaml")
+            raise InputError(f"{source}: {name} is a setting of Swin-Transformer's code. To train a Swin here, set "
+                             "MODEL.TYPE timm and MODEL.ARCH swin_tiny_patch4_window7_224; see "
+                             "configs/baselines/swin_tiny_*.yaml")
         if key not in node:
             known = flat_keys(_C)
             if isinstance(value, dict):
@@ -284,15 +285,15 @@ def _merge(node: CfgNode, values: dict, source: str, prefix: str = "") -> None:
                 raise InputError(f"{source}: {name} is a group of keys, not a value; set e.g. {name}.{first}")
             _merge(node[key], value, source, name + ".")
         else:
-            if name == "COMPILE":  # a truth value in configs of older versions, and in YAML where on has no quotes
+            if name == "COMPILE":  # True or False in configs of older versions, and in YAML if on has no quotes
                 value = {"true": "on", "false": "off"}.get(str(value).lower(), value)
-            # What is text stays as it is: a TAG may look like a number.
+            # Text stays text: a TAG may look like a number.
             value = value if isinstance(node[key], str) else _decode(value)
             node[key] = _coerce(value, node[key], name, source)
 
 
 def _decode(value):
-    """A string as the Python value it spells (``"5e-4"``, ``"[2, 2]"``, ``"True"``), else as it is."""
+    """The Python value that a string spells (``"5e-4"``, ``"[2, 2]"``, ``"True"``), else the string itself."""
     try:
         return CfgNode._decode_cfg_value(value)
     except (RecursionError, MemoryError):  # thousands of brackets
@@ -314,13 +315,13 @@ def _coerce(value, default, name: str, source: str):
         return [_coerce(_decode(item), kind(), f"{name}[{i}]", source) for i, item in enumerate(value)]
     if type(value) is not type(default):
         expected, found = type(default).__name__, type(value).__name__
-        hint = "; in YAML put it in quotes" if expected == "str" else ""
+        hint = "; put it in quotes in YAML" if expected == "str" else ""
         raise InputError(f"{source}: {name} takes {expected}, e.g. {default!r}; got {value!r} ({found}){hint}")
     return value
 
 
 def _check(config: CfgNode) -> None:
-    """Raises InputError for values that no run can use, naming the key."""
+    """Raises an InputError that names the key if a value cannot be used."""
     values = flat_keys(config)
 
     def require(holds, key: str, rule: str) -> None:
@@ -340,7 +341,7 @@ def _check(config: CfgNode) -> None:
     for key in ("MODEL.DROP_PATH_RATE", "DATA.HOLD_OUT"):
         require(values[key] < 1, key, "below 1")
     require(config.MODEL.TYPE != "timm" or config.MODEL.ARCH, "MODEL.ARCH",
-            "the name of a timm model, e.g. resnet50, where MODEL.TYPE is timm")
+            "the name of a timm model, e.g. resnet50, if MODEL.TYPE is timm")
     depths = config.MODEL.STRIP_MLP.DEPTHS
     require(len(depths) == 4 and min(depths) >= 1, "MODEL.STRIP_MLP.DEPTHS", "four numbers, each at least 1")
     require(config.MODEL.STRIP_MLP.STRIP_WIDTH % 2 == 1, "MODEL.STRIP_MLP.STRIP_WIDTH", "odd")
@@ -358,7 +359,7 @@ def _check(config: CfgNode) -> None:
             "adamw, sgd or another of timm's" + nearest(config.TRAIN.OPTIMIZER.NAME, list_optimizers()))
     betas = config.TRAIN.OPTIMIZER.BETAS
     require(len(betas) == 2 and 0 <= min(betas) and max(betas) < 1, "TRAIN.OPTIMIZER.BETAS", "two numbers in [0, 1)")
-    require(0 < config.TRAIN.OPTIMIZER.MOMENTUM < 1, "TRAIN.OPTIMIZER.MOMENTUM", "between 0 and 1, both excluded")
+    require(0 < config.TRAIN.OPTIMIZER.MOMENTUM < 1, "TRAIN.OPTIMIZER.MOMENTUM", "above 0 and below 1")
     require(config.TRAIN.WARMUP_EPOCHS <= config.TRAIN.EPOCHS, "TRAIN.WARMUP_EPOCHS",
             f"at most TRAIN.EPOCHS ({config.TRAIN.EPOCHS}); for a short run add --opts TRAIN.WARMUP_EPOCHS 0")
     for key in ("TAG", "MODEL.NAME"):

@@ -374,7 +374,7 @@ def test_a_second_run_on_one_folder_is_refused(tmp_path, capsys):
     folder(tmp_path).mkdir(parents=True)
     with another_run(folder(tmp_path)):
         assert main.main(arguments(tmp_path)) == 2
-    assert "run in progress" in capsys.readouterr().out
+    assert "in use by another run" in capsys.readouterr().out
     assert not list(folder(tmp_path).glob("*.pth"))
 
 

@@ -111,7 +111,7 @@ def test_only_the_architecture_is_taken(network):
     ("STRIP_MLP", 3, r"MODEL\.STRIP_MLP is a group of keys"),
     ("NAME", "x" * 10**6, r"MODEL\.NAME is 'xxx"),
     ("NAME", torch.zeros(3), r"MODEL\.NAME is tensor"),
-    ("SWIN", {}, r"MODEL\.SWIN is Swin-Transformer's"),
+    ("SWIN", {}, r"MODEL\.SWIN is a setting of Swin-Transformer's"),
 ])
 def test_sizes_are_bounded(key, value, message, network, tmp_path):
     config, model = network

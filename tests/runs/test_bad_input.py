@@ -55,7 +55,7 @@ for name, text, *message in [
     ("config with a value out of range", "TRAIN: {EPOCHS: 0}", "TRAIN.EPOCHS is 0"),
     ("config with a value for a group", "DATA: 3", "x.yaml", "DATA is a group of keys"),
     ("config whose base is missing", "BASE: [gone.yaml]", "gone.yaml does not exist"),
-    ("config that is its own base", "BASE: [x.yaml]", "x.yaml: its BASE files lead back to itself"),
+    ("config that is its own base", "BASE: [x.yaml]", "x.yaml: its BASE files include it again"),
 ]:
     @row(name)
     def _(path, text=text, message=message):

@@ -103,7 +103,7 @@ def test_large_pictures_are_shown_whole_and_long_names_cut():
         (["NETWORK", "gone.jpg"], "gone.jpg does not exist"),
         (["NETWORK", "empty"], "empty holds no images (.jpg, "),
         (["gone.pth", "0.png"], "checkpoint gone.pth does not exist"),
-        (["0.png", "0.png"], "0.png is not a PyTorch file, or a damaged one"),
+        (["0.png", "0.png"], "0.png is not a PyTorch file, or is damaged"),
         (["other.pth", "0.png"], "other.pth: no weights under 'model'; the entries are: a"),
         (["NETWORK", "0.png", "--top-k", "0"], "--top-k and --batch-size take numbers from 1 on"),
         (["NETWORK", "0.png", "--cfg", "gone.yaml"], "gone.yaml does not exist"),
