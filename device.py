@@ -1,4 +1,4 @@
-"""Where a run computes: the device, the arithmetic that it has, and whether Triton's kernels work there."""
+"""Where a run computes: the device, its precision, and whether Triton's kernels work there."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ logger = logging.getLogger("strip_mlp")
 _OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}  # NVIDIA's, for each CUDA major version; newer ones run all of these
 _BUILDS = "https://pytorch.org/get-started/locally lists the builds"
 _GPU_FILE = Path("/dev/nvidia0")
-_TENSOR_CORES = (8, 0)  # the compute capability from which on bf16 is multiplied, and by Triton on tensor cores
+_TENSOR_CORES = (8, 0)  # the lowest compute capability with bf16 products, and with tensor cores in Triton
 
 
 # ---- the device ----------------------------------------------------------------------------------
@@ -30,8 +30,8 @@ def choose_device(name: str = "", index: int = 0) -> torch.device:
     """The device of this process.
 
     Args:
-        name: ``"cpu"``, ``"cuda"``, ``"mps"`` or what else ``torch.accelerator`` reports; empty for a CUDA GPU if there
-            is one, else the CPU.
+        name: ``"cpu"``, ``"cuda"``, ``"mps"`` or another that ``torch.accelerator`` reports; if empty, a CUDA GPU if
+            there is one, else the CPU.
         index: which of several CUDA GPUs.
 
     Raises:
@@ -51,14 +51,14 @@ def choose_device(name: str = "", index: int = 0) -> torch.device:
     if name in ("", accelerator):
         if not name and accelerator:
             logger.info(f"running on the CPU; --device {accelerator} selects this machine's accelerator, on which this "
-                        "code has not been tried")
+                        "code has not been tested")
         return torch.device(name or "cpu")
     raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no such device here; it finds "
                      f"{' and '.join(filter(None, ['cpu', accelerator]))}")
 
 
 def _check_machine_code(index: int) -> None:
-    """Raises InputError where this build of PyTorch has no code for the GPU, on which every operation would fail."""
+    """Raises InputError if this build of PyTorch has no code for the GPU, so that every operation would fail."""
     if torch.version.hip:
         return
     major, minor = torch.cuda.get_device_capability(index)
@@ -76,7 +76,7 @@ def _check_machine_code(index: int) -> None:
 
 
 def _check_unused_gpu() -> None:
-    """Raises InputError where there is an NVIDIA GPU, nobody has hidden it, and PyTorch cannot use it."""
+    """Raises InputError if there is an NVIDIA GPU that is not hidden and that PyTorch cannot use."""
     found = _find_nvidia_gpu()
     if not found or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return
@@ -119,17 +119,17 @@ def _cuda_error() -> str:
     return "PyTorch finds no GPU"
 
 
-# ---- the arithmetic ------------------------------------------------------------------------------
+# ---- the precision -------------------------------------------------------------------------------
 
 def choose_precision(device: torch.device) -> tuple[str, str]:
     """``"bf16"``, ``"fp16"`` or ``"fp32"`` for the forward pass, and why."""
     if device.type == "cpu":
-        return "fp32", "a CPU gains nothing from less"
+        return "fp32", "lower precision is not faster on a CPU"
     if device.type != "cuda":
-        return "fp32", f"16 bits have not been tried on {device.type}"
+        return "fp32", f"16-bit precision has not been tested on {device.type}"
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if torch.version.hip or capability >= _TENSOR_CORES:
-        return "bf16", f"{name} multiplies it"
+        return "bf16", f"{name} supports it"
     version = ".".join(map(str, capability))
     if capability >= (7, 0):
         return "fp16", f"{name}, compute capability {version}, has no bf16; gradients are scaled"
@@ -139,18 +139,18 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
 # ---- the form of the strip layers ----------------------------------------------------------------
 
 def settle_form(config, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Has the network compute without Triton's kernels, on all processes, where they do not work on one.
+    """Makes the network compute without Triton's kernels on all processes if they do not work on one of them.
 
     Runs the kernels once, and only where FORM auto or triton would use them: on CUDA.
 
     Args:
         config: the run's config; MODEL.STRIP_MLP.FORM says who chooses the form.
-        model: the network; what has kernels are the modules that have a ``form``.
-        device: where it is.
+        model: the network; its modules with a ``form`` have kernels.
+        device: the device of the network.
         dtype: of the forward pass.
 
     Raises:
-        InputError: FORM triton was set by hand and the kernels do not work.
+        InputError: FORM is triton and the kernels do not work.
     """
     form = config.MODEL.STRIP_MLP.FORM
     layers = [module for module in model.modules() if hasattr(module, "form")]
@@ -165,18 +165,18 @@ def settle_form(config, model: nn.Module, device: torch.device, dtype: torch.dty
     failure = f"Triton's kernels do not work{f' on rank {rank}' if len(reasons) > 1 else ''}: {reason}"
     if form == "triton":
         raise InputError(f"MODEL.STRIP_MLP.FORM is triton, but {failure}; set it to auto")
-    logger.warning(f"the strip layers compute by matrix products, which is slower: {failure}")
+    logger.warning(f"the strip layers use matrix products, which are slower: {failure}")
     for layer in layers:
         layer.form = "matmul"
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
-    """Runs the kernels once, forward and backward, against the formula on the CPU; empty where all is well."""
+    """Runs the kernels once, forward and backward; empty if they agree with the formula on the CPU, else the reason."""
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < _TENSOR_CORES:
         version = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return f"compute capability {version} is below 8.0, from which on they use tensor cores"
+        return f"compute capability {version} is below 8.0, where they would run without tensor cores"
     generator = torch.Generator().manual_seed(0)
-    shapes = (2, 4, 6, 5), (2, 5, 5, 3), (2, 5)  # x, weight, bias; no network has this size, so none is tuned by it
+    shapes = (2, 4, 6, 5), (2, 5, 5, 3), (2, 5)  # x, weight, bias; no network has this size to be tuned by it
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     grad = torch.randn(shapes[0], generator=generator)
     tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # of 16 bits; TF32 is rounded to 10
@@ -189,19 +189,19 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
                                           strict=True):
             error = float((value.cpu().double() - reference).norm() / reference.norm())
             if not error < tolerance:
-                return f"their {name} differs from the formula's by {error:.1e} of its size"
+                return f"their {name} differs from the formula's by {error:.1e} (relative)"
         with _smallest_blocks():
-            of_blocks = [_error_of_block(size, device, dtype) for size in ((6, 5), (2, 3))]  # tokens: many and few
-    except Exception as error:  # a compiler, a driver, a file system: each fails in its own way
-        advice = "; TRITON_CACHE_DIR sets where they are compiled to" if isinstance(error, OSError) else ""
+            of_blocks = [_error_of_block(size, device, dtype) for size in ((6, 5), (2, 3))]  # many and few tokens
+    except Exception as error:  # compiler, driver and file system all fail in their own ways
+        advice = "; TRITON_CACHE_DIR sets the folder for compiled kernels" if isinstance(error, OSError) else ""
         return f"{type(error).__name__}: {_first_line(error)}{advice}"
     if not max(of_blocks) < 5 * tolerance:  # a dozen layers deep
-        return f"a block's results or gradients differ from the formulas' by {max(of_blocks):.1e} of their size"
+        return f"a block's results or gradients differ from the formulas' by {max(of_blocks):.1e} (relative)"
     return ""
 
 
 def _error_of_block(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of a block's result, gradients and running statistics by the kernels."""
+    """The largest relative error of a block's result, gradients and running statistics with the kernels."""
     generator = torch.Generator().manual_seed(0)
     block = Block(4, size, num_patches=1, strip_width=3, mlp_ratio=3.0, drop_path=0.0)
     for parameter in block.parameters():
@@ -230,7 +230,7 @@ def _results(mix, tensors, grad, dtype: torch.dtype | None = None) -> list[torch
 
 @contextlib.contextmanager
 def _smallest_blocks():
-    """Has one block size compiled instead of several: the kernels' choice for runs that must repeat."""
+    """Compiles one block size instead of several: the kernels' choice for deterministic runs."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

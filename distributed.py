@@ -1,4 +1,4 @@
-"""The process group: joining it, ranks, and what processes tell one another."""
+"""The process group: joining it, ranks, and communication between processes."""
 
 import contextlib
 import datetime
@@ -14,20 +14,20 @@ import torch.distributed as dist
 
 from models import InputError
 
-_host_group: dist.ProcessGroup | None = None  # connects the hosts where the main group connects devices; None: the main
+_host_group: dist.ProcessGroup | None = None  # connects the CPUs if the main group connects GPUs, else None
 _patient_group: dist.ProcessGroup | None = None  # for waits that may take long
-_PATIENCE = datetime.timedelta(hours=1)  # of one process for another that downloads or caches data
-_ROLL_CALL = 10  # seconds for the processes that are left to say so
+_PATIENCE = datetime.timedelta(hours=1)  # while another process downloads or caches data
+_ROLL_CALL = 10  # seconds in which the remaining processes report
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _places: list[str] = []  # of every rank: its process and machine
-_store: dist.Store | None = None  # where the processes met
+_store: dist.Store | None = None  # the store in which the processes met
 
 
 def launcher_local_rank() -> int:
-    """This process's number on its machine, as the launcher has set it; 0 without a launcher.
+    """This process's number on its machine, as set by the launcher; 0 without a launcher.
 
     Raises:
-        InputError: the launcher's environment variables are set only in part or wrong.
+        InputError: some of the launcher's environment variables are missing or wrong.
     """
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 0
@@ -40,10 +40,10 @@ def init_distributed(device: torch.device, limit_minutes: float = 10.0) -> None:
 
     Args:
         device: this process's.
-        limit_minutes: how long processes wait for one that does not answer.
+        limit_minutes: how long to wait for a process that does not answer.
 
     Raises:
-        InputError: the processes cannot connect, or have a device on which they cannot work together.
+        InputError: the processes cannot connect, or their device supports only one process.
     """
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return
@@ -54,8 +54,8 @@ def init_distributed(device: torch.device, limit_minutes: float = 10.0) -> None:
     except dist.DistError as error:
         raise InputError(
             f"process {os.environ['RANK']} cannot join the others at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); where another run holds this port, give "
-            "the launcher another --master_port"
+            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); if another run uses this port, give the "
+            "launcher another --master_port"
         ) from error
 
 
@@ -64,7 +64,7 @@ def _check_launcher_variables() -> None:
     missing = [name for name, value in values.items() if not value]
     if missing:
         raise InputError(
-            f"the launcher's environment variables are set in part: {', '.join(missing)} missing; start with "
+            f"the launcher's environment variables are incomplete: {', '.join(missing)} missing; start with "
             "torchrun, or unset RANK and WORLD_SIZE to run as one process"
         )
     world_size = values["WORLD_SIZE"]
@@ -93,7 +93,7 @@ def _init_process_group(device: torch.device, limit: datetime.timedelta) -> None
         dist.init_process_group("gloo", timeout=limit, **group)
     else:
         torch.cuda.set_device(device)
-        # The hosts notice a process that hangs, and can name it; NCCL is there for a device that does.
+        # Gloo on the CPUs notices a process that hangs and can name it; NCCL only notices a device that hangs.
         dist.init_process_group("nccl", device_id=device, timeout=limit + datetime.timedelta(minutes=1), **group)
         _host_group = dist.new_group(backend="gloo", timeout=limit)
     _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -101,9 +101,9 @@ def _init_process_group(device: torch.device, limit: datetime.timedelta) -> None
 
 
 def silent_processes(error: RuntimeError) -> str:
-    """Which processes do not answer, where ``error`` says that an operation waited too long; else empty.
+    """The processes that do not answer, if ``error`` says that an operation timed out; else empty.
 
-    The processes that are left tell one another, through the store where they met, that they are there.
+    The remaining processes report to one another through the store in which they met.
     """
     if not dist.is_initialized() or not re.search("timed? ?out", str(error), re.IGNORECASE):
         return ""
@@ -112,7 +112,7 @@ def silent_processes(error: RuntimeError) -> str:
     caller.start()
     caller.join(2 * _ROLL_CALL)
     silent = [f"rank {other} ({_places[other]})" for other in range(world_size()) if other not in answers]
-    return ", ".join(silent) or "a process that is there again"
+    return ", ".join(silent) or "a process that answers again"
 
 
 def _call_roll(answers: list[int]) -> None:
@@ -132,7 +132,7 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """This process's rank among those of its machine; 0 without a launcher."""
+    """This process's rank on its machine; 0 without a launcher."""
     return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
 
 
@@ -147,13 +147,13 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Waits for all processes, for up to an hour: they may be downloading."""
+    """Waits for all processes, for up to an hour because they may be downloading."""
     if dist.is_initialized():
         dist.barrier(group=_patient_group)
 
 
 def once_per_machine(action) -> None:
-    """Calls ``action()`` in the first process and then, for machines that do not share its disk, in one of each."""
+    """Calls ``action()`` in the first process, then in one process of each machine, as these may not share its disk."""
     if rank() == 0:
         action()
     barrier()
@@ -163,7 +163,7 @@ def once_per_machine(action) -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums a tensor over all processes, in place; one on the CPU by their hosts."""
+    """Sums a tensor over all processes, in place; a CPU tensor with gloo."""
     if dist.is_initialized():
         dist.all_reduce(tensor, group=_host_group if tensor.device.type == "cpu" else None)
     return tensor
@@ -179,14 +179,14 @@ def gather_objects(value) -> list:
 
 
 def agree_on_largest(value: int) -> int:
-    """The largest ``value`` of all processes, agreed on by their hosts without waiting for their devices."""
+    """The largest ``value`` of all processes, found on the CPU without waiting for the GPUs."""
     if not dist.is_initialized():
         return value
     return begin_to_agree_on_largest(value)()
 
 
 def begin_to_agree_on_largest(value: int) -> Callable[[], int]:
-    """As ``agree_on_largest``, without waiting: what is returned waits for the others and gives the largest."""
+    """As ``agree_on_largest``, but returns at once; calling the result waits for the others and returns the largest."""
     largest = torch.tensor(value)
     work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group, async_op=True)
 

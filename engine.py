@@ -23,12 +23,12 @@ logger = logging.getLogger("strip_mlp")
 
 
 class Precision:
-    """The arithmetic of the forward pass: autocast to bf16 or fp16, or plain fp32; ``auto`` goes by the hardware."""
+    """The precision of the forward pass: autocast to bf16 or fp16, or plain fp32; ``auto`` depends on the hardware."""
 
     DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
     def __init__(self, name: str, device: torch.device):
-        self.reason = "AMP_DTYPE says so"
+        self.reason = "set by AMP_DTYPE"
         if name == "auto":
             name, self.reason = choose_precision(device)
         self.name, self.device_type, self.dtype = name, device.type, self.DTYPES[name]
@@ -47,12 +47,12 @@ def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, prec
 
     Args:
         config: the run's config.
-        state: the TrainState; is moved on, update by update, to the beginning of the next epoch.
-        model: ``state.model``, wrapped in DistributedDataParallel where there are several processes.
+        state: the TrainState; advanced, update by update, to the beginning of the next epoch.
+        model: ``state.model``, wrapped in DistributedDataParallel if there are several processes.
         loader: batches of this process, on its device; its ``batch_sampler`` is a ``TrainBatchSampler``.
-        precision: the arithmetic of the forward pass.
+        precision: the precision of the forward pass.
         metrics: a MetricsWriter on rank 0, None elsewhere.
-        checkpointer: is asked after every update whether to save.
+        checkpointer: decides after every update whether to save.
 
     Raises:
         FloatingPointError: TRAIN.MAX_SKIPPED updates in a row were skipped.
@@ -66,8 +66,8 @@ def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, prec
     progress = _Progress(config, state, loader, updater.device, metrics)
 
     for images, targets in progress.watch(loader):
-        # 1. Forward and backward. Gradients of an update's micro-batches add up and are all-reduced with the last; the
-        #    last update of an epoch may have fewer of them.
+        # 1. Forward and backward. The gradients of an update's micro-batches add up and are all-reduced with the last;
+        # the    last update of an epoch may have fewer of them.
         micro_batches = min(accumulation, len(loader) - state.batch // accumulation * accumulation)
         state.batch += 1
         is_last = state.batch % accumulation == 0 or state.batch == len(loader)
@@ -87,7 +87,7 @@ def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, prec
         state.step += 1
         state.lr_scheduler.step_update(state.step)
 
-        # 3. Log and checkpoint. Only here does the host wait for the device. A log interval ends with each checkpoint,
+        # 3. Log and checkpoint. Only here does the CPU wait for the device. A log interval ends with each checkpoint,
         #    so that a resumed run logs the same intervals.
         is_due = checkpointer.is_due(state)
         progress.log(grad_norm, skipped, lr, now=is_due)
@@ -101,22 +101,23 @@ def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, prec
 def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, predictions: list | None = None) -> dict:
     """Top-1 and top-5 accuracy (percent) and mean cross entropy over all images of a validation set.
 
-    Every process evaluates its own share of the images; the sums meet in one all-reduce at the end.
+    Every process evaluates its own share of the images; one all-reduce at the end adds up the sums.
 
     Args:
         model: the network.
         loader: batches of this process's share.
-        precision: the arithmetic of the forward pass.
-        predictions: where to append ``(target, prediction, probability)`` of each image of this process's share.
+        precision: the precision of the forward pass.
+        predictions: a list to which ``(target, prediction, probability)`` of each image of this process's share is
+            added.
 
     Returns:
-        ``{"acc1", "acc5", "loss", "images"}``. The loss is rounded to 6 decimals, which do not depend on how the images
-        were batched; with fewer than five classes ``acc5`` counts all of them.
+        ``{"acc1", "acc5", "loss", "images"}``. The loss is rounded to 6 decimals, so that it does not depend on how the
+        images were batched; with fewer than five classes ``acc5`` counts all of them.
     """
     model.eval()
     device = next(model.parameters()).device
     hits1 = hits5 = torch.zeros((), dtype=torch.int64, device=device)
-    losses = [torch.zeros(0, device=device)]  # of every image; the host sums them in 64 bits, which MPS lacks
+    losses = [torch.zeros(0, device=device)]  # of every image; the CPU sums them in 64 bits, which MPS does not support
     for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=not _shows_progress()):
         with precision.autocast():
             logits = model(images)
@@ -138,7 +139,7 @@ def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, pred
 
 @torch.inference_mode()
 def measure_throughput(model: nn.Module, images: torch.Tensor, precision: Precision, repeats: int = 30) -> float:
-    """Images per second of the forward pass on one batch (N, C, H, W) over and over, after a warm-up."""
+    """Images per second of the forward pass, measured on one batch (N, C, H, W) repeatedly, after a warm-up."""
     model.eval()
 
     def seconds(runs: int) -> float:
@@ -157,9 +158,9 @@ def measure_throughput(model: nn.Module, images: torch.Tensor, precision: Precis
 class _Updater:
     """Turns gradients into an update: unscale, clip, step, average.
 
-    An update whose loss or gradient is not finite is skipped by all processes alike, since they see the same gradient,
-    and leaves weights, optimiser and running statistics as they were; only the schedule and the average of the weights
-    go on. The decision stays on the device.
+    An update whose loss or gradient is not finite is skipped by all processes, since they all see the same gradient. It
+    leaves weights, optimiser and running statistics unchanged; only the schedule and the average of the weights
+    advance. The decision stays on the device.
     """
 
     def __init__(self, config, state: TrainState):
@@ -182,9 +183,9 @@ class _Updater:
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         skipped = ~grad_norm.isfinite()
         if skips_on_device(state.optimizer):
-            state.optimizer.found_inf = skipped.float()  # fp16's scaler puts its own in its place
+            state.optimizer.found_inf = skipped.float()  # fp16's scaler replaces it with its own
             state.scaler.step(state.optimizer)
-        elif not skipped:  # which waits for the device
+        elif not skipped:  # this waits for the device
             state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
@@ -196,9 +197,10 @@ class _Updater:
 
     @torch.no_grad()
     def _settle_statistics(self, skipped: torch.Tensor) -> None:
-        """Sets the running statistics to their mean over all processes, or back to those before a skipped update.
+        """Sets the running statistics to their mean over all processes, or back to their values before a skipped
+        update.
 
-        Done after every update, by one all-reduce, so that all processes always hold the same network.
+        Done after every update, with one all-reduce, so that all processes always hold the same network.
         """
         statistics = distributed.all_reduce_sum(torch.cat(self.statistics)) / distributed.world_size()
         self.good_statistics = torch.where(skipped, self.good_statistics, statistics)
@@ -206,7 +208,7 @@ class _Updater:
 
 
 class _Progress:
-    """Log lines, metrics and the progress bar of an epoch; it keeps the running sums on the device."""
+    """Log lines, metrics and the progress bar of an epoch; keeps the running sums on the device."""
 
     def __init__(self, config, state, loader, device, metrics):
         self.config, self.state, self.device, self.metrics = config, state, device, metrics
@@ -237,7 +239,7 @@ class _Progress:
     def report_bad_images(self, messages: list[str]) -> None:
         self.bad_images += len(messages)
         for message in messages:
-            logger.error("%s; the next image took its place (%s so far in this epoch)", message, self.bad_images)
+            logger.error("%s; replaced by the next image (%s so far in this epoch)", message, self.bad_images)
 
     def log(self, grad_norm: torch.Tensor, skipped: torch.Tensor, lr: float, now: bool) -> None:
         self.updates += 1
@@ -268,9 +270,9 @@ class _Progress:
                                data_share=data_seconds / seconds)
         if longest_row >= self.config.TRAIN.MAX_SKIPPED:
             raise FloatingPointError(
-                f"{longest_row} updates in a row were skipped because loss or gradient was not finite (the limit is "
-                "TRAIN.MAX_SKIPPED). The last checkpoint is from before the fault or holds the same weights. Try a "
-                "lower TRAIN.BASE_LR, a longer TRAIN.WARMUP_EPOCHS, --amp-dtype bf16 or fp32, and look for bad images"
+                f"{longest_row} updates in a row were skipped because the loss or gradient was not finite (the limit "
+                "is TRAIN.MAX_SKIPPED). The last checkpoint is not affected. Try a lower TRAIN.BASE_LR, a longer "
+                "TRAIN.WARMUP_EPOCHS, or --amp-dtype bf16 or fp32, and look for bad images"
             )
         self._restart()
 

@@ -1,4 +1,4 @@
-"""The evaluation of a checkpoint: results of the network and of its averaged weights, ``eval.json``, predictions."""
+"""Evaluating a checkpoint: results of the network and of its averaged weights, ``eval.json``, predictions."""
 
 import csv
 import hashlib
@@ -64,8 +64,8 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     log_results(results)
     if not all(math.isfinite(result["loss"]) for result in results.values()):
         hint = "" if precision.name == "fp32" else "try --amp-dtype fp32, or "
-        raise InputError(f"{path}: the network's outputs overflow in {precision.name}, and its accuracy means nothing; "
-                         f"{hint}take an earlier checkpoint")
+        raise InputError(f"{path}: the network's outputs overflow in {precision.name}, so its accuracy is meaningless; "
+                         f"{hint}use an earlier checkpoint")
     if distributed.rank() == 0:
         report = results | {
             "checkpoint": str(path),
@@ -80,7 +80,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
 
 
 def inference_form(config, model: nn.Module) -> nn.Module:
-    """The network fused (TEST.FUSE) and compiled (COMPILE on; auto compiles training alone)."""
+    """The network, fused (TEST.FUSE) and compiled (COMPILE on; auto compiles only for training)."""
     if config.TEST.FUSE:
         if not hasattr(model, "fuse"):
             raise InputError(f"TEST.FUSE is True, but {config.MODEL.NAME} has no inference form; set it False")
@@ -91,7 +91,7 @@ def inference_form(config, model: nn.Module) -> nn.Module:
 
 
 def evaluate_all(model: nn.Module, ema: ModelEmaV3 | None, loader, precision: Precision, predictions=None) -> dict:
-    """The results of the network and, last, of its average where there is one, whose predictions are then recorded."""
+    """The results of the network and, last, of its average if there is one; the predictions are those of the last."""
     if ema is None:
         return {"eval": evaluate(model, loader, precision, predictions)}
     return {
@@ -108,31 +108,31 @@ def log_results(results: dict, before: str = "", after: str = "") -> None:
 
 
 def _warn_of_other_data(content: dict, config, path: Path) -> None:
-    """Logs, before any data is read, that a checkpoint names another kind of data set than the config."""
+    """Warns, before any data is read, if a checkpoint names another kind of data set than the config."""
     saved = content.get("config")
     group = saved.get("DATA") if isinstance(saved, dict) else None
     name = group.get("DATASET") if isinstance(group, dict) else None
     if isinstance(name, str) and name != config.DATA.DATASET:
-        logger.warning(f"{path} was trained with DATA.DATASET {printable(name)[:60]} and is evaluated on "
-                       f"{config.DATA.DATASET}, which --cfg names; is this the right --cfg?")
+        logger.warning(f"{path} was trained with DATA.DATASET {printable(name)[:60]}, but --cfg sets "
+                       f"{config.DATA.DATASET}; is this the right --cfg?")
 
 
 def _check_classes(saved, found: list[str]) -> None:
-    """Raises InputError where the data set's classes have other names than those the network was trained on."""
-    labels = [str(label) for label in range(len(found))]  # the names where a data set gives none
+    """Raises InputError if the data set's classes have other names than those that the network was trained on."""
+    labels = [str(label) for label in range(len(found))]  # the names of a data set without class names
     if saved is None:
         return
     saved = class_names(saved, len(found))
     if saved not in (labels, list(found)) and list(found) != labels:
         label = next(i for i, (one, other) in enumerate(zip(saved, found, strict=True)) if one != other)
         raise InputError(
-            f"it was trained on other classes than the data set's: label {label} is {saved[label]!r} in the checkpoint "
+            f"its classes differ from the data set's: label {label} is {saved[label]!r} in the checkpoint "
             f"and {found[label]!r} in the data set; check --data-path, or rename the class folders"
         )
 
 
 def _write_predictions(path: Path, dataset, predictions: list) -> None:
-    """A line per validation image, in the data set's order, from every process's share of the predictions."""
+    """Writes a line per validation image, in the data set's order, from every process's share of the predictions."""
     shares = distributed.gather_objects(predictions)
     if distributed.rank() != 0:
         return

@@ -19,28 +19,28 @@ from trust import architecture, check_size, class_names
 def load_network(
     checkpoint: str | Path, config: CfgNode | None = None, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, CfgNode, list[str]]:
-    """Builds the network that a checkpoint holds, with its weights, or with their average where it has one.
+    """Builds the network of a checkpoint with its weights, or with their average if it has one.
 
-    The checkpoint may come from anybody. Its config decides on the network and on how images are prepared, nothing
-    else: what is returned has defaults for the rest.
+    The checkpoint need not be trusted. Its config determines only the network and the preparation of images; everything
+    else in the returned config has its default.
 
     Args:
-        checkpoint: a file of this project or a released one, or what else ``hub.weights_file`` takes.
-        config: describes the network where the checkpoint does not, as a released one, or for another input size, to
-            which the weights are then adapted; else the checkpoint's own is taken.
-        device: where the network goes.
+        checkpoint: a file of this project or a released one, or anything else that ``hub.weights_file`` takes.
+        config: for a checkpoint without a config, such as a released one, or for another input size, to which the
+            weights are then resized; by default the checkpoint's own.
+        device: the network's device.
 
     Returns:
-        The network in evaluation mode, its config, and the names of its classes by label, which are the labels
-        themselves where the checkpoint holds no names.
+        The network in evaluation mode, its config, and the names of its classes by label; if the checkpoint has no
+        names, they are the labels.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: it is no checkpoint, holds no config while none is given, its weights do not fit the config or are
-            not finite, its config asks for more than a network of bounded size, or there is no such device.
+        InputError: it is not a checkpoint, has no config and none is given, its weights do not fit the config or are
+            not finite, its config is not that of a network of bounded size, or there is no such device.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise InputError("PyTorch finds no GPU here; choose the device cpu")
+        raise InputError("PyTorch finds no GPU here; use the device cpu")
     checkpoint = weights_file(checkpoint)
     content = load_file(checkpoint)
     try:
@@ -49,7 +49,7 @@ def load_network(
         is_own, config = config is None, config or _own_config(content)
         classes = class_names(content.get("classes"), config.MODEL.NUM_CLASSES)
         outline = _outline(config)
-        if not is_own:  # its own must fit as it is: a small file cannot ask for a huge network's work
+        if not is_own:  # its own must fit unchanged, so that a small file cannot request a huge network
             state_dict = adapt_size(state_dict, outline)
         check_fit(outline, state_dict)
         model = build_model(config)
@@ -64,21 +64,21 @@ def load_network(
 
 def _own_config(content: dict) -> CfgNode:
     if not isinstance(content.get("config"), dict):
-        raise InputError("it holds no config; name the one that it was trained with by --cfg")
+        raise InputError("it holds no config; use --cfg to name the one that it was trained with")
     try:
         return architecture(content["config"], "its config")
     except InputError as error:
-        raise InputError(f"{error}; name the config that it was trained with by --cfg") from error
+        raise InputError(f"{error}; use --cfg to name the config that it was trained with") from error
 
 
 def _outline(config: CfgNode) -> nn.Module:
-    """The network on the meta device, where it takes no memory, so that one that does not fit is never built."""
+    """The network on the meta device, where it takes no memory, so that a network that does not fit is never built."""
     try:
         with torch.device("meta"):
             outline = build_model(config)
     except InputError:
         raise
-    except Exception as error:  # sizes from a file can fail anywhere in a timm model
+    except Exception as error:  # wrong sizes can fail anywhere in a timm model
         raise InputError(f"its network cannot be built ({type(error).__name__}: {error})") from error
     check_size(outline)
     return outline

@@ -19,14 +19,14 @@ logger = logging.getLogger("strip_mlp")
 
 
 class _ConsoleHandler(logging.StreamHandler):
-    """Prints above the progress bar, where there is one, instead of through it."""
+    """Prints above the progress bar, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=self.stream):
-            super().emit(record)  # which flushes too: a job's output file shows the line at once
+            super().emit(record)  # flushes too, so that a job's output file shows the line at once
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Goes on with the log file alone when nobody reads the console any more."""
+        """Logs only to the file when the console has been closed."""
         if not isinstance(sys.exc_info()[1], (OSError, ValueError)):
             return super().handleError(record)
         logger.handlers = [handler for handler in logger.handlers if handler is not self]
@@ -34,14 +34,14 @@ class _ConsoleHandler(logging.StreamHandler):
 
 
 class _FileHandler(logging.FileHandler):
-    """Says once that the file cannot be written, on a full disk, and lets the run go on."""
+    """Reports once that the file cannot be written, for example on a full disk, and lets the run continue."""
 
     is_failing = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.is_failing:
             self.is_failing = True
-            logger.error("cannot write %s: %s; the run goes on", self.baseFilename, sys.exc_info()[1])
+            logger.error("cannot write %s: %s; the run continues", self.baseFilename, sys.exc_info()[1])
 
 
 class _Formatter(logging.Formatter):
@@ -57,14 +57,14 @@ class _Formatter(logging.Formatter):
         if self.coloured:
             head = colored(head, "green", force_color=True)
             level = colored(level, self.COLOURS[record.levelno], force_color=True) if level else ""
-        message = "\n".join(map(printable, record.message.split("\n")))  # names in it may hold terminal escapes
+        message = "\n".join(map(printable, record.message.split("\n")))  # names in it may contain terminal escapes
         return f"{head} {level}{message}"
 
 
 def setup_console(is_first: bool) -> None:
     """Sends the log to standard output: everything from the first process, errors from the others.
 
-    What is logged before ``open_log`` is kept for it.
+    Records logged before ``open_log`` are kept for the file.
     """
     _fill_closed_streams()
     logger.setLevel(logging.DEBUG)
@@ -77,9 +77,10 @@ def setup_console(is_first: bool) -> None:
 
 
 def _fill_closed_streams() -> None:
-    """Opens the null device in the place of standard streams that the caller has closed.
+    """Opens the null device in place of standard streams that the caller has closed.
 
-    Else the next files would get their numbers, and what a library prints to standard error would go into a checkpoint.
+    Otherwise the next files would get their numbers, and a library's messages on standard error would end up in a
+    checkpoint.
     """
     for number in range(3):
         try:
@@ -91,9 +92,9 @@ def _fill_closed_streams() -> None:
 
 
 def open_log(folder: Path) -> None:
-    """Sends the log to a file of this process as well, from its beginning on, with details that the console is spared.
+    """Also sends the log to a file of this process, from its beginning, with details that the console does not show.
 
-    To be called once the run is sure to start: a refused start does not write into the log of a good run.
+    Call it once the run is sure to start, so that a refused start does not write into the log of a good run.
 
     Raises:
         InputError: the file cannot be opened.
@@ -113,7 +114,7 @@ def open_log(folder: Path) -> None:
 
 
 def _thread_failed(failure) -> None:
-    """One line for a thread that could not write, as TensorBoard's cannot on a full disk; a traceback for a bug."""
+    """Logs one line for a thread that could not write, such as TensorBoard's on a full disk; a traceback for a bug."""
     if issubclass(failure.exc_type, OSError):
         logger.error("a thread ended: %s", failure.exc_value)
     else:

@@ -8,9 +8,9 @@ from torch.optim import Optimizer
 def learning_rate(config, step: int, steps_per_epoch: int) -> float:
     """The learning rate of update ``step``, counted from 0.
 
-    A linear warm-up from WARMUP_LR to BASE_LR, then by LR_SCHEDULER.NAME: ``cosine`` to MIN_LR, its half period running
-    from step 0 to the end of the training; ``linear`` to MIN_LR; ``step`` times DECAY_RATE every DECAY_EPOCHS after the
-    warm-up.
+    A linear warm-up from WARMUP_LR to BASE_LR, then by LR_SCHEDULER.NAME: ``cosine`` decays to MIN_LR, with a half
+    period from step 0 to the end of the training; ``linear`` decays to MIN_LR; ``step`` multiplies by DECAY_RATE every
+    DECAY_EPOCHS after the warm-up.
     """
     train, decay = config.TRAIN, config.TRAIN.LR_SCHEDULER
     total, warmup = train.EPOCHS * steps_per_epoch, train.WARMUP_EPOCHS * steps_per_epoch
@@ -26,11 +26,11 @@ def learning_rate(config, step: int, steps_per_epoch: int) -> float:
 
 
 class LRScheduler:
-    """Gives every parameter group the learning rate of the update to come, times its ``lr_scale`` if it has one.
+    """Gives every parameter group the learning rate of the next update, times its ``lr_scale`` if it has one.
 
     Args:
         config: the run's config.
-        optimizer: whose groups are set.
+        optimizer: the optimiser whose groups are set.
         steps_per_epoch: updates in an epoch.
     """
 
@@ -45,5 +45,5 @@ class LRScheduler:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
     def state_dict(self) -> dict:
-        """The step, from which everything else follows."""
+        """The step, which determines everything else."""
         return {"step": self.step, "lr": self.lr}

@@ -17,13 +17,13 @@ logger = logging.getLogger("strip_mlp")
 
 
 def start_wandb(project: str, name: str, config: dict, folder: Path):
-    """Starts the Weights & Biases run of an output folder, or goes on with it.
+    """Starts the Weights & Biases run of an output folder, or resumes it.
 
-    Its id is kept in ``wandb_id.txt``. Logging in, ``WANDB_MODE=offline`` and all else is as Weights & Biases documents
-    it; an offline run is sent with ``wandb sync``.
+    Its id is kept in ``wandb_id.txt``. Logging in and ``WANDB_MODE=offline`` work as Weights & Biases documents them;
+    an offline run is uploaded with ``wandb sync``.
 
     Raises:
-        InputError: wandb is not installed, or cannot start; the run's id or folder is not one.
+        InputError: wandb is not installed or cannot start, or the run's id or folder is invalid.
     """
     try:
         import wandb
@@ -37,7 +37,7 @@ def start_wandb(project: str, name: str, config: dict, folder: Path):
         write_text(id_file, uuid.uuid4().hex + "\n")
     id = id_file.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[\w-]{1,64}", id, re.ASCII):
-        raise InputError(f"{id_file} holds {id!r:.80}, no id of a run; delete the file to start a new one")
+        raise InputError(f"{id_file} holds {id!r:.80}, not the id of a run; delete the file to start a new one")
     try:
         return wandb.init(project=project, name=name, config=config, dir=str(folder), id=id, resume="allow",
                           settings=wandb.Settings(console="off"))
@@ -47,15 +47,15 @@ def start_wandb(project: str, name: str, config: dict, folder: Path):
 
 
 class MetricsWriter:
-    """``metrics.jsonl``, one record a line, and the same figures as TensorBoard events and in Weights & Biases.
+    """``metrics.jsonl``, one record per line, and the same figures in TensorBoard and Weights & Biases.
 
-    A record's ``epochs`` are those done, with fractions: it places a record on one axis for every batch size, while the
-    steps count updates of the batch size of that time.
+    A record's ``epochs`` are the epochs done, with fractions: an axis that does not depend on the batch size, while
+    steps count updates of the batch size at that time.
 
     Args:
         folder: the run's output folder.
-        epochs: the epochs done where the run resumes, with fractions. Later records, which a run that broke off had
-            written, are dropped.
+        epochs: the epochs done where the run resumes, with fractions. Later records, written by an interrupted run, are
+            dropped.
         step: the updates done there.
         wandb_run: what ``start_wandb`` returned, or None. Weights & Biases itself drops what it already has.
     """
@@ -94,17 +94,17 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def _going_on(self, name: str, failures: type[Exception] = OSError):
-        """Says once that something cannot be written, on a full disk, and lets the run go on."""
+        """Reports once that something cannot be written, for example on a full disk, and lets the run continue."""
         try:
             yield
         except failures as error:
             if name not in self.failing:
                 self.failing.add(name)
-                logger.error("cannot write %s: %s; the run goes on", name, error)
+                logger.error("cannot write %s: %s; the run continues", name, error)
 
 
 def _read_records(path: Path) -> list[tuple[str, float]]:
-    """The lines of a run's metrics and the epochs done at each; other lines are left out with a warning."""
+    """The lines of a run's metrics and the epochs done at each; other lines are skipped with a warning."""
     records, odd = [], []
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     for number, line in enumerate(lines, start=1):
@@ -114,9 +114,9 @@ def _read_records(path: Path) -> list[tuple[str, float]]:
             if not isinstance(record["kind"], str) or not all(type(figure) in (int, float) for figure in figures):
                 raise TypeError
             records.append((line.decode(), record["epochs"]))
-        except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill, or somebody else's
+        except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill, or not written by a run
             odd.append(number)
     if odd:
-        logger.warning("%s: left out %d lines that are no records of a run, the first of them line %d", path, len(odd),
+        logger.warning("%s: skipped %d lines that are not records of a run, the first of them line %d", path, len(odd),
                        odd[0])
     return records

@@ -12,12 +12,12 @@ def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser over two groups: with weight decay, and without it (one-dimensional parameters and biases).
 
     Position tables and GRN's gamma and beta have more than one dimension and so decay, as in the released code. With
-    TRAIN.LAYER_DECAY below 1 there are two groups for each layer, whose ``lr_scale`` the LRScheduler heeds. ``adamw``
+    TRAIN.LAYER_DECAY below 1 there are two groups for each layer, with an ``lr_scale`` for the LRScheduler. ``adamw``
     and ``sgd`` are PyTorch's fused ones, which skip an update on the device itself; all others are timm's.
 
     Raises:
-        InputError: layer decay for a model that does not say what its layers are; an optimiser that is not installed,
-            or that needs more than one gradient an update.
+        InputError: layer decay for a model that does not define its layers; an optimiser that is not installed, or that
+            needs more than one gradient per update.
     """
     scales, groups = layer_scales(model, config.TRAIN.LAYER_DECAY), {}
     for name, parameter in model.named_parameters():
@@ -33,7 +33,7 @@ def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:
     if options.NAME != "sgd":
         return _timm_optimizer(options, groups, lr)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=options.MOMENTUM, nesterov=True, fused=True)
-    for group in groups:  # PyTorch would leave them uninitialised if the very first step were left out
+    for group in groups:  # PyTorch would leave them uninitialised if the very first step were skipped
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -49,17 +49,18 @@ def _timm_optimizer(options, groups: list[dict], lr: float) -> torch.optim.Optim
     try:
         return create_optimizer_v2(groups, opt=options.NAME, lr=lr, **kwargs)
     except (ImportError, AssertionError) as error:
-        raise InputError(f"TRAIN.OPTIMIZER.NAME {options.NAME} cannot be made ({error or 'a package is missing'}); "
+        raise InputError(f"TRAIN.OPTIMIZER.NAME {options.NAME} cannot be used ({error or 'a package is missing'}); "
                          "choose another") from error
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimiser itself leaves out an update where ``found_inf`` is set, as PyTorch's fused ones do."""
+    """Whether the optimiser itself skips an update if ``found_inf`` is set, as PyTorch's fused ones do."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """For every parameter its share of the learning rate: 1 in the head, ``decay`` times less a layer before it.
+    """The learning-rate factor of every parameter: 1 in the head, and ``decay`` times the next layer's in each one
+    before.
 
     The layers are the groups of the model's ``group_matcher``, as in timm: the stem, the blocks, the head.
     """
@@ -67,7 +68,7 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     if decay == 1:
         return dict.fromkeys(names, 1.0)
     if not hasattr(model, "group_matcher"):
-        raise InputError(f"{type(model).__name__} does not say what its layers are; set TRAIN.LAYER_DECAY 1")
+        raise InputError(f"{type(model).__name__} does not define its layers (group_matcher); set TRAIN.LAYER_DECAY 1")
     layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
     return {name: decay ** (last - layers[name]) for name in names}

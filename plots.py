@@ -1,6 +1,6 @@
-"""Pictures of runs: loss, accuracy and learning rate from ``metrics.jsonl``.
+"""Figures of runs: loss, accuracy and learning rate from ``metrics.jsonl``.
 
-Everything is drawn on a matplotlib ``Figure`` of its own: no window, no global state.
+Everything is drawn on a separate matplotlib ``Figure``: no window, no global state.
 """
 
 import io
@@ -18,8 +18,8 @@ from PIL import Image
 
 from models import InputError, MissingFileError
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by everyone
-# What is drawn: panel, kind of record, figure in it, its look.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # also for colour-blind readers
+# What is drawn: panel, kind of record, its key, line style.
 _LINES = (
     (0, "train", "loss", {"linewidth": 0.7, "alpha": 0.55}),
     (0, "eval", "loss", {"linewidth": 1.4}),
@@ -32,22 +32,22 @@ _KINDS = {"train": "training", "eval": "validation", "eval_ema": "validation, av
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records of a run, in the order in which they were written; each has ``epochs``, those done when it was made.
+    """The records of a run, in the order in which they were written; each has the ``epochs`` done at that point.
 
-    A last line that a run is still writing, or was killed in, is left out.
+    An incomplete last line, of a run that is still writing or was killed, is skipped.
 
     Args:
         path: a run's output folder, or its ``metrics.jsonl``.
 
     Raises:
         MissingFileError: there is no such file.
-        InputError: the file holds no records, or a line that is none; the message names it.
+        InputError: the file holds no records, or a line that is not one; the message names it.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "metrics.jsonl"
     if path.suffix in (".pth", ".safetensors"):
-        raise InputError(f"{path} is a checkpoint; curves are drawn of a run's folder, {path.parent}")
+        raise InputError(f"{path} is a checkpoint; name the run's folder, {path.parent}")
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; name a run's folder, e.g. output/<MODEL.NAME>/<TAG>")
     records = []
@@ -61,8 +61,8 @@ def read_metrics(path: str | Path) -> list[dict]:
             raise InputError(f"{path} is damaged: line {number} is not a record of a run: {line.strip()[:60]!r}; "
                              "delete the line to read the others") from None
     if not records:
-        raise InputError(f"{path} holds no records yet; a run writes the first after PRINT_FREQ updates")
-    if "epochs" not in records[0]:  # an older run, whose batch size never changed
+        raise InputError(f"{path} holds no records yet; a run writes the first one after PRINT_FREQ updates")
+    if "epochs" not in records[0]:  # an older version's run, whose batch size never changed
         pace = next((r["step"] / (r["epoch"] + 1) for r in records if r["kind"] == "eval"), math.inf)
         for record in records:
             record["epochs"] = record["step"] / pace if pace < math.inf else record["epoch"]
@@ -70,7 +70,7 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 def _record(record: dict) -> dict:
-    """The record, if it has what a run writes; else one of ValueError, KeyError, TypeError."""
+    """The record, if it has a run's entries; else raises ValueError, KeyError or TypeError."""
     needed = {"train": ("loss", "lr"), "eval": ("loss", "acc1"), "eval_ema": ("loss", "acc1")}[record["kind"]]
     figures = [record["step"], record["epoch"], *(record[name] for name in needed if record[name] is not None)]
     if not all(isinstance(figure, (int, float)) and figure >= 0 for figure in figures):
@@ -79,14 +79,14 @@ def _record(record: dict) -> dict:
 
 
 def select(records: list[dict], kind: str, figure: str) -> tuple[np.ndarray, np.ndarray]:
-    """The epochs done and the values of a figure, e.g. ``("eval", "acc1")``; not a number where it was not finite."""
+    """The epochs done and the values of a figure, e.g. ``("eval", "acc1")``; nan where it was not finite."""
     pairs = [(record["epochs"], record.get(figure)) for record in records if record["kind"] == kind]
     epochs, values = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(epochs, dtype=float), np.array(values, dtype=float)
 
 
 def best_accuracy(records: list[dict]) -> tuple[float, int]:
-    """The best top-1 accuracy, of the averaged weights where there are some, and its epoch; not a number for none."""
+    """The best top-1 accuracy, of the averaged weights if there are any, and its epoch; nan if there is none."""
     kinds = {record["kind"] for record in records}
     kind = "eval_ema" if "eval_ema" in kinds else "eval"
     found = [(record["acc1"], record["epoch"]) for record in records if record["kind"] == kind]
@@ -94,7 +94,7 @@ def best_accuracy(records: list[dict]) -> tuple[float, int]:
 
 
 def run_names(paths: list[str | Path]) -> list[str]:
-    """A name for each run's folder: its tag, with as many of the folders above it as tell the runs apart."""
+    """A name for each run's folder: its tag, with as many parent folders as are needed to tell the runs apart."""
     folders = [path.parent if path.name == "metrics.jsonl" else path for path in (Path(p).resolve() for p in paths)]
     for length in itertools.count(1):
         names = ["/".join(folder.parts[-length:]) for folder in folders]
@@ -107,10 +107,11 @@ def draw_curves(runs: dict[str, list[dict]], groups: dict[str, str] | None = Non
 
     Args:
         runs: the records of each run, as ``read_metrics`` returns them, by its name.
-        groups: by a run's name, that of the network of which it is one seed; default: each run is a group of its own.
+        groups: the group of each run by its name, such as the network that it is one seed of; default: each run on its
+            own.
 
     Returns:
-        A matplotlib Figure of three panels, a colour for each group.
+        A matplotlib Figure of three panels, with a colour for each group.
     """
     groups = groups or {name: name for name in runs}
     members = {group: [name for name in runs if groups[name] == group] for group in groups.values()}
@@ -141,7 +142,7 @@ def draw_curves(runs: dict[str, list[dict]], groups: dict[str, str] | None = Non
 
 
 def _legend(group: str, bests: list[float]) -> str:
-    """A group's line of the legend: the best accuracy of its run, or mean and sample deviation over its runs."""
+    """A group's line in the legend: the best accuracy of its run, or mean and sample deviation over its runs."""
     if any(map(math.isnan, bests)):
         return group
     spread = f" ± {statistics.stdev(bests):.2f}" if len(bests) > 1 else ""
@@ -156,12 +157,12 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
 
 
 def save_figure(figure, path: str | Path) -> None:
-    """Writes a picture; the file's ending says of which kind, PNG where it has none.
+    """Writes a figure in the format of the file's extension; PNG if it has none.
 
     A PNG gets a palette of 128 colours, which makes it a third as large.
 
     Raises:
-        InputError: it cannot be written, or the ending is of no known kind.
+        InputError: it cannot be written, or the extension is unknown.
     """
     path = Path(path)
     kind = path.suffix[1:] or "png"

@@ -1,4 +1,4 @@
-"""What a run says of itself: versions and machine, ``config.yaml``, ``run.yaml``, its curves, where its results are."""
+"""The description of a run: versions and machine, ``config.yaml``, ``run.yaml``, its curves, where its results are."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ logger = logging.getLogger("strip_mlp")
 
 
 def git_commit() -> str:
-    """The commit of this code, with ``-dirty`` after it when files differ from it; ``unknown`` outside a repository."""
+    """The commit of this code, with ``-dirty`` after it if files differ from it; ``unknown`` outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -35,7 +35,7 @@ def git_commit() -> str:
 
 
 def describe_environment(device: torch.device) -> dict:
-    """Versions of what a run depends on, and the machine that it runs on."""
+    """The versions of the packages that a run depends on, and its machine."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -54,12 +54,12 @@ def _device_name(device: torch.device) -> str:
 
 
 def describe_run(config, state: TrainState, device: torch.device, precision: str, about: dict) -> dict:
-    """What ``run.yaml`` holds.
+    """The content of ``run.yaml``.
 
     Args:
         config, state, device: the run's.
-        precision: the name of the forward pass's arithmetic.
-        about: what the run's checkpoints say of it: classes, and changes of its settings on the way.
+        precision: the name of the forward pass's precision.
+        about: what the run's checkpoints record: classes, and changes of its settings on the way.
 
     Raises:
         InputError: the network does not take images of the config's size.
@@ -88,7 +88,7 @@ def describe_run(config, state: TrainState, device: torch.device, precision: str
 
 
 def save_description(config, run: dict, folder: Path) -> None:
-    """Saves what is trained and where as YAML, and logs it; ``config.yaml`` can be run again with ``--cfg``."""
+    """Saves the config and the description of a run as YAML, and logs it; ``--cfg`` accepts ``config.yaml``."""
     write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     write_text(folder / "run.yaml", yaml.safe_dump(run, sort_keys=False))
     logger.info(f"config: {folder / 'config.yaml'}")
@@ -101,11 +101,11 @@ def save_description(config, run: dict, folder: Path) -> None:
 
 
 def draw_curves(folder: Path) -> None:
-    """Draws the run's curves into its folder; a training does not fail for whatever a picture fails for."""
+    """Draws the run's curves into its folder; an error in drawing does not fail the training."""
     try:
         figure = plots.draw_curves({folder.name: plots.read_metrics(folder)})
         path = folder / "curves.png"
-        path.unlink(missing_ok=True)  # a link in its place is not followed
+        path.unlink(missing_ok=True)  # a link of that name is not followed
         plots.save_figure(figure, path)
     except Exception as error:
         logger.warning(f"the curves were not drawn: {error}")
@@ -113,7 +113,7 @@ def draw_curves(folder: Path) -> None:
 
 
 def whereabouts(folder: Path) -> str:
-    """A line for each thing that a run has left in its folder."""
+    """A line for each file that a run has written."""
     places = [
         ("best checkpoint", folder / checkpoint.BEST),
         *(("newest checkpoint", path) for path in checkpoint.list_checkpoints(folder)[:1]),

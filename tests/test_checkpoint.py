@@ -321,7 +321,7 @@ def test_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch):
 
 
 def test_lock(tmp_path):
-    with another_run(tmp_path) as holder, pytest.raises(ValueError, match=f"in use by another run.*process {holder.pid}"):
+    with another_run(tmp_path) as holder, pytest.raises(ValueError, match=f"in use by another run.*{holder.pid}"):
         checkpoint.lock_folder(tmp_path)
     checkpoint.lock_folder(tmp_path).close()  # the other one was killed
 

@@ -52,7 +52,7 @@ def test_a_bug_in_a_run_shows_its_traceback(bug, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("failure, advice", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore"), "Tried 2 GiB. Lower --batch-size"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: x"), "or DATA.NUM_W"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: x"), "or lower DATA.NUM_W"),
     (MemoryError(), "MemoryError. Lower --batch-size"),
     (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "lower DATA.NUM_WORKERS"),
     (RuntimeError("[../gloo/transport/tcp/pair.cc:1] Connection closed by peer"), "Another process of this run"),

@@ -22,6 +22,6 @@ def test_a_checkpoint_of_another_data_set_is_named(content, warned, caplog):
     config = load_config("", ["DATA.DATASET", "cifar10"])
     with caplog.at_level(logging.WARNING, "strip_mlp"):
         _warn_of_other_data(content, config, Path("best.pth"))
-    expected = ["best.pth was trained with DATA.DATASET imagefolder and is evaluated on cifar10, which --cfg names; is "
-                "this the right --cfg?"]
+    expected = ["best.pth was trained with DATA.DATASET imagefolder, but --cfg sets cifar10; is this the right "
+                "--cfg?"]
     assert [record.getMessage() for record in caplog.records] == expected * warned

@@ -118,7 +118,7 @@ def test_deterministic_algorithms(trained, tmp_path, monkeypatch, own_determinis
     monkeypatch.setattr(main, "build_model", lambda config: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)))
     assert main.main(arguments(tmp_path, "DETERMINISTIC", True, tag="other")) == 1
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert "put_" in last and "Set DETERMINISTIC False, or choose a network without this operation." in last
+    assert "put_" in last and "Set DETERMINISTIC False, or use a network without this operation." in last
 
 
 @pytest.mark.cuda

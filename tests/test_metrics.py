@@ -37,7 +37,7 @@ def test_lines_that_are_no_records_are_left_out(tmp_path, caplog, monkeypatch):
     path.write_bytes(b"\n".join([good[0], *ODD_LINES, good[1]]) + b"\n")
     MetricsWriter(tmp_path, 0.25, 1).close()
     assert path.read_bytes() == good[0] + b"\n"  # the other good one is of a later update
-    assert f"left out {len(ODD_LINES)} lines that are no records of a run, the first of them line 2" in caplog.text
+    assert f"skipped {len(ODD_LINES)} lines that are not records of a run, the first of them line 2" in caplog.text
 
 
 def test_a_pipe_in_the_place_of_the_metrics_is_replaced(tmp_path):
@@ -105,7 +105,7 @@ def test_a_failure_on_the_way_is_said_once_and_stops_nothing(tmp_path):
     metrics.close()
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3] and len(wandb.logged) == 1
     assert (tmp_path / "log_rank0.txt").read_text()[22:] == (
-        "ERROR: cannot write Weights & Biases' log: the service went away; the run goes on\n")
+        "ERROR: cannot write Weights & Biases' log: the service went away; the run continues\n")
 
 
 def test_without_the_module_nothing_is_trained(tmp_path, monkeypatch, capsys):

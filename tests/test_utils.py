@@ -103,7 +103,7 @@ def launcher(monkeypatch):
 ])
 def test_half_a_launcher(missing, launcher):
     launcher({name: value for name, value in LAUNCHER.items() if name not in missing})
-    with pytest.raises(ValueError, match="environment variables are set in part") as error:
+    with pytest.raises(ValueError, match="environment variables are incomplete") as error:
         distributed.launcher_local_rank()
     named = str(error.value).partition(":")[2].partition(" missing")[0].replace(",", "").split()
     assert named == [name for name in LAUNCHER if name in missing]

@@ -144,8 +144,8 @@ def test_full_disk_for_the_log(tmp_path):
     result = run([FAULTS, "full_disk_for_the_log", 8, "--", *arguments(tmp_path, "PRINT_FREQ", 1)])
     assert result.returncode == 0, result.stderr
     assert "Best top-1" in result.stdout and "Traceback" not in result.stdout + result.stderr
-    assert result.stdout.count("log_rank0.txt: [Errno 28] No space left on device; the run goes on") == 1
-    assert result.stdout.count("cannot write metrics.jsonl: [Errno 28] No space left on device; the run goes on") == 1
+    assert result.stdout.count("log_rank0.txt: [Errno 28] No space left on device; the run continues") == 1
+    assert result.stdout.count("cannot write metrics.jsonl: [Errno 28] No space left on device; the run continues") == 1
     assert checkpoint.newest_checkpoint(folder(tmp_path))[0].name == "ckpt_step_00000014.pth"
 
 
@@ -168,7 +168,7 @@ def test_bad_training_image(tmp_path, capsys, workers):
     assert len(error) == 1 and f"ERROR: {bad} cannot be decoded" in error[0]
     assert main.main(arguments(tmp_path, *options, "DATA.SKIP_BAD_IMAGES", True)) == 0
     out = capsys.readouterr().out
-    assert out.count(f"{bad} cannot be decoded") == 1 and "the next image took its place (1 so far" in out
+    assert out.count(f"{bad} cannot be decoded") == 1 and "replaced by the next image (1 so far" in out
 
 
 def test_many_bad_training_images_do_not_block(tmp_path):

@@ -63,4 +63,4 @@ def test_errors_are_one_line(tmp_path, capsys):
 def test_a_checkpoint_is_no_run(tmp_path, capsys):
     path = write(tmp_path / "run", "") / "best.pth"
     path.write_bytes(b"PK binary")
-    assert f"{path} is a checkpoint; curves are drawn of a run's folder, {path.parent}" in failure(capsys, [path])
+    assert f"{path} is a checkpoint; name the run's folder, {path.parent}" in failure(capsys, [path])
