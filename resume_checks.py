@@ -1,4 +1,4 @@
-"""Whether a training can resume from a checkpoint; every entry is checked before anything of the training changes."""
+"""Whether a training can resume from a checkpoint; every entry is checked before anything is restored."""
 
 import copy
 import random
@@ -13,18 +13,18 @@ MAX_SETTING = 4096  # characters
 
 
 def check_run(content: dict) -> None:
-    """Checks what is read of a training's checkpoint before the training is built: its settings, and how far it came.
+    """Checks the entries that are read before the training is set up: its settings and its progress.
 
     Raises:
-        InputError: an entry is of another type, or a setting is none that a config could hold.
+        InputError: an entry has the wrong type, or a setting is not one that a config could hold.
     """
-    if "layout" not in content:  # no training's
+    if "layout" not in content:  # not a training's checkpoint
         return
     kinds = {"layout": dict, "config": dict, "changes": list, "epoch": int, "step": int, "max_accuracy": int | float}
     for key, kind in kinds.items():
         if key not in content:
             if key in ("epoch", "step", "max_accuracy"):
-                raise InputError(f"the checkpoint cannot be resumed, it lacks {key}")
+                raise InputError(f"the checkpoint cannot be resumed: it lacks {key}")
         elif not isinstance(content[key], kind):
             raise InputError(f"its {key} is {content[key]!r:.60}")
     _check_settings(content.get("config", {}), "config")
@@ -42,36 +42,36 @@ def _check_settings(value, name: str) -> None:
         for item in value:
             _check_settings(item, name)
     elif not isinstance(value, (type(None), bool, int, float, str)) or len(str(value)) > MAX_SETTING:
-        raise InputError(f"its {name:.60} is {value!r:.60}, which is no setting")
+        raise InputError(f"its {name:.60} is {value!r:.60}, which is not a setting")
 
 
 def check_training(content: dict, state) -> dict[str, str]:
     """Checks every entry that ``TrainState.load_state_dict`` restores: types, shapes, lengths, ranges, and the run.
 
     Args:
-        content: a checkpoint, of whatever values.
-        state: the TrainState that is to be restored.
+        content: a checkpoint, with any values.
+        state: the TrainState to restore.
 
     Returns:
-        What of the layout has changed since, ``{"batch_size": "batch_size 128 -> 64"}``.
+        The changes of the layout, ``{"batch_size": "batch_size 128 -> 64"}``.
 
     Raises:
-        InputError: the checkpoint holds no whole training, as a released one does not, an entry that
-            ``TrainState.state_dict`` would not write, or the training of another data set, network or optimiser.
+        InputError: the checkpoint lacks entries of a training, as released ones do, has an entry that
+            ``TrainState.state_dict`` would not write, or is of another data set, network or optimiser.
     """
     missing = state.state_dict().keys() - content.keys()
     if missing:
         raise InputError(
-            f"the checkpoint cannot be resumed, it lacks {', '.join(sorted(missing))}; to start a new training "
-            "from its weights use --pretrained, to evaluate it --eval"
+            f"the checkpoint cannot be resumed: it lacks {', '.join(sorted(missing))}; use --pretrained to start a new "
+            "training from its weights, or --eval to evaluate it"
         )
     changed = _check_layout(content["layout"], vars(state.layout))
     _check_position(content, content["layout"])
-    moved = changed.keys() - {"augment_on"}  # the rest decides which image comes when
+    moved = changed.keys() - {"augment_on"}  # the others determine the order of the images
     if moved and content["batch"] and (content["layout"]["is_sharded"] or state.layout.is_sharded):
         raise InputError(
-            f"the checkpoint is from the middle of an epoch over shards of the images, which changed "
-            f"({', '.join(changed.values())}), so that what is left of the epoch is not defined; resume as before, "
+            f"the checkpoint is from the middle of an epoch over shards of the images, and the shards changed "
+            f"({', '.join(changed.values())}), so the rest of the epoch is not defined; resume with the old settings, "
             "or from a checkpoint at the end of an epoch"
         )
     if state.ema and content["model_ema"] is None:
@@ -87,7 +87,7 @@ def check_training(content: dict, state) -> dict[str, str]:
 
 def _check_layout(saved, own: dict) -> dict[str, str]:
     if isinstance(saved, dict):
-        saved = {"augment_on": "worker"} | saved  # what checkpoints without the key were trained with
+        saved = {"augment_on": "worker"} | saved  # the setting of checkpoints without the key
     if not isinstance(saved, dict) or saved.keys() != own.keys():
         raise InputError("the checkpoint was written by another version of this code (layout); use --pretrained")
     for key, value in own.items():
@@ -100,7 +100,7 @@ def _check_layout(saved, own: dict) -> dict[str, str]:
     if changed.keys() & {"dataset", "training_images", "num_classes"}:
         raise InputError(
             f"the checkpoint was trained on another data set ({', '.join(changed.values())}); to train its weights "
-            "on this one use --pretrained and another --tag"
+            "on this one, use --pretrained and another --tag"
         )
     if saved["training_images"] < saved["batch_size"] * saved["world_size"]:
         raise InputError("its layout has fewer training_images than a batch over all processes")
@@ -108,7 +108,7 @@ def _check_layout(saved, own: dict) -> dict[str, str]:
 
 
 def _check_position(content: dict, layout: dict) -> None:
-    """Epoch, batch and step must be a place between two updates of that layout."""
+    """Epoch, batch and step must be a point between two updates of that layout."""
     batches = layout["training_images"] // (layout["batch_size"] * layout["world_size"])
     accumulation = layout["accumulation_steps"]
     for key, highest in (("epoch", MAX_EPOCHS), ("batch", batches), ("step", 2**62), ("skipped_in_row", 2**62)):
@@ -126,7 +126,7 @@ def _check_position(content: dict, layout: dict) -> None:
 
 
 def check_scaler(saved, scaler: torch.amp.GradScaler) -> None:
-    """Raises InputError where a saved state is none of a GradScaler's; an empty one was saved without fp16."""
+    """Raises InputError if a saved state is not a GradScaler's; an empty one was saved without fp16."""
     if not isinstance(saved, dict):
         raise InputError(f"its scaler is {type(saved).__name__}, not a mapping")
     for key, own in scaler.state_dict().items() if saved else ():
@@ -137,7 +137,7 @@ def check_scaler(saved, scaler: torch.amp.GradScaler) -> None:
 
 
 def _check_rng(states, world_size: int) -> None:
-    """Tries the random states of all processes on generators that nobody else uses."""
+    """Tries the random states of all processes on separate generators."""
     if not isinstance(states, list) or len(states) != world_size:
         raise InputError(f"its rng is not a list of {world_size} random states, one for each process")
     try:
@@ -153,14 +153,14 @@ def _check_rng(states, world_size: int) -> None:
             if state["cuda"] is not None and torch.cuda.is_initialized():
                 torch.Generator("cuda").set_state(state["cuda"])
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"its rng holds what is no random state ({str(error).splitlines()[0]:.100})") from error
+        raise InputError(f"its rng holds an invalid random state ({str(error).splitlines()[0]:.100})") from error
 
 
 def check_optimizer(saved, optimizer: torch.optim.Optimizer) -> None:
-    """Checks a saved state of an optimiser: the same groups of parameters, and for each what a step leaves there.
+    """Checks a saved state of an optimiser: the same parameter groups, and for each parameter the entries after a step.
 
-    What this optimiser holds already must be in it too: Adagrad, for one, makes it before any step. PyTorch's fused
-    optimisers trust the shapes, and write beyond the end of an entry that is too short.
+    Entries that this optimiser already has must be in it too: Adagrad, for example, creates them before any step.
+    PyTorch's fused optimisers trust the shapes, and write beyond the end of an entry that is too short.
 
     Raises:
         InputError: the state is of another optimiser, of other parameters, or damaged.
@@ -186,7 +186,7 @@ def _check_groups(saved, optimizer: torch.optim.Optimizer) -> None:
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     ):
         raise InputError("its optimizer has no param_groups")
-    own = optimizer.param_groups[0].keys() | {"step"}  # which some of timm's count here, from the first update on
+    own = optimizer.param_groups[0].keys() | {"step"}  # some of timm's count it here, from the first update on
     if any(group.keys() | {"step"} != own for group in groups):
         raise InputError(
             "the checkpoint was written with another optimiser, or by another version of this code; set "
@@ -195,8 +195,8 @@ def _check_groups(saved, optimizer: torch.optim.Optimizer) -> None:
     counts = [len(group["params"]) for group in optimizer.param_groups]
     if counts != [len(group["params"]) for group in groups]:
         raise InputError(
-            "the checkpoint was written with other parameter groups; set TRAIN.FREEZE_STAGES as it was, and "
-            "TRAIN.LAYER_DECAY to 1 where it was 1, below where it was below"
+            "the checkpoint was written with other parameter groups; set TRAIN.FREEZE_STAGES to its old "
+            "value, and TRAIN.LAYER_DECAY to 1 if it was 1, and below 1 if it was below"
         )
     if [index for group in groups for index in group["params"]] != list(range(sum(counts))):
         raise InputError("its optimizer numbers the parameters in another order")

@@ -2,10 +2,10 @@
 
     python split_caltech101.py 101_ObjectCategories datasets/caltech101 [--link]
 
-The rule: the n image names of a class are sorted; each in turn draws a number from ``random.Random(1024)``, made anew
-for each class; the floor(4n/5) images with the smallest numbers go to train/, the others to val/. So the split of a
-class depends on its own file names only. BACKGROUND_Google, which is no class, hidden files and files that are not
-images are left out.
+The rule: the n image names of a class are sorted, and each in turn draws a number from a new ``random.Random(1024)``;
+the floor(4n/5) images with the smallest numbers go to train/, the others to val/. The split of a class therefore
+depends only on its own file names. BACKGROUND_Google, which is not a class, hidden files and files that are not images
+are skipped.
 """
 
 import argparse
@@ -38,10 +38,10 @@ def plan_split(source: Path) -> dict[str, dict[str, list[str]]]:
 
     Raises:
         MissingFileError: ``source`` is missing or holds no class folder.
-        InputError: a class has too few images for one on each side.
+        InputError: a class has too few images for both parts.
     """
     if not source.is_dir():
-        raise MissingFileError(f"{source} is not a folder; give the one that holds the class folders")
+        raise MissingFileError(f"{source} is not a folder; name the one that holds the class folders")
     plan = {}
     for folder in sorted(source.iterdir()):
         if not folder.is_dir() or folder.name == LEFT_OUT or folder.name.startswith("."):
@@ -49,12 +49,12 @@ def plan_split(source: Path) -> dict[str, dict[str, list[str]]]:
         images = [entry.name for entry in folder.iterdir() if entry.is_file() and _is_image(entry.name)]
         if len(images) < 2:
             raise InputError(
-                f"{folder} holds {len(images)} images, too few for one in train and one in val; "
-                "SRC must be the folder of the class folders (101_ObjectCategories)"
+                f"{folder} holds {len(images)} images, too few for train and val; SRC must be the folder that "
+                "holds the class folders (101_ObjectCategories)"
             )
         plan[folder.name] = split_class(images)
     if not plan:
-        raise MissingFileError(f"{source} holds no class folders; give the folder 101_ObjectCategories")
+        raise MissingFileError(f"{source} holds no class folders; name the folder 101_ObjectCategories")
     return plan
 
 
@@ -63,23 +63,23 @@ def _is_image(name: str) -> bool:
 
 
 def write_split(source: Path, target: Path, link: bool = False) -> dict[str, int]:
-    """Makes ``target/train`` and ``target/val``, whole or not at all; returns the number of images in each.
+    """Creates ``target/train`` and ``target/val``, or neither if it fails; returns the number of images in each.
 
     Args:
         source: the folder of the class folders.
-        target: created if need be; may hold anything but ``train`` and ``val``.
-        link: symbolic links to the absolute paths of the images instead of copies.
+        target: created if necessary; may hold anything except ``train`` and ``val``.
+        link: create symbolic links to the absolute paths of the images instead of copies.
 
     Raises:
-        InputError: as ``plan_split``; ``target`` has a split already, or lies in ``source``.
+        InputError: as ``plan_split``; ``target`` already has a split, or is inside ``source``.
     """
     source, target = source.resolve(), target.resolve()
     plan = plan_split(source)
     for split in ("train", "val"):
         if os.path.lexists(target / split):
-            raise InputError(f"{target / split} exists already; remove it or choose another folder")
+            raise InputError(f"{target / split} already exists; remove it or choose another folder")
     if target.is_relative_to(source):
-        raise InputError(f"{target} lies in {source}, where it would be taken for a class; choose a folder outside")
+        raise InputError(f"{target} is inside {source}, where it would count as a class; choose a folder outside")
     target.mkdir(parents=True, exist_ok=True)
     place = os.symlink if link else shutil.copyfile
     counts = {}
@@ -98,11 +98,11 @@ def write_split(source: Path, target: Path, link: bool = False) -> dict[str, int
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
+    """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SRC", type=Path, help="folder of the class folders (101_ObjectCategories)")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to make train/ and val/ in")
-    parser.add_argument("--link", action="store_true", help="symbolic links instead of copies (SRC must stay)")
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder with the class folders (101_ObjectCategories)")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder in which to create train/ and val/")
+    parser.add_argument("--link", action="store_true", help="create symbolic links instead of copies (keep SRC)")
     args = parser.parse_args(argv)
     counts = write_split(args.source, args.target, args.link)
     classes = len(list((args.target / "train").iterdir()))

@@ -1,4 +1,4 @@
-"""What a training saves and restores, and when: its state, and the Checkpointer that writes it."""
+"""The state that a training saves and restores, and the Checkpointer that decides when and writes it."""
 
 import logging
 import os
@@ -23,12 +23,12 @@ logger = logging.getLogger("strip_mlp")
 
 NOT_SAVED = 74  # exit status (EX_IOERR) of a run whose last checkpoint is not in its folder
 PREEMPTED = 75  # exit status (EX_TEMPFAIL) of a run that a signal stopped after it saved itself
-NO_ACCURACY = -1.0  # below any, so that the first evaluation is the best so far even at 0 %
-SECONDS_WHEN_STOPPED = 20  # for saving after a signal where the disk is full; torchrun kills what still runs after 30
+NO_ACCURACY = -1.0  # below any accuracy, so that the first evaluation is the best so far even at 0 %
+SECONDS_WHEN_STOPPED = 20  # seconds to retry on a full disk after a signal; torchrun kills the processes after 30
 SECONDS_BETWEEN = 10  # two such tries
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 _SAME_SIGNAL = 1  # seconds
-_SAME_SIGNAL_FROM_LAUNCHER = 5  # which passes on what its processes may have got already
+_SAME_SIGNAL_FROM_LAUNCHER = 5  # a launcher passes on signals that its processes may already have received
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 
 
@@ -46,7 +46,7 @@ class Layout:
     batch_size: int  # images per process and micro-batch
     world_size: int
     accumulation_steps: int
-    augment_on: str = "worker"  # or "device"; checkpoints from before there was a choice do not say
+    augment_on: str = "worker"  # or "device"; older checkpoints, without this choice, lack it
 
     @property
     def images_per_batch(self) -> int:
@@ -59,10 +59,10 @@ class TrainState:
     """A training between two updates."""
 
     layout: Layout
-    model: nn.Module  # bare: not wrapped for distribution
+    model: nn.Module  # not wrapped in DistributedDataParallel
     optimizer: torch.optim.Optimizer
     lr_scheduler: LRScheduler
-    scaler: torch.amp.GradScaler  # disabled but for fp16
+    scaler: torch.amp.GradScaler  # only enabled for fp16
     ema: ModelEmaV3 | None
     epoch: int = 0  # the epoch in progress, or next
     batch: int = 0  # micro-batches of that epoch already trained, per process
@@ -76,7 +76,7 @@ class TrainState:
             "model": self.model.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),  # for Swin-Transformer's code; here the step says it all
+            "lr_scheduler": self.lr_scheduler.state_dict(),  # for Swin-Transformer's code; here the step suffices
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,
@@ -88,13 +88,13 @@ class TrainState:
         }
 
     def load_state_dict(self, content: dict) -> None:
-        """Restores what ``state_dict`` returned, to the bit where the layout is the same.
+        """Restores the result of ``state_dict``, bit for bit if the layout is the same.
 
         With another world size, batch size, accumulation or seed the position in the epoch is recomputed from the
-        images seen, and the run goes on with other random numbers. Hyperparameters follow this run's config.
+        images seen, and the run continues with other random numbers. Hyperparameters follow this run's config.
 
         Raises:
-            InputError: as ``check_training``; nothing is changed then.
+            InputError: as ``check_training``; then nothing is changed.
         """
         changed = check_training(content, self)
         load_strict(self.model, model_state_dict(content))
@@ -102,25 +102,25 @@ class TrainState:
             load_strict(self.ema.module, model_state_dict({"model": content["model_ema"]}))
         groups = self.optimizer.state_dict()["param_groups"]
         for group, saved in zip(groups, content["optimizer"]["param_groups"], strict=True):
-            group |= {"step": saved["step"]} if "step" in saved else {}  # no hyperparameter: some of timm's count here
+            group |= {"step": saved["step"]} if "step" in saved else {}  # counted here by some of timm's
         self.optimizer.load_state_dict({"state": self._moments(content["optimizer"]["state"]), "param_groups": groups})
         if content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.batch, self.step = content["epoch"], content["batch"], content["step"]
         self.max_accuracy, self.skipped_in_row = content["max_accuracy"], content["skipped_in_row"]
-        if changed.keys() - {"augment_on"}:  # the rest decides which image comes when
+        if changed.keys() - {"augment_on"}:  # the others determine the order of the images
             self._move_to(self.batch * Layout(**content["layout"]).images_per_batch)
         else:
             utils.set_rng_state(content["rng"][distributed.rank()])
         if changed:
             logger.warning(
-                "resumed with %s: the run goes on after as many images, at epoch %s batch %s, but its bits will differ "
-                "from a run without a break", ", ".join(changed.values()), self.epoch, self.batch,
+                "resumed with %s: the run continues after the same number of images, at epoch %s batch %s, but not bit "
+                "for bit like an uninterrupted run", ", ".join(changed.values()), self.epoch, self.batch,
             )
         self.lr_scheduler.step_update(self.step)
 
     def _moments(self, saved: dict) -> dict:
-        """The optimiser's state laid out in memory as the parameters are, which its fused form takes for granted."""
+        """The optimiser's state with the memory layout of the parameters, which its fused form requires."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
         def laid_out(value, parameter):
@@ -145,7 +145,7 @@ class TrainState:
 # ---- when ---------------------------------------------------------------------------------------
 
 class Preempted(Exception):
-    """The run has saved itself and stops because of a signal."""
+    """The run has saved a checkpoint and stops because of a signal."""
 
 
 class NotSavedError(Exception):
@@ -155,15 +155,15 @@ class NotSavedError(Exception):
 class Checkpointer:
     """Saves a run into its folder. All processes call every method together; rank 0 writes.
 
-    While it is entered as a context, the first SIGTERM, SIGUSR1 or SIGINT to reach any process makes all of them finish
-    their update, save and stop. One that comes over a second after it (5 seconds under a launcher) acts as it always
-    does; sooner, it is the same signal, passed on by a launcher to processes that got it already.
+    Used as a context manager, the first SIGTERM, SIGUSR1 or SIGINT to reach any process makes all of them finish their
+    update, save and stop. Another signal more than a second later (5 seconds under a launcher) has its usual effect; an
+    earlier one is taken for the same signal, passed on by a launcher.
 
     Args:
         config: the run's config, saved along.
         folder: where the checkpoints go.
 
-    ``about`` holds what a checkpoint says of the network for those who read it, beside what resume restores.
+    ``about`` holds entries that describe the network to readers of a checkpoint; resume does not restore them.
     """
 
     def __init__(self, config, folder: Path):
@@ -171,7 +171,7 @@ class Checkpointer:
         self.about = {"config": to_dict(config), "changes": []}
         self.signal: signal.Signals | None = None
         self.saved_at = time.monotonic()
-        self.agreement = None  # of the processes, begun at the update before
+        self.agreement = None  # started at the previous update
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
@@ -184,8 +184,8 @@ class Checkpointer:
     def is_due(self, state: TrainState) -> bool:
         """Whether to save after this update, the same answer on all processes.
 
-        A signal or a clock is seen by one process before the others. Several processes agree on it while they compute
-        the next update, and so save one update later.
+        One process may see a signal or the time before the others. Several processes agree during the next update, and
+        so save one update later.
         """
         steps, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
         is_step = bool(steps) and state.step % steps == 0
@@ -198,19 +198,19 @@ class Checkpointer:
         return is_due
 
     def save(self, state: TrainState, is_best: bool = False, is_last: bool = False) -> bool:
-        """Saves the run. A failure to write is logged and the run goes on; older checkpoints stay as they are.
+        """Saves the run. If writing fails, the error is logged and the run continues; older checkpoints stay intact.
 
-        The last checkpoint of a run, of a finished or a stopped one, is tried again for half of HANG_MINUTES, and then
-        put into SAVE_ELSEWHERE.
+        For the last checkpoint of a finished or stopped run, it retries for half of HANG_MINUTES and then writes to
+        SAVE_ELSEWHERE.
 
         Returns:
             Whether it was saved.
 
         Raises:
-            Preempted: a signal has reached any of the processes.
+            Preempted: a signal has reached one of the processes.
             NotSavedError: the last checkpoint is not in the run's folder.
         """
-        patience = 30 * self.config.HANG_MINUTES  # seconds: half of what the other processes wait for this one
+        patience = 30 * self.config.HANG_MINUTES  # seconds: half as long as the other processes wait for this one
         content = state.state_dict() | self.about
         is_saved = distributed.rank() != 0 or self._write(content, self.folder, is_best)
         is_stopping = distributed.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP
@@ -231,13 +231,13 @@ class Checkpointer:
             logger.info(f"saved {path}{' (best)' if is_best else ''}")
             return True
         except OSError as error:
-            logger.error("COULD NOT SAVE A CHECKPOINT: %s. Older ones are untouched; make room, or what comes after "
-                         "them may be lost", error)
+            logger.error("COULD NOT SAVE A CHECKPOINT: %s. Older ones are intact; free space, or later progress "
+                         "may be lost", error)
             return False
 
     def _insist(self, content: dict, is_best: bool, seconds: float) -> bool:
-        """Tries again until there is room, time is up or a signal comes; then elsewhere, which counts as not saved."""
-        logger.warning("this is the run's last checkpoint: trying again for %.0f seconds", seconds)
+        """Retries until it succeeds, time is up or a signal comes; then saves elsewhere, which counts as not saved."""
+        logger.warning("this is the run's last checkpoint: retrying for %.0f seconds", seconds)
         deadline, signal_before = time.monotonic() + seconds, self.signal
         while time.monotonic() < deadline and self.signal is signal_before:
             time.sleep(SECONDS_BETWEEN)

@@ -1,7 +1,7 @@
-"""What may be taken from a checkpoint, which anybody may have written: plain values of bounded size, an architecture.
+"""What is accepted from an untrusted checkpoint: plain values of bounded size, and an architecture.
 
-A checkpoint's config chooses the network and how images are prepared for it. It can name no file, no address and no
-weights, and no loop or allocation that follows from it is longer than the bounds below.
+A checkpoint's config determines the network and the preparation of its images. It cannot name a file, an address or
+weights, and the bounds below limit every loop and allocation that depends on it.
 """
 
 import re
@@ -14,7 +14,7 @@ from config import from_dict
 from models import InputError
 
 MAX_DEPTH = 32  # of containers in containers
-MAX_ENTRIES = 1_000_000  # a training on 1,000 processes, whose random states are the most of them, has fewer
+MAX_ENTRIES = 1_000_000  # a training on 1,000 processes, mostly their random states, has fewer
 MAX_TEXT = 500  # characters of a key, a config value or a class name
 MAX_ELEMENTS = 2_000_000_000  # of a network's parameters and buffers
 
@@ -23,8 +23,8 @@ _SIZES = {  # of other numbers: 65,536
     "DATA.IMG_SIZE": 4096, "MODEL.STRIP_MLP.TRAINED_IMG_SIZE": 4096, "MODEL.NUM_CLASSES": 10**6,
 }
 _CHOSEN_BY_CHECKPOINTS = {"DATA": ("DATASET", "IMG_SIZE", "INTERPOLATION"), "TEST": ("CROP",)}
-_CHOSEN_BY_USERS = ("PRETRAINED", "RESUME")  # of MODEL, all else of which is the architecture, but for STRIP_MLP.FORM
-_TIMM_ARGUMENTS = {  # the arguments of timm's networks that a checkpoint may give, and the largest number in each
+_CHOSEN_BY_USERS = ("PRETRAINED", "RESUME")  # of MODEL; its other keys, except STRIP_MLP.FORM, are the architecture
+_TIMM_ARGUMENTS = {  # the arguments of timm's networks that a checkpoint may set, and the largest number in each
     **dict.fromkeys("depth depths layers".split(), 256),
     **dict.fromkeys("img_size patch_size window_size in_chans output_stride".split(), 4096),
     **dict.fromkeys("embed_dim embed_dims dims channels stem_width stem_chs width base_width".split(), 65536),
@@ -37,15 +37,15 @@ _WORD = re.compile(r"\w{0,40}", re.ASCII)
 
 
 def plain(content, tensor_bytes: int):
-    """The same content in plain containers, its tensors freed of everything but their numbers.
+    """The same content in plain containers, its tensors reduced to their numbers.
 
     Args:
-        content: what a file held.
-        tensor_bytes: the most that its tensors may take in memory.
+        content: the content of a file.
+        tensor_bytes: the most memory that its tensors may take.
 
     Raises:
-        InputError: it is too deep, has too many entries, larger tensors, a tensor that is not a dense one on the CPU,
-            or a value of another kind than tensors, numbers and text.
+        InputError: it is nested too deep, has too many entries or too large tensors, a tensor that is not dense and on
+            the CPU, or a value other than tensors, numbers and text.
     """
     entries = 0
 
@@ -74,25 +74,25 @@ def plain(content, tensor_bytes: int):
 
 
 def architecture(values: dict, source: str):
-    """The config that a checkpoint's config asks for, as far as it may: all but the architecture has its default.
+    """The config with the architecture of a checkpoint's config and defaults for everything else.
 
     Args:
         values: nested dictionaries, as ``plain`` gives them.
-        source: what to call them in errors.
+        source: what error messages call them.
 
     Raises:
-        InputError: an unknown key, or a value that is out of range or that no checkpoint may set; the key is named.
+        InputError: an unknown key, or a value that is out of range or that a checkpoint may not set; the key is named.
     """
     model = values.get("MODEL")
     if not isinstance(model, dict):
-        raise InputError(f"{source} describes no network: it has no group MODEL")
+        raise InputError(f"{source} does not describe a network: it has no group MODEL")
     chosen = {"MODEL": {key: value for key, value in model.items() if key not in _CHOSEN_BY_USERS}}
     for group, keys in _CHOSEN_BY_CHECKPOINTS.items():
         found = values.get(group, {})
         if not isinstance(found, dict):
             raise InputError(f"{source}: {group} is {_short(found)}, not a group of keys")
         chosen[group] = {key: found[key] for key in keys if key in found}
-    if isinstance(model.get("STRIP_MLP"), dict):  # what computes best depends on the machine
+    if isinstance(model.get("STRIP_MLP"), dict):  # the best form depends on the machine
         chosen["MODEL"]["STRIP_MLP"] = {key: value for key, value in model["STRIP_MLP"].items() if key != "FORM"}
     _check_bounds(chosen, source)
     config = from_dict(chosen, source)
@@ -101,10 +101,10 @@ def architecture(values: dict, source: str):
 
 
 def class_names(names, count: int) -> list[str]:
-    """The names of a checkpoint's classes by label, which are the labels themselves where it holds none.
+    """The names of a checkpoint's classes by label; if it has none, they are the labels.
 
     Raises:
-        InputError: they are not ``count`` pieces of text.
+        InputError: they are not ``count`` strings.
     """
     if names is None:
         return [str(label) for label in range(count)]
@@ -116,11 +116,11 @@ def class_names(names, count: int) -> list[str]:
 
 
 def check_size(outline: nn.Module) -> None:
-    """Raises InputError for a network, built on the meta device, that is too large to be built from a checkpoint."""
+    """Raises InputError if a network, built on the meta device, is too large to be built from a checkpoint."""
     elements = sum(tensor.numel() for tensors in (outline.parameters(), outline.buffers()) for tensor in tensors)
     if elements > MAX_ELEMENTS:
-        raise InputError(f"its config describes a network of {elements:,} parameters and buffers; up to "
-                         f"{MAX_ELEMENTS:,} are built from a checkpoint")
+        raise InputError(f"its config describes a network of {elements:,} parameters and buffers; a checkpoint may "
+                         f"have up to {MAX_ELEMENTS:,}")
 
 
 def _plain_key(key) -> str | int:
@@ -128,36 +128,37 @@ def _plain_key(key) -> str | int:
         return key
     if type(key) is int and abs(key) < 2**64:
         return key
-    raise InputError(f"it holds an entry of the name {_short(key)}")
+    raise InputError(f"it holds an entry named {_short(key)}")
 
 
 def _check_tensor(tensor: torch.Tensor) -> None:
     is_dense = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
     if type(tensor) not in (torch.Tensor, nn.Parameter) or not is_dense or tensor.device.type != "cpu":
-        raise InputError("it holds a tensor that is not a dense one on the CPU (sparse, quantised, nested, meta)")
+        raise InputError("it holds a tensor that is not dense and on the CPU (sparse, quantised, nested, meta)")
     if tensor.is_conj() or tensor.is_neg():
-        raise InputError("it holds a tensor that is a view of another one's conjugate or negative")
+        raise InputError("it holds a tensor that is a conjugate or negative view of another one")
 
 
 def _check_bounds(value, source: str, name: str = "") -> None:
-    """The bounds of every value of a config, before the config is built from them."""
+    """Checks the bounds of every value of a config before the config is built from them."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check_bounds(item, source, f"{name}.{key}" if name else str(key))
     elif isinstance(value, (list, tuple)):
         if len(value) > 16:
-            raise InputError(f"{source}: {name} has {len(value)} entries; up to 16 are taken from a checkpoint")
+            raise InputError(f"{source}: {name} has {len(value)} entries; a checkpoint may set up to 16")
         for item in value:
             _check_bounds(item, source, name)
     elif type(value) in (int, float):
         limit = 256 if name.endswith(".DEPTHS") else _SIZES.get(name, 65536)
         if not abs(value) <= limit:  # which is false for nan
-            raise InputError(f"{source}: {name} is {value}; numbers up to {limit} are taken from a checkpoint")
+            raise InputError(f"{source}: {name} is {value}; a checkpoint may set numbers up to {limit}")
     elif isinstance(value, str):
         if len(value) > MAX_TEXT or not value.isprintable():
-            raise InputError(f"{source}: {name} is {_short(value)}; up to {MAX_TEXT} printable characters are taken")
+            raise InputError(f"{source}: {name} is {_short(value)}; a checkpoint may set up to {MAX_TEXT} printable "
+                             "characters")
     elif not (value is None or type(value) is bool):
-        raise InputError(f"{source}: {name} is {_short(value)}, which is no config value")
+        raise InputError(f"{source}: {name} is {_short(value)}, which is not a config value")
 
 
 def _check_timm_arguments(text: str, source: str) -> None:
@@ -168,16 +169,16 @@ def _check_timm_arguments(text: str, source: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise InputError(f"{key} is {_short(text)}, which names no arguments")
+        raise InputError(f"{key} is {_short(text)}, which does not name arguments")
     for name, value in arguments.items():
         if name not in _TIMM_ARGUMENTS:
-            raise InputError(f"{key} sets {_short(name)}, which is not taken from a checkpoint")
+            raise InputError(f"{key} sets {_short(name)}, which a checkpoint may not set")
         values = value if isinstance(value, list) else [value]
         for item in values:
             is_word = isinstance(item, str) and _WORD.fullmatch(item)
             is_number = isinstance(item, (bool, int, float)) and abs(item) <= _TIMM_ARGUMENTS[name]
             if not (is_word or is_number or item is None) or len(values) > 16:
-                raise InputError(f"{key} sets {name} to {_short(value)}, which is not taken from a checkpoint")
+                raise InputError(f"{key} sets {name} to {_short(value)}, which a checkpoint may not do")
 
 
 def _short(value) -> str:

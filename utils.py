@@ -1,4 +1,4 @@
-"""Small things that have no better room: random states, and the count of operations."""
+"""Small helpers: random states, deterministic algorithms, and the count of operations."""
 
 import math
 import os
@@ -18,9 +18,9 @@ def seed_everything(seed: int) -> None:
 
 
 def make_deterministic() -> None:
-    """Has every operation give the same bits each time, on a GPU too; one that cannot raises RuntimeError.
+    """Makes every operation bitwise reproducible, also on a GPU; one that cannot be raises RuntimeError.
 
-    To be called before CUDA starts: cuBLAS reads its environment variable then.
+    Call it before CUDA starts, because cuBLAS reads its environment variable then.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -38,7 +38,7 @@ def get_rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Restores what ``get_rng_state`` returned."""
+    """Restores the result of ``get_rng_state``."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -51,9 +51,9 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one image of ``shape`` (C, H, W): convolutions, strip layers and linear layers."""
     training, parameter = model.training, next(model.parameters())
     model.eval()
-    # PyTorch's counter does not know this product in place, of (N, M, K) and (N, K, P), which fuses strip layers.
+    # PyTorch's counter lacks this in-place product of (N, M, K) and (N, K, P), which fused strip layers use.
     in_place = {torch.ops.aten.baddbmm_: lambda total, a, b, **other: 2 * math.prod(a) * b[-1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         model(torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype))
     model.train(training)
-    return counter.get_total_flops() // 2  # the counter takes a multiply-accumulate for two operations
+    return counter.get_total_flops() // 2  # the counter counts a multiply-accumulate as two operations

@@ -1,4 +1,4 @@
-"""YAML read strictly: a repeated key is an error, there are no aliases, and size and depth are bounded."""
+"""Strict YAML: repeated keys and aliases are errors, and size and depth are bounded."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for billions of values
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read; repeat the value",
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported; repeat the value",
                                        problem_mark=self.peek_event().start_mark)
         if self.depth == MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"values are nested more than {MAX_DEPTH} deep",
@@ -30,26 +30,26 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name = (key.tag, str(key.value))
             if name in names:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} occurs twice", problem_mark=key.start_mark)
             names.add(name)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path):
-    """What a YAML file holds.
+    """The content of a YAML file.
 
     Raises:
         MissingFileError: there is no such file.
-        InputError: it is none, repeats a key, uses aliases, or is too large or too deep; the line is named.
+        InputError: it is not YAML, repeats a key, uses aliases, or is too large or too deep; the line is named.
         OSError: it cannot be read.
     """
     if not path.is_file():  # opening a pipe could block forever
         raise MissingFileError(f"{path} does not exist or is not a regular file")
     if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path} has over {MAX_BYTES} bytes, too many for a YAML file of settings")
+        raise InputError(f"{path} has over {MAX_BYTES} bytes, too many for a file of settings")
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a date or number out of range
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise InputError(f"{path} is not a YAML file that is read here: {where}{problem.splitlines()[0]}") from None
+        raise InputError(f"{path} is not a YAML file that can be read: {where}{problem.splitlines()[0]}") from None

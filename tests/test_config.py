@@ -350,7 +350,7 @@ def test_shares(key):
     ("AUG: {RATIO: [0.5, .inf]}", "AUG.RATIO[1] is inf; it must be a finite number"),
     ("SEED: 9223372036854775808", "SEED is 9223372036854775808; it must be a finite number of at most 64 bits"),
     (f"TRAIN: {{BASE_LR: {10**400}}}", "TRAIN.BASE_LR is 1000000000000000000000000000000000000000; it must be"),
-    ("SEED: 1\nSEED: 2", "line 2: the key SEED is there twice"),
+    ("SEED: 1\nSEED: 2", "line 2: the key SEED occurs twice"),
     ('TAG: "a\\eb"', "TAG is 'a\\x1bb'; it must be a plain folder name"),
     ("- SEED", "holds list, not a mapping"),
     ("SEED: [", "is not a YAML file"),

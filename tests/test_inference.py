@@ -57,7 +57,7 @@ def test_released_checkpoint_needs_a_config(tmp_path, layout):
     config, model = tiny_network()
     released = {"model": as_stored(model.state_dict(), layout), "config": CfgNode({"MODEL": {"SWIN": 1}})}
     torch.save(released, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"a\.pth: its config: MODEL\.SWIN is a setting of Swin-Transformer.*use --cfg"):
+    with pytest.raises(ValueError, match=r"a\.pth: its config: MODEL\.SWIN is a setting of Swin.*use --cfg"):
         load_network(tmp_path / "a.pth")
     torch.save({"model": released["model"]}, tmp_path / "b.pth")
     with pytest.raises(ValueError, match=r"b\.pth: it holds no config; use --cfg"):

@@ -106,17 +106,17 @@ CASES = [
     (("optimizer", "state", 0, "exp_avg_sq"), lambda value: value - 1, "exp_avg_sq is not finite or is below 0"),
     (("rng",), [], "not a list of 1 random states"),
     (("rng",), {}, "not a list of 1 random states"),
-    (("rng", 0), None, "no random state"),
-    (("rng", 0, "python"), (3, (1, 2), None), "no random state"),
-    (("rng", 0, "python"), lambda state: (*state[:2], "1.5"), "no random state"),
-    (("rng", 0, "python"), lambda state: (3, (*state[1][:-1], 625), None), "no random state"),
+    (("rng", 0), None, "invalid random state"),
+    (("rng", 0, "python"), (3, (1, 2), None), "invalid random state"),
+    (("rng", 0, "python"), lambda state: (*state[:2], "1.5"), "invalid random state"),
+    (("rng", 0, "python"), lambda state: (3, (*state[1][:-1], 625), None), "invalid random state"),
     (("rng", 0, "numpy"), lambda state: (*state[:2], 10**6, *state[3:]), "out of range"),  # once a read beyond the end
-    (("rng", 0, "numpy"), lambda state: (*state[:2], "1", *state[3:]), "no random state"),
-    (("rng", 0, "numpy"), lambda state: (state[0], state[1][:3], *state[2:]), "no random state"),
-    (("rng", 0, "numpy"), lambda state: ("PCG64", *state[1:]), "no random state"),
-    (("rng", 0, "torch"), torch.zeros(5056, dtype=torch.uint8), "no random state"),
-    (("rng", 0, "torch"), lambda state: state.float(), "no random state"),
-    (("rng", 0, "torch"), lambda state: state[:10], "no random state"),
+    (("rng", 0, "numpy"), lambda state: (*state[:2], "1", *state[3:]), "invalid random state"),
+    (("rng", 0, "numpy"), lambda state: (state[0], state[1][:3], *state[2:]), "invalid random state"),
+    (("rng", 0, "numpy"), lambda state: ("PCG64", *state[1:]), "invalid random state"),
+    (("rng", 0, "torch"), torch.zeros(5056, dtype=torch.uint8), "invalid random state"),
+    (("rng", 0, "torch"), lambda state: state.float(), "invalid random state"),
+    (("rng", 0, "torch"), lambda state: state[:10], "invalid random state"),
 ]
 
 

@@ -82,7 +82,7 @@ def test_links_are_absolute(tmp_path, monkeypatch):
 def test_an_existing_split_is_not_touched(split, tmp_path):
     source = write_source(tmp_path, ant=5)
     (tmp_path / "out" / split).mkdir(parents=True)
-    with pytest.raises(InputError, match=f"out/{split} exists already; remove it or choose another folder"):
+    with pytest.raises(InputError, match=f"out/{split} already exists; remove it or choose another folder"):
         write_split(source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [split]
 
@@ -105,7 +105,7 @@ def test_nothing_half_made_is_left(fault, tmp_path, monkeypatch):
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_class_too_small_is_an_error_before_anything_is_written(count, tmp_path):
     source = write_source(tmp_path, ant=5, bass=count)
-    with pytest.raises(ValueError, match=f"bass holds {count} images, too few for one in train and one in val"):
+    with pytest.raises(ValueError, match=f"bass holds {count} images, too few for train and val"):
         write_split(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -113,7 +113,7 @@ def test_a_class_too_small_is_an_error_before_anything_is_written(count, tmp_pat
 def test_a_target_in_the_source_is_an_error(tmp_path):
     source = write_source(tmp_path, ant=5)
     for target in (source, source / "out"):
-        with pytest.raises(ValueError, match="where it would be taken for a class"):
+        with pytest.raises(ValueError, match="where it would count as a class"):
             write_split(source, target)
     assert [path.name for path in source.iterdir()] == ["ant"]
     assert write_split(source, tmp_path) == {"train": 4, "val": 1}  # beside the source is fine
@@ -125,7 +125,7 @@ def test_sources_without_classes(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no class folders"):
         plan_split(tmp_path)
     write_source(tmp_path, ant=5)
-    with pytest.raises(ValueError, match="SRC must be the folder of the class folders"):
+    with pytest.raises(ValueError, match="SRC must be the folder that holds the class"):
         plan_split(tmp_path)  # one level too high
 
 
@@ -136,5 +136,5 @@ def test_command_line(tmp_path):
     assert done.stdout == f"{tmp_path}/out: 2 classes, 12 images in train/, 3 in val/\n"
     again = run(["split_caltech101.py", source, tmp_path / "out", "--link"])
     assert again.returncode == 2 and again.stdout == ""
-    fault = f"{tmp_path}/out/train exists already; remove it or choose another folder"
+    fault = f"{tmp_path}/out/train already exists; remove it or choose another folder"
     assert again.stderr == f"split_caltech101.py: {fault}\n"

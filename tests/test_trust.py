@@ -61,7 +61,7 @@ def test_a_config_cannot_name_files_addresses_or_weights(attack, tmp_path, monke
     torch.save({"w": torch.zeros(3)}, weights)
     text = attack.replace("FILE", str(weights)).replace("FOLDER", str(tmp_path))
     path = timm_checkpoint(tmp_path / "evil.pth", text)
-    with Watch([path]) as watch, pytest.raises(InputError, match=r"evil\.pth: its config: MODEL\.TIMM_KWARGS .*--cfg$"):
+    with Watch([path]) as watch, pytest.raises(InputError, match=r"evil\.pth: its config: MODEL\.TIMM_KWARGS .* --cfg"):
         load_network(path)
     assert watch.events == []
     assert sorted(file.name for file in tmp_path.iterdir()) == ["evil.pth", "weights.pth"]
@@ -103,9 +103,9 @@ def test_only_the_architecture_is_taken(network):
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [
-    ("NUM_CLASSES", 10**10, r"MODEL\.NUM_CLASSES is 10000000000; numbers up to 1000000"),
+    ("NUM_CLASSES", 10**10, r"MODEL\.NUM_CLASSES is 10000000000; a checkpoint may set numbers up to 1000000"),
     ("NUM_CLASSES", float("nan"), r"MODEL\.NUM_CLASSES is nan"),
-    ("STRIP_MLP", {"DEPTHS": [1, 1, 10**6, 1]}, r"MODEL\.STRIP_MLP\.DEPTHS is 1000000; numbers up to 256"),
+    ("STRIP_MLP", {"DEPTHS": [1, 1, 10**6, 1]}, r"MODEL\.STRIP_MLP\.DEPTHS is 1000000; .* numbers up to 256"),
     ("STRIP_MLP", {"EMBED_DIM": 65536, "DEPTHS": [1, 1, 1, 1]}, r"a network of [0-9,]{15,} parameters and buffers"),
     ("STRIP_MLP", {"DEPTHS": list(range(17))}, r"MODEL\.STRIP_MLP\.DEPTHS has 17 entries"),
     ("STRIP_MLP", 3, r"MODEL\.STRIP_MLP is a group of keys"),
@@ -141,7 +141,7 @@ def test_check_size_counts_parameters_and_buffers():
         outline = torch.nn.Linear(50_000, 40_000 - 1)
     check_size(outline)
     outline.register_buffer("more", torch.empty(40_000, device="meta"))
-    with pytest.raises(InputError, match=r"2,000,029,999 parameters and buffers; up to 2,000,000,000"):
+    with pytest.raises(InputError, match=r"2,000,029,999 parameters and buffers; .* up to 2,000,000,000"):
         check_size(outline)
 
 
@@ -175,14 +175,14 @@ ODD = {
     "deep": (lambda: deep(10_000), "nested more than 32 deep|recursion"),
     "set": (lambda: {1, 2}, "type set"),
     "big number": (lambda: 2**64, "type int"),
-    "named by a tuple": (lambda: {(1, 2): 3}, "name a tuple of 2"),
-    "named by an escape": (lambda: {"\x1b[31m": 3}, r"name '\\x1b\[31m'"),
-    "named at length": (lambda: {"x" * 10**5: 3}, "name 'xxx"),
-    "meta tensor": (lambda: torch.empty(10, device="meta"), "no dense|not a dense one"),
-    "sparse tensor": (lambda: torch.eye(3).to_sparse(), "not a dense one"),
-    "compressed tensor": (lambda: torch.eye(3).to_sparse_csr(), "not a dense one"),
-    "nested tensor": (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "not a dense one"),
-    "quantised tensor": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "not a dense one"),
+    "named by a tuple": (lambda: {(1, 2): 3}, "named a tuple of 2"),
+    "named by an escape": (lambda: {"\x1b[31m": 3}, r"named '\\x1b\[31m'"),
+    "named at length": (lambda: {"x" * 10**5: 3}, "named 'xxx"),
+    "meta tensor": (lambda: torch.empty(10, device="meta"), "no dense|not dense"),
+    "sparse tensor": (lambda: torch.eye(3).to_sparse(), "not dense"),
+    "compressed tensor": (lambda: torch.eye(3).to_sparse_csr(), "not dense"),
+    "nested tensor": (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "not dense"),
+    "quantised tensor": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "not dense"),
     "conjugate": (lambda: torch.ones(3, dtype=torch.complex64).conj(), "conjugate"),
     "stretched tensor": (lambda: torch.zeros(1).expand(10**12), "larger than the file"),  # 4 TB if it were copied
 }

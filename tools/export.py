@@ -82,7 +82,7 @@ def export(source: Path, target: Path, format: str, config=None, fuse: bool = Fa
     if fuse and has_weights_only:
         raise InputError(f"--fuse is for onnx and torch-export; {format} holds the weights as they were trained")
     if target.exists():
-        raise InputError(f"{target} exists already; remove it or choose another name")
+        raise InputError(f"{target} already exists; remove it or choose another name")
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"{target.parent} is not a folder that can be written to")
     for package in packages:

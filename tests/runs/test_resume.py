@@ -171,7 +171,7 @@ def test_resume_with_another_world_size_and_batch_size(tmp_path):
     options = ("DATA.BATCH_SIZE", 10, "TRAIN.ACCUMULATION_STEPS", 2, "TRAIN.EPOCHS", 1)
     assert main.main(arguments(tmp_path, *options, tag="other")) == 0
     log = (target / "log_rank0.txt").read_text()
-    assert "resumed with batch_size 20 -> 10: the run goes on after as many images" in log
+    assert "resumed with batch_size 20 -> 10: the run continues after the same number of images" in log
     assert "epoch 0, 4 updates done" in log
     newest = checkpoint.newest_checkpoint(target)[1]
     assert newest["step"] == 14 and newest["epoch"] == 1  # 287 images: 28 micro-batches of 10, two to an update
@@ -180,7 +180,7 @@ def test_resume_with_another_world_size_and_batch_size(tmp_path):
 @pytest.mark.parametrize("options, reason", [
     (("MODEL.STRIP_MLP.EMBED_DIM", 16), "another network or data set: MODEL.STRIP_MLP.EMBED_DIM 8 -> 16"),
     (("TRAIN.OPTIMIZER.NAME", "sgd"), "written with another optimiser"),
-    (("TRAIN.FREEZE_STAGES", 1), "written with other parameter groups; set TRAIN.FREEZE_STAGES as it was"),
+    (("TRAIN.FREEZE_STAGES", 1), "written with other parameter groups; set TRAIN.FREEZE_STAGES to its old value"),
     (("TRAIN.LAYER_DECAY", 0.9), "written with other parameter groups"),
     (("DATA.DATA_PATH", "ANOTHER_FOLDER"),
      "trained on another data set"),

@@ -49,7 +49,7 @@ def test_a_resume_with_another_batch_on_a_full_disk_keeps_the_only_checkpoint(tr
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
     options = ("TRAIN.EPOCHS", 2, "TRAIN.WARMUP_EPOCHS", 0, "DATA.BATCH_SIZE", 80)
     assert main.main(arguments(tmp_path, *options, flags=["--allow-changes"])) == 2
-    assert "make room and rerun the same command" in capsys.readouterr().out
+    assert "free space and rerun the same command" in capsys.readouterr().out
     assert [path.name for path in checkpoint.list_checkpoints(folder(tmp_path))] == ["ckpt_step_00000007.pth"]
 
 

@@ -143,7 +143,7 @@ def test_a_file_with_other_outputs_is_not_written(error, network, tmp_path, monk
         (["NETWORK", "a.pth"], "a.pth: its ending does not name the format; add --format released or native"),
         (["NETWORK", "a.pth", "--format", "onnx"], "must end in .onnx"),
         (["NETWORK", "a.safetensors", "--fuse"], "--fuse is for onnx and torch-export; safetensors holds the weights"),
-        (["NETWORK", "here.pt2"], "here.pt2 exists already; remove it or choose another name"),
+        (["NETWORK", "here.pt2"], "here.pt2 already exists; remove it or choose another name"),
         (["NETWORK", "gone/a.pt2"], "gone is not a folder that can be written to"),
         (["gone.pth", "a.pt2"], "checkpoint gone.pth does not exist"),
         (["here.pt2", "a.pt2"], "here.pt2 is damaged or not a checkpoint"),
