@@ -3,7 +3,7 @@
 The step runs on fake tensors, which have shapes and layouts and no contents, on the CPU with CUDA's autocast. An
 operation is charged every distinct number that it reads, once, and every number that it writes. CUDA's kernels move
 more than that in a few places (``_extra``): cuDNN's convolutions copy maps that are not channels last and add their
-bias in a pass of its own; the norms read their input twice.
+bias in a pass of its own; a BatchNorm in training, and the norms' backward passes, read their input twice.
 """
 
 import weakref
@@ -239,7 +239,8 @@ def _extra(name: str, args, outputs) -> tuple[int, int]:
             copied.append(2 * _bytes(outputs[0]))
         return sum(copied), len(copied)
     if name in ("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"):
-        return _bytes(args[0]), 1
+        is_inference = args[5] is False  # then the statistics are there already
+        return (0, 0) if is_inference else (_bytes(args[0]), 1)
     if name in ("native_batch_norm_backward", "cudnn_batch_norm_backward", "batch_norm_backward",
                 "native_layer_norm_backward"):
         return _bytes(args[0]) + _bytes(args[1]), 1

@@ -56,6 +56,12 @@ def test_traffic_known_by_hand():
     assert {key: found.get(key) for key in expected} == expected
 
 
+def test_batch_norm_of_inference_reads_its_input_once():
+    found = by_operation(count_step(small_network().eval(), (N, 3, SIDE, SIDE), training=False, dtype=None))
+    map_8, row = 4 * 8 * PIXELS, 4 * 8
+    assert found["forward", "1", "native_batch_norm"] == (2 * map_8 + 4 * row, 1)
+
+
 def test_operations_of_a_measured_step():
     """They are those counted on fake tensors, each with a time; the loss and the backward pass too."""
     x = torch.randn(N, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
