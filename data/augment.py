@@ -1,7 +1,7 @@
-"""timm's augmentation policies as lists of steps: parsed by timm, drawn here, carried out by Pillow or on the device.
+"""timm's augmentation policies as lists of steps: parsed by timm, drawn here, applied by Pillow or on the device.
 
-A policy's draw says which operations one image gets and how strongly. ``pillow_ops.augment`` carries them out in a data
-worker, ``device_ops.augment`` for a whole batch on the device.
+A draw of a policy holds the operations for one image and their strengths. ``pillow_ops.augment`` applies them in a data
+worker, ``device_ops.augment`` to a whole batch on the device.
 """
 
 import math
@@ -14,10 +14,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment
 
 from models import InputError
 
-FILL = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)  # what geometric operations bring in from outside
+FILL = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)  # for pixels outside the image
 
-# The operations, by their number in arrays of steps. timm's names that differ only in how a magnitude becomes a value
-# (Posterize, PosterizeIncreasing, ...) are one operation here.
+# The operations, by their number in arrays of steps. Names of timm that differ only in how a magnitude becomes a value
+# (Posterize, PosterizeIncreasing, ...) are the same operation here.
 OPERATIONS = (
     "None", "Flip", "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
     "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY", "GaussianBlur",
@@ -28,7 +28,7 @@ class Step(NamedTuple):
     """One operation on one image."""
 
     operation: str
-    value: float = 0.0  # degrees, pixels, a factor, a threshold: whatever the operation takes
+    value: float = 0.0  # degrees, pixels, a factor or a threshold, depending on the operation
     bicubic: bool = True  # how geometric operations sample; False: bilinear
 
 
@@ -36,11 +36,11 @@ NOTHING = Step("None")
 
 
 class Draw(NamedTuple):
-    """What one image gets.
+    """The augmentation of one image.
 
-    ``steps`` are the chains of steps, one after the other; chains shorter than the longest are filled up. ``weights``
-    is empty where there is one chain. AugMix has several, each applied to the flipped image by itself: ``weights``
-    then holds the weight of each chain and, last, that of their mixture against the image.
+    ``steps`` are the chains of steps, one after the other; shorter chains are padded. ``weights`` is empty if there is
+    only one chain. AugMix has several, each applied separately to the flipped image: ``weights`` then holds the weight
+    of each chain and, last, that of their mixture against the image.
     """
 
     steps: list[Step]
@@ -51,13 +51,13 @@ class Policy:
     """The flip, the policy of ``AUG.AUTO_AUGMENT`` and the colour jitter of a config.
 
     Attributes:
-        length: steps of a draw, the same for every image; the first is the flip.
-        chains: which steps belong to each of AugMix's chains; empty for other policies.
+        length: number of steps in a draw, the same for every image; the first is the flip.
+        chains: the steps of each of AugMix's chains; empty for other policies.
         blended: AugMix blends its chains into the image one after the other.
-        first_common: the first of the steps after the flip and AugMix's chains.
+        first_common: the first step after the flip and AugMix's chains.
 
     Raises:
-        InputError: timm does not know the policy.
+        InputError: timm does not have the policy.
     """
 
     def __init__(self, config):
@@ -65,7 +65,7 @@ class Policy:
         self.flip = aug.HFLIP
         name = "" if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT
         self.timm = _parse(name, self.size, config.DATA.INTERPOLATION) if name else None
-        self.jitter = aug.COLOR_JITTER if not name or "3a" in name else 0.0  # as timm combines the two
+        self.jitter = aug.COLOR_JITTER if not name or "3a" in name else 0.0  # as timm combines them
         self.chains, self.blended, self.first_common, depth = [], False, 1, 0
         if isinstance(self.timm, auto_augment.RandAugment):
             depth = self.timm.num_layers
@@ -148,11 +148,11 @@ class Policy:
                 return name, min(2.0, 0.1 + 1.9 * level)
             case "GaussianBlurRand":
                 return "GaussianBlur", rng.uniform(0.1, 2.0 * min(1.0, level))
-        raise ValueError(f"timm's operation {name} is not known here")
+        raise ValueError(f"timm's operation {name} is not supported here")
 
 
 def _parse(name: str, size: int, interpolation: str):
-    """timm's own object for a policy string, with the settings that its ``create_transform`` gives it."""
+    """timm's object for a policy string, with the settings of its ``create_transform``."""
     settings = {"translate_const": int(0.45 * size), "img_mean": FILL}
     if interpolation != "random":
         settings["interpolation"] = Resampling[interpolation.upper()]
@@ -164,13 +164,13 @@ def _parse(name: str, size: int, interpolation: str):
         return auto_augment.auto_augment_transform(name, settings)
     except (AssertionError, KeyError, ValueError) as error:
         raise InputError(
-            f"AUG.AUTO_AUGMENT is {name!r}, which timm does not understand ({error}); "
-            "give a policy such as rand-m9-mstd0.5-inc1, or none"
+            f"AUG.AUTO_AUGMENT is {name!r}, which timm does not accept ({error}); "
+            "use a policy such as rand-m9-mstd0.5-inc1, or none"
         ) from error
 
 
 def _choose(policy: auto_augment.RandAugment, rng: random.Random) -> list:
-    """RandAugment's operations for one image: with replacement, or, where they have weights, without."""
+    """RandAugment's operations for one image, drawn with replacement, or without if they have weights."""
     if policy.choice_weights is None:
         return rng.choices(policy.ops, k=policy.num_layers)
     ops, weights, chosen = list(policy.ops), list(policy.choice_weights), []
@@ -190,7 +190,7 @@ def _augmix_weights(policy: auto_augment.AugMixAugment, rng: random.Random) -> l
 
 
 def successive_weights(weights: list[float], mixture: float) -> list[float]:
-    """AugMix's blended form: how much of each chain, one after the other, gives its share of the whole in the end."""
+    """AugMix's blended form: the factors with which blending the chains in turn gives each its share of the result."""
     left, found = 1.0, []
     for weight in reversed([weight * mixture for weight in weights]):
         share = weight / left

@@ -20,18 +20,18 @@ from .transforms import EvalSet, TrainDraws, TrainSet
 
 _PREFETCH = 2  # batches that each worker prepares ahead
 
-# By which a run is told to stop, where the system has them. Without sigwaitinfo (macOS) a worker cannot tell whose
-# SIGTERM it gets, and must not be deaf to it.
+# The signals that stop a run, if the system has them. Without sigwaitinfo (macOS) a worker cannot tell who sent a
+# SIGTERM, so it must not block it.
 _KNOWS_SENDER = hasattr(signal, "sigwaitinfo")
 _NAMES = ["SIGINT", "SIGUSR1", "SIGTERM"] if _KNOWS_SENDER else ["SIGINT", "SIGUSR1"]
 _SIGNALS = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}
 
 
 def prepare_data(config) -> None:
-    """What needs to be done once a machine: downloads CIFAR, lists folders, indexes shards. Call it before the loaders.
+    """The work to be done once per machine: downloads CIFAR, lists folders, indexes shards. Call it before the loaders.
 
     Raises:
-        MissingFileError: the download failed; the message says what to put where.
+        MissingFileError: the download failed; the message says which file to put where.
         InputError: a data set's files are not usable.
     """
     if config.DATA.DATASET in CIFAR:
@@ -72,10 +72,10 @@ def build_train_loader(config, rank: int = 0, world_size: int = 1, device="cpu")
 def build_val_loader(config, rank: int = 0, world_size: int = 1, device="cpu") -> DeviceBatches:
     """Batches of one process's share of the validation images, shaped as those of ``build_train_loader``.
 
-    Over all ranks each image comes exactly once: no padding, the last batch may be short, a rank may get no image.
+    Over all ranks each image occurs exactly once: no padding, the last batch may be short, a rank may get no image.
 
     Raises:
-        MissingFileError, InputError: as ``build_train_loader``; the training images need not be there.
+        MissingFileError, InputError: as ``build_train_loader``; the training images need not exist.
     """
     _check_channels(config)
     device = torch.device(device)
@@ -89,30 +89,30 @@ def build_val_loader(config, rank: int = 0, world_size: int = 1, device="cpu") -
 
 
 def augment_on(config, device) -> str:
-    """Where training images are augmented: ``"worker"`` or ``"device"``, which ``auto`` takes on an accelerator."""
+    """Where training images are augmented: ``"worker"`` or ``"device"``, which ``auto`` means on an accelerator."""
     if config.DATA.AUGMENT_ON != "auto":
         return config.DATA.AUGMENT_ON
     return "worker" if torch.device(device).type == "cpu" else "device"
 
 
 def shared_memory_needed(config) -> int:
-    """Bytes of shared memory (``/dev/shm``) that the batches of one process's data workers take at most."""
+    """The most shared memory (``/dev/shm``), in bytes, that the batches of one process's data workers take."""
     batch = config.DATA.BATCH_SIZE * config.DATA.IMG_SIZE**2 * 3
-    return batch * (_PREFETCH * config.DATA.NUM_WORKERS + 1)  # the one in use comes on top
+    return batch * (_PREFETCH * config.DATA.NUM_WORKERS + 1)  # plus the one in use
 
 
 def check_shared_memory(config, folder: str = "/dev/shm") -> None:
-    """Raises InputError where the machine's shared memory does not hold what the data workers share.
+    """Raises InputError if the machine has too little shared memory for the data workers.
 
-    Writing beyond it ends a worker with a bus error. Docker gives a container 64 MB.
+    A worker that writes beyond it dies with a bus error. Docker gives a container 64 MB.
 
     Args:
         config: the run's config.
-        folder: where the system keeps shared memory; without this folder nothing is checked.
+        folder: the system's folder for shared memory; if it does not exist, nothing is checked.
     """
     if not config.DATA.NUM_WORKERS or not os.path.isdir(folder):
         return
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, as torchrun says
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, set by torchrun
     needed, free = processes * shared_memory_needed(config), shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
@@ -123,7 +123,7 @@ def check_shared_memory(config, folder: str = "/dev/shm") -> None:
 
 
 def build_mixup(config) -> Mixup | None:
-    """timm's mixup and cutmix, from (images, labels) to (images, smoothed soft targets); None where both are off.
+    """timm's mixup and cutmix, from (images, labels) to (images, smoothed soft targets); None if both are off.
 
     Raises:
         InputError: the batch size is odd.
@@ -151,7 +151,7 @@ def build_mixup(config) -> Mixup | None:
 def _check_channels(config) -> None:
     channels = config.MODEL.STRIP_MLP.IN_CHANS
     if channels != 3:
-        raise InputError(f"MODEL.STRIP_MLP.IN_CHANS is {channels}, but the data pipeline makes RGB images; set it to 3")
+        raise InputError(f"MODEL.STRIP_MLP.IN_CHANS is {channels}, but the data sets hold RGB images; set it to 3")
 
 
 def _loading(config, device: torch.device) -> dict:
@@ -163,14 +163,14 @@ def _loading(config, device: torch.device) -> dict:
         "persistent_workers": workers > 0,
         "pin_memory": device.type == "cuda",  # page-locked, so that copies to the GPU do not wait
         "worker_init_fn": _end_with_the_parent,
-        "generator": torch.Generator(),  # else each new iterator would draw from the global one
+        "generator": torch.Generator(),  # otherwise each new iterator would draw from the global one
     }
 
 
 class _Loader(DataLoader):
-    """Its workers are deaf to signals from their first moment.
+    """A loader whose workers block the stop signals from the beginning.
 
-    A signal to stop often reaches them as well; the training process still needs them then to finish its update.
+    A stop signal often reaches them too, while the training process still needs them to finish its update.
     """
 
     def __iter__(self):
@@ -184,7 +184,7 @@ class _Loader(DataLoader):
 
 
 def _end_with_the_parent(worker: int) -> None:
-    """Lets SIGTERM end a worker when it comes from the training process, as it does when that one ends."""
+    """Lets SIGTERM end a worker only if the training process sent it, as it does when it ends."""
 
     def wait_for_the_parent():
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():

@@ -13,7 +13,7 @@ from models import InputError, MissingFileError
 
 @dataclass(frozen=True)
 class Cifar:
-    """Where the files of one of the two data sets are and how their records look."""
+    """Where the files of one of the two data sets are, and the format of their records."""
 
     python: type[datasets.CIFAR10]  # torchvision's reader of the Python version
     binary_folder: str
@@ -22,7 +22,7 @@ class Cifar:
     binary_md5: str  # of the binary version's archive
     label_bytes: int  # before the 3072 pixel bytes of a record; the last one is the label
     names_file: str
-    names: tuple[str, ...]  # of the classes, where the names file is missing
+    names: tuple[str, ...]  # of the classes, if the file of names is missing
 
 
 CIFAR = {
@@ -60,16 +60,16 @@ MD5 = {
 
 
 def download_cifar(name: str, root: Path, mirror: str = "") -> None:
-    """Makes ``name`` ready in ``root``: unpacks an archive that is there, else downloads the Python version.
+    """Prepares ``name`` in ``root``: unpacks an archive if there is one, else downloads the Python version.
 
     Args:
         name: ``"cifar10"`` or ``"cifar100"``.
         root: the folder, or one of the two archives in it.
-        mirror: URL of a folder that holds the Python version's archive; empty: the data set's own host.
+        mirror: URL of a folder that holds the Python version's archive; empty: the original host.
 
     Raises:
-        MissingFileError: the download failed; the message says what to put where.
-        InputError: an archive that is there is not the published one.
+        MissingFileError: the download failed; the message says which file to put where.
+        InputError: an archive exists but is not the published one.
     """
     root, cifar = cifar_folder(root), CIFAR[name]
     if _binary_folder(name, root) or (root / cifar.python.base_folder).is_dir():
@@ -106,10 +106,10 @@ def _md5(data: bytes) -> str:
 def read_cifar(name: str, root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
     """Images uint8 (N, 32, 32, 3), labels and class names of the ``"train"`` or ``"val"`` split of ``name``.
 
-    The binary version is taken if it is in ``root`` (or is ``root``), else the Python version. Both are checked by MD5.
+    Reads the binary version if it is in ``root`` (or is ``root``), else the Python version. Both are checked by MD5.
 
     Raises:
-        MissingFileError: neither is there, or a file is missing.
+        MissingFileError: neither exists, or a file is missing.
         InputError: a file of the binary version is damaged.
     """
     root = cifar_folder(root)

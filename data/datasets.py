@@ -1,4 +1,4 @@
-"""The data sets. Each has ``classes`` (their names, by label) and gives ``(RGB PIL image, label)`` by index."""
+"""The data sets. Each has ``classes`` (names by label) and returns ``(RGB PIL image, label)`` for an index."""
 
 import gzip
 from pathlib import Path
@@ -51,18 +51,19 @@ class ArrayDataset(Dataset):
 def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Dataset:
     """The ``"train"`` or ``"val"`` split of ``DATA.DATASET``, its classes checked.
 
-    ``rank`` and ``world_size`` say which share of a zipped data set to cache.
+    ``rank`` and ``world_size`` determine the share of a zipped data set to cache.
 
     Raises:
         MissingFileError: files are missing; the message says which and what to do.
-        InputError: files are damaged, the classes of the two splits differ, or there are not ``MODEL.NUM_CLASSES``.
+        InputError: files are damaged, the classes of the two splits differ, or their number is not
+            ``MODEL.NUM_CLASSES``.
     """
     name, num_classes = config.DATA.DATASET, config.MODEL.NUM_CLASSES
     part, split = split, "train" if config.DATA.HOLD_OUT else split
     where = DIGITS_FILE.parent if name == "digits" else data_path(config)
     if config.DATA.ZIP_MODE:
         if name not in FOLDER_SETS:
-            raise InputError(f"DATA.ZIP_MODE reads {', '.join(FOLDER_SETS)}; DATA.DATASET is {name}")
+            raise InputError(f"DATA.ZIP_MODE is for {', '.join(FOLDER_SETS)}; DATA.DATASET is {name}")
         check_zip_classes(where, num_classes)
         dataset = ZipDataset(where, split, num_classes, config.DATA.CACHE_MODE, rank, world_size)
     elif name in FOLDER_SETS:
@@ -82,13 +83,13 @@ def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Dat
 
 
 def hold_out(dataset: Dataset, share: float, part: str) -> ArrayDataset:
-    """The ``"val"`` part of a training set, a random ``share`` that is always the same, or the rest, ``"train"``.
+    """The ``"val"`` part of a training set, a fixed random ``share`` of it, or the rest, ``"train"``.
 
     Raises:
         InputError: the data set is not held in memory.
     """
     if not isinstance(dataset, ArrayDataset):
-        raise InputError("DATA.HOLD_OUT is for cifar10, cifar100 and digits; set it to 0 and make a val/ folder")
+        raise InputError("DATA.HOLD_OUT is for cifar10, cifar100 and digits; set it to 0 and create a val/ folder")
     order, cut = np.random.RandomState(0).permutation(len(dataset)), round(share * len(dataset))
     chosen = np.sort(order[:cut] if part == "val" else order[cut:])
     return ArrayDataset(dataset.images[chosen], [dataset.labels[i] for i in chosen], dataset.classes)
@@ -101,12 +102,12 @@ def data_path(config) -> Path:
         InputError: ``DATA.DATA_PATH`` is empty.
     """
     if not config.DATA.DATA_PATH:
-        raise InputError(f"DATA.DATA_PATH is empty; give the folder of {config.DATA.DATASET} with --data-path DIR")
+        raise InputError(f"DATA.DATA_PATH is empty; name the folder of {config.DATA.DATASET} with --data-path DIR")
     return Path(config.DATA.DATA_PATH).expanduser()
 
 
 def open_images(root: Path, split: str, hint: str = "") -> Dataset:
-    """One split of a data set in whichever form ``root`` holds: tar shards, Hugging Face's, or class folders.
+    """One split of a data set in the form that ``root`` holds: tar shards, Hugging Face's, or class folders.
 
     Raises:
         MissingFileError, InputError: see ``ShardDataset``, ``HubDataset``, ``FolderDataset``; or the two splits have
@@ -124,7 +125,7 @@ def open_images(root: Path, split: str, hint: str = "") -> Dataset:
 
 
 def prepare_listings(root: Path) -> None:
-    """Indexes the shards in ``root``, or lists its class folders, so that every process finds what one has listed."""
+    """Indexes the shards in ``root``, or lists its class folders, once for all processes."""
     for split in ("train", "val"):
         if find_shards(root, split):
             read_index(root, split)
@@ -133,18 +134,18 @@ def prepare_listings(root: Path) -> None:
 
 
 def check_zip_classes(root: Path, num_classes: int) -> None:
-    """Raises InputError where ``train_map.txt`` and ``val_map.txt`` are both there and have different classes."""
+    """Raises InputError if ``train_map.txt`` and ``val_map.txt`` both exist and have different classes."""
     maps = root / "train_map.txt", root / "val_map.txt"
     if all(path.is_file() for path in maps):
         train, val = (read_map(path, num_classes)[2] for path in maps)
         numbers = [str(label) for label in range(num_classes)]
-        if train == numbers[: len(train)] or val == numbers[: len(val)]:  # one has no names, so compare the labels
+        if train == numbers[: len(train)] or val == numbers[: len(val)]:  # one has no names: compare the labels
             train, val = numbers[: len(train)], numbers[: len(val)]
         check_same_classes(train, val, root)
 
 
 def check_same_classes(train: list[str], val: list[str], where: Path) -> None:
-    """Raises InputError, naming them, where the classes of the two splits of a data set differ."""
+    """Raises an InputError that names the classes if those of the two splits differ."""
     faults = []
     for split, missing in (("val", set(train) - set(val)), ("train", set(val) - set(train))):
         if missing:

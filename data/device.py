@@ -11,19 +11,19 @@ from .transforms import Sample
 
 
 class DeviceBatches:
-    """Batches as the network takes them: normalised float32 (N, 3, S, S), channels last, and targets, on the device.
+    """Batches for the network: normalised float32 (N, 3, S, S), channels last, and targets, on the device.
 
-    Batches come as bytes, four times smaller than floats. On CUDA the next one is copied on a stream of its own while
-    the network is busy with the one before.
+    Batches arrive as bytes, a quarter of the size of floats. On CUDA the next batch is copied on a separate stream
+    while the network processes the current one.
 
     Args:
-        loader: gives a ``Sample`` of each batch, in host memory or on the device.
-        device: where the batches go.
-        policy: of the augmentation steps that the loader left to the device, or None.
+        loader: yields a ``Sample`` for each batch, in CPU memory or on the device.
+        device: the device of the batches.
+        policy: the policy of the augmentation steps to apply on the device, or None.
         erase_mode: what erased rectangles are filled with: ``"pixel"`` (noise), ``"rand"`` (one random colour) or
             ``"const"`` (the mean colour).
         mixup: timm's Mixup, which turns targets into soft ones, or None. Its draws come from NumPy's global generator
-            when a batch is handed over, not when it is copied, so that a resumed run goes on with the same ones.
+            when a batch is returned, not when it is copied, so that a resumed run continues with the same ones.
 
     Attributes:
         dataset, batch_sampler: the loader's.
@@ -59,7 +59,7 @@ class DeviceBatches:
         return images, targets
 
     def _erase(self, images: torch.Tensor, erased: torch.Tensor) -> None:
-        """Fills rectangles, given as int64 (N, R, 5) on the host; each one's noise is a function of its own seed."""
+        """Fills rectangles, given as int64 (N, R, 5) on the CPU; the noise of each depends only on its own seed."""
         for image, rectangles in zip(images, erased.tolist(), strict=True):
             for top, left, height, width, seed in rectangles:
                 if height == 0:
@@ -74,9 +74,9 @@ class DeviceBatches:
 
 
 def copied_ahead(batches, device: torch.device) -> Iterator[Sample]:
-    """Batches with images and targets on the device; what only the host reads stays there.
+    """Batches with images and targets on the device; tensors that only the CPU reads stay there.
 
-    On CUDA the copy of the next batch is under way before a batch is given out.
+    On CUDA the copy of the next batch starts before a batch is returned.
     """
     if device.type != "cuda":
         for batch in batches:

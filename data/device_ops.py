@@ -1,8 +1,8 @@
 """timm's augmentation operations on batches of uint8 images (N, 3, H, W), on any device.
 
-Every operation takes the images, one value for each of them (N) and whether to sample bicubically, and gives new
+Every operation takes the images, one value for each of them (N) and whether to sample bicubically, and returns new
 images. Each agrees with Pillow's result for the same image: photometric ones within 1 level, geometric ones within 1
-level but for pixels on the border of what lies outside the image, where rounding may decide otherwise.
+level except for pixels at the border of the image's outside, where rounding may differ.
 """
 
 import torch
@@ -16,9 +16,9 @@ def augment(images: torch.Tensor, policy: Policy, steps: torch.Tensor, weights: 
 
     Args:
         images: uint8 (N, 3, H, W), on any device; may be overwritten.
-        policy: what drew the steps.
-        steps: float32 (N, policy.length, 3) on the host, as ``augment.encode`` gives them.
-        weights: float32 (N, chains + 1) on the host, or (N, 0) where the policy has no chains.
+        policy: the policy that drew the steps.
+        steps: float32 (N, policy.length, 3) on the CPU, as ``augment.encode`` returns them.
+        weights: float32 (N, chains + 1) on the CPU, or (N, 0) if the policy has no chains.
     """
     images = run(images, steps[:, :1])  # the flip
     if policy.chains:
@@ -27,7 +27,7 @@ def augment(images: torch.Tensor, policy: Policy, steps: torch.Tensor, weights: 
 
 
 def _mix_chains(images: torch.Tensor, policy: Policy, steps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """AugMix: the images mixed with what several chains of steps make of them."""
+    """AugMix: the images mixed with the results of several chains of steps."""
     chains = [run(images.clone(), steps[:, part]) for part in policy.chains]
     *weights, mixture = weights.unbind(1)
     if policy.blended:
@@ -40,11 +40,11 @@ def _mix_chains(images: torch.Tensor, policy: Policy, steps: torch.Tensor, weigh
 
 
 def run(images: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """The images after one step after the other; those that drew the same operation go through it together.
+    """The images after all steps in turn; images that drew the same operation are processed together.
 
     Args:
-        images: uint8 (N, 3, H, W), on any device; is overwritten.
-        steps: float32 (N, L, 3) on the host.
+        images: uint8 (N, 3, H, W), on any device; overwritten.
+        steps: float32 (N, L, 3) on the CPU.
     """
     kinds = (2 * steps[:, :, 0] + steps[:, :, 2]).int()  # images of one kind share operation and sampling
     order = kinds.argsort(dim=0, stable=True)
@@ -187,7 +187,7 @@ def _rotate(images, degrees, bicubic):
 
 
 def _taps(position: torch.Tensor, size: int, bicubic: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """What a sample at ``position`` reads along one axis, and how far it lies behind the nearest before it."""
+    """The pixels that a sample at ``position`` reads along one axis, and its distance from the last one before it."""
     position = position - 0.5
     first = position.floor()
     reach = (-1, 0, 1, 2) if bicubic else (0, 1)
@@ -195,7 +195,7 @@ def _taps(position: torch.Tensor, size: int, bicubic: bool) -> tuple[list[torch.
 
 
 def _interpolate(taps: list[torch.Tensor], d: torch.Tensor) -> torch.Tensor:
-    """Between two taps linearly, between four by Pillow's cubic of ``Image.transform`` (a = -1)."""
+    """Interpolates two taps linearly, and four with the cubic of Pillow's ``Image.transform`` (a = -1)."""
     if len(taps) == 2:
         return taps[0] + (taps[1] - taps[0]) * d
     a, b, c, e = taps

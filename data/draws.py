@@ -1,16 +1,16 @@
-"""What is random about one training image: its crop, its augmentation steps, its erased rectangles.
+"""The random choices for one training image: its crop, its augmentation steps, its erased rectangles.
 
-All of it is drawn from one generator, a function of seed, epoch and index alone. So it does not matter which process
-makes an image, on what device, nor what was made before it.
+All are drawn from one generator, which depends only on seed, epoch and index. It does not matter which process prepares
+an image, on which device, or which images came before it.
 """
 
 import math
 import random
 from typing import NamedTuple
 
-ERASED_AREA = (0.02, 1 / 3)  # share of the image that random erasing takes, over all rectangles; timm's
-ERASED_RATIO = (0.3, 1 / 0.3)  # height over width of a rectangle; timm's
-_TRIES = 10  # for a crop or a rectangle that fits; timm's
+ERASED_AREA = (0.02, 1 / 3)  # share of the image that random erasing covers, over all rectangles; as in timm
+ERASED_RATIO = (0.3, 1 / 0.3)  # height over width of a rectangle; as in timm
+_TRIES = 10  # for a crop or a rectangle that fits; as in timm
 
 
 class Rectangle(NamedTuple):
@@ -37,7 +37,7 @@ def draw_crop(rng: random.Random, width: int, height: int, scale, ratio) -> Rect
         ratio: smallest and largest width over height.
 
     Returns:
-        The crop; where none of ten fits, the largest centred one of an admitted ratio.
+        The crop; if none of ten fits, the largest centred one of an allowed ratio.
     """
     for _ in range(_TRIES):
         area = rng.uniform(*scale) * width * height
@@ -51,7 +51,7 @@ def draw_crop(rng: random.Random, width: int, height: int, scale, ratio) -> Rect
 
 
 def draw_erasing(rng: random.Random, size: int, probability: float, most: int) -> list[tuple[Rectangle, int]]:
-    """The rectangles that random erasing takes from a ``size`` x ``size`` image, and a seed for each one's noise.
+    """The rectangles that random erasing fills in a ``size`` x ``size`` image, and a seed for the noise of each.
 
     Args:
         rng: the image's generator.

@@ -17,11 +17,11 @@ class FolderDataset(EncodedImages):
     Args:
         root: the folder of ``train/`` and ``val/``.
         split: ``"train"`` or ``"val"``.
-        hint: what to add to the error where the split is missing.
+        hint: text to add to the error if the split is missing.
 
     Raises:
         MissingFileError: a folder is missing or holds no image.
-        InputError: images lie outside the class folders, or a link leads back to a folder that it lies in.
+        InputError: images are outside the class folders, or a link leads back to a folder that contains it.
     """
 
     def __init__(self, root: Path, split: str, hint: str = ""):
@@ -33,7 +33,7 @@ class FolderDataset(EncodedImages):
             )
         for entry in os.scandir(self.folder):
             if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
-                raise InputError(f"{entry.path} lies outside the class folders; move it to {self.folder}/<its class>/")
+                raise InputError(f"{entry.path} is outside the class folders; move it to {self.folder}/<its class>/")
         self.classes = class_folders(self.folder)
         if not self.classes:
             raise MissingFileError(
@@ -52,7 +52,7 @@ class FolderDataset(EncodedImages):
     def read(self, index: int) -> bytes:
         try:
             return read_file(self.name(index))
-        except MissingFileError as error:  # it was there when the folder was listed
+        except MissingFileError as error:  # it existed when the folder was listed
             raise ImageError(str(error)) from error
 
     def name(self, index: int) -> str:
@@ -60,13 +60,13 @@ class FolderDataset(EncodedImages):
 
 
 def _likely_cause(root: Path, split: str) -> str:
-    """What may have led to a folder that does not exist, for its message."""
+    """A likely reason why a folder does not exist, for its message."""
     if (root.parent / split).is_dir():
-        return f"; give {root.parent}, which does"
+        return f"; name {root.parent} instead"
     drive = PureWindowsPath(root).drive
-    return f"; this is a path of Windows, which WSL has under /mnt/{drive[0].lower()}" if drive else ""
+    return f"; this is a Windows path, which WSL has under /mnt/{drive[0].lower()}" if drive else ""
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The sorted names of the folders in ``folder``, none where it does not exist."""
+    """The sorted names of the folders in ``folder``, or none if it does not exist."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []

@@ -1,7 +1,7 @@
-"""Data sets of Hugging Face's ``datasets`` on disk: written by ``save_to_disk``, or Parquet files as the Hub has them.
+"""Data sets of Hugging Face's ``datasets`` on disk: written by ``save_to_disk``, or Parquet files as on the Hub.
 
-The optional package reads them memory-mapped: data workers share one copy. Parquet files it converts first, once, into
-its own cache, which takes as much disk again; what ``save_to_disk`` wrote is read where it lies.
+The optional package memory-maps them, so data workers share one copy. It first converts Parquet files, once, into its
+own cache, which takes as much disk space as the files; the output of ``save_to_disk`` is read in place.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ def is_hub_folder(root: Path) -> bool:
 
 
 def _parquet(root: Path, split: str) -> list[str]:
-    for name in SPLITS[split][:2]:  # test files of image sets on the Hub hold no labels
+    for name in SPLITS[split][:2]:  # test files of image sets on the Hub have no labels
         files = sorted(str(path) for path in [*root.glob(f"{name}*.parquet"), *root.glob(f"data/{name}*.parquet")])
         if files:
             return files
@@ -27,14 +27,14 @@ def _parquet(root: Path, split: str) -> list[str]:
 
 
 class HubDataset(EncodedImages):
-    """Images and labels of one split; the columns are ``image`` and ``label``, the latter with the classes' names.
+    """Images and labels of one split; the columns are ``image`` and ``label``, the latter with the class names.
 
     Args:
-        root: the folder that ``save_to_disk`` wrote, or one of Parquet files (``data/train-*.parquet``).
+        root: a folder written by ``save_to_disk``, or one of Parquet files (``data/train-*.parquet``).
         split: ``"train"`` or ``"val"``.
 
     Raises:
-        MissingFileError: the split or the package is not there.
+        MissingFileError: the split or the package is missing.
         InputError: the files are damaged, or lack a column.
     """
 
@@ -71,11 +71,12 @@ class HubDataset(EncodedImages):
         except MissingFileError:
             raise
         except Exception as error:  # Arrow's, Parquet's and the package's own have no class in common
-            raise InputError(f"{self.root}: the {self.split} split cannot be read ({error}); get it again") from error
+            raise InputError(f"{self.root}: the {self.split} split cannot be read ({error}); download it "
+                             "again") from error
 
     def read(self, index: int) -> bytes:
         image = self.table[index]["image"]
-        if image is None or image["bytes"] is None:  # a path alone could be that of any file
+        if image is None or image["bytes"] is None:  # a path could be that of any file
             raise ImageError(f"{self.name(index)} holds no image")
         return image["bytes"]
 

@@ -1,4 +1,4 @@
-"""Encoded image bytes to RGB images, strictly: a damaged file is an error, never a grey patch."""
+"""Strict decoding of image files to RGB images: a damaged file is an error, never a grey patch."""
 
 import contextlib
 import io
@@ -20,16 +20,16 @@ class ImageError(InputError):
 
 
 class EncodedImages(Dataset):
-    """Images that are stored encoded, and their labels. A subclass sets ``labels`` and says how an image is read."""
+    """Images that are stored encoded, and their labels. A subclass sets ``labels`` and implements reading."""
 
     labels: list[int]
 
     def read(self, index: int) -> bytes:
-        """An image as it is stored; raises ImageError where it cannot be read."""
+        """The stored bytes of an image; raises ImageError if it cannot be read."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What to call an image in messages: its path, or where it is stored."""
+        """The name of an image in messages: its path, or where it is stored."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class EncodedImages(Dataset):
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of an image file; one that is no regular file is not waited for, as a pipe without a writer would be.
+    """The bytes of an image file; only regular files are opened, since a pipe without a writer would block.
 
     Raises:
         MissingFileError: there is no such file.
@@ -62,7 +62,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def load_image(path: str | Path, upright: bool = False) -> Image.Image:
-    """The image file at ``path``, as ``decode_image`` gives it.
+    """The image file at ``path``, decoded by ``decode_image``.
 
     Raises:
         MissingFileError: there is no such file.
@@ -78,28 +78,28 @@ def decode_image(data: bytes, name: str, upright: bool = False) -> Image.Image:
 
     Args:
         data: a whole image file, in any format that Pillow reads.
-        name: what to call it in errors.
-        upright: turn it as its EXIF orientation says. Training and evaluation do not, as torchvision and timm do not.
+        name: its name in error messages.
+        upright: apply its EXIF orientation. Training and evaluation do not, like torchvision and timm.
 
     Raises:
-        ImageError: ``data`` is empty, truncated, damaged or no image at all.
+        ImageError: ``data`` is empty, truncated, damaged or not an image.
     """
     if not data:
         raise ImageError(f"{name} is empty (0 bytes)")
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # a global of Pillow that some libraries switch on
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # a global setting of Pillow that some libraries turn on
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _to_rgb(ImageOps.exif_transpose(image) if upright else image)
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image of a known format") from None
-    except Exception as error:  # decoders raise a dozen types, none of which names the file
+    except Exception as error:  # decoders raise a dozen types of errors, which do not name the file
         raise ImageError(f"{name} cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def decode_pixels(data: bytes, name: str) -> np.ndarray:
-    """The image that ``data`` encodes as uint8 (H, W, 3): ``decode_image`` for training, where time counts.
+    """The image that ``data`` encodes as uint8 (H, W, 3): a faster ``decode_image``, for training.
 
-    Colour JPEGs are decoded by torchvision, with the same libjpeg-turbo but without Pillow's copies.
+    torchvision decodes colour JPEGs, with the same libjpeg-turbo but without Pillow's copies.
 
     Raises:
         ImageError: as ``decode_image``.
@@ -109,13 +109,13 @@ def decode_pixels(data: bytes, name: str) -> np.ndarray:
             is_plain = header.format == "JPEG" and header.mode == "RGB"
         if is_plain:
             planes = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            return planes.permute(1, 2, 0).contiguous().numpy()  # (C, H, W) -> (H, W, C), which it is in memory
-    return np.asarray(decode_image(data, name))  # which also says what is wrong with it
+            return planes.permute(1, 2, 0).contiguous().numpy()  # (C, H, W) -> (H, W, C), its layout in memory
+    return np.asarray(decode_image(data, name))  # also reports what is wrong with it
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no range that could be scaled to 8 bits")
+        raise ValueError("floating-point pixels have no defined range and cannot be scaled to 8 bits")
     if image.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip at 255
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:

@@ -1,4 +1,4 @@
-"""Lists of many files: kept compactly, cached beside the data and checked before they are used again."""
+"""Compact lists of many files, cached beside the data and checked before they are used again."""
 
 import contextlib
 import hashlib
@@ -17,30 +17,30 @@ from models import InputError
 
 logger = logging.getLogger("strip_mlp")
 
-WORTH_CACHING = 20_000  # files; fewer are listed in a moment
-_SETTLED = 3  # seconds after which a folder's time stamp tells a later change from an earlier one
+WORTH_CACHING = 20_000  # files; listing fewer is fast
+_SETTLED = 3  # seconds; a folder's time stamp may not show two changes within them
 
 
 class Names(Sequence):
-    """Text by index, in two arrays: a list of a million strings would be copied into every data worker.
+    """Strings in two arrays; a list of a million strings would be copied into every data worker.
 
     Args:
-        text: uint8, the names one after the other in UTF-8.
-        ends: int64, where each ends.
+        text: uint8, all names in UTF-8, without separators.
+        ends: int64, the end of each name.
 
     Raises:
-        ValueError: the arrays, which may come from a file, do not belong together.
+        ValueError: the arrays, which may come from a file, do not match.
     """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray):
         kinds = (text.dtype, text.ndim, ends.dtype, ends.ndim)
         if kinds != (np.uint8, 1, np.int64, 1) or (np.diff(ends, prepend=0, append=len(text)) < 0).any():
-            raise ValueError("these are no names")
+            raise ValueError("the arrays do not hold names")
         self.text, self.ends = text, ends
 
     @classmethod
     def of(cls, names) -> "Names":
-        """From strings; file names that are not UTF-8 stay what they are."""
+        """From strings; file names that are not UTF-8 are kept unchanged."""
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]
         ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
@@ -57,10 +57,10 @@ def list_images(folder: Path, classes: list[str], extensions: tuple[str, ...]) -
     """The images below each class folder, in the order of their names: paths relative to ``folder``, and labels.
 
     A listing of 20,000 images or more is cached as ``.listing_<folder>.npz`` beside ``folder``, or in the user's cache
-    where that cannot be written, and used again as long as no folder in it has changed.
+    if that cannot be written, and used again until a folder in it changes.
 
     Raises:
-        InputError: a link leads back to a folder that it lies in.
+        InputError: a link leads back to a folder that contains it.
     """
     place = folder.parent / f".listing_{folder.name}.npz"
     cached = load(place) or {}
@@ -88,11 +88,11 @@ def list_images(folder: Path, classes: list[str], extensions: tuple[str, ...]) -
 
 
 def _walk(root: Path, relative: str, folders: dict[str, int], above: tuple) -> Iterator[str]:
-    """Files below ``root/relative``, sorted; notes the folders' times."""
+    """Files below ``root/relative``, sorted; records the folders' times."""
     status = os.stat(root / relative)
     identity = status.st_dev, status.st_ino
     if identity in above:
-        raise InputError(f"{root / relative} is a link to a folder that it lies in, and would be listed without end; "
+        raise InputError(f"{root / relative} is a link to a folder that contains it, so the listing would never end; "
                          "remove it")  # fmt: skip
     folders[relative] = status.st_mtime_ns
     inner = []
@@ -121,19 +121,19 @@ def _time(path: Path) -> int:
 
 
 def load(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays saved for ``path``, there or in the user's cache; None where there are none that can be read."""
+    """The arrays saved for ``path``, there or in the user's cache; None if they cannot be read."""
     for place in (path, _in_cache(path)):
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             with zipfile.ZipFile(place) as archive:
                 is_stored = all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
-            if is_stored:  # as save() leaves it; else a small file could fill the memory
+            if is_stored:  # uncompressed, as save() writes it; otherwise a small file could fill the memory
                 with np.load(place, allow_pickle=False) as arrays:
                     return dict(arrays)
     return None
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Saves arrays as ``path``, whole or not at all, or in the user's cache where that cannot be written."""
+    """Saves arrays as ``path``, atomically, or in the user's cache if that cannot be written."""
     for place in (path, _in_cache(path)):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
             return
         except OSError as error:
             failure = error
-    logger.warning("no listing was saved for %s (%s); the next run makes it again", path, failure)
+    logger.warning("the list of files of %s could not be cached (%s); the next run creates it again", path, failure)
 
 
 def _in_cache(path: Path) -> Path:

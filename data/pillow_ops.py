@@ -1,6 +1,6 @@
-"""The steps of an augmentation on one image in a data worker, by timm's operations on PIL images.
+"""Applies the steps of an augmentation to one image in a data worker, with timm's operations on PIL images.
 
-Shears and translations are done here instead, in under half of the time: they only move each row (or column) by itself.
+Shears and translations have their own code here, in less than half of the time: they only shift each row (or column).
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def augment(image: Image.Image, policy: Policy, draw: Draw) -> Image.Image:
 
 
 def _mix_chains(image: Image.Image, policy: Policy, draw: Draw) -> Image.Image:
-    """AugMix: the image mixed with what several chains of steps make of it."""
+    """AugMix: the image mixed with the results of several chains of steps."""
     chains = [run(image, draw.steps[part]) for part in policy.chains]
     *weights, mixture = draw.weights
     if policy.blended:
@@ -34,7 +34,7 @@ def _mix_chains(image: Image.Image, policy: Policy, draw: Draw) -> Image.Image:
 
 
 def run(image: Image.Image, steps: list[Step]) -> Image.Image:
-    """The image after one step after the other."""
+    """The image after all steps in turn."""
     for step in steps:
         if step.operation != "None":
             sampling = Resampling.BICUBIC if step.bicubic else Resampling.BILINEAR
@@ -47,7 +47,7 @@ def _flip(image: Image.Image, _, **settings) -> Image.Image:
 
 
 def _posterize(image: Image.Image, bits: float, **settings) -> Image.Image:
-    """timm's, with the black image for 0 bits that Pillow gave before version 13, which makes it an error."""
+    """timm's, with a black image for 0 bits, as before Pillow 13, which raises an error."""
     return auto_augment.posterize(image, int(bits)) if bits > 0 else Image.new(image.mode, image.size)
 
 
@@ -82,7 +82,7 @@ def _shift_rows(image: Image.Image, shift: np.ndarray, bicubic: bool) -> Image.I
         taps = range(-1, 3)
     else:
         weights, taps = (1 - d, d), range(2)
-    reach = min(int(np.abs(first).max()) + 2, width + 2)  # beyond the border everything is fill
+    reach = min(int(np.abs(first).max()) + 2, width + 2)  # beyond the border everything is filled
     padded = np.pad(pixels, ((0, 0), (reach, reach)), "edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)  # (H, 2 * reach + 1, W)
     rows, total = np.arange(height), np.full((height, 4 * width), 2**-10, np.float32)  # 76.9999 is 77, not cut to 76

@@ -1,4 +1,4 @@
-"""Small data sets that live on the device as bytes: crop and resize happen there too, and no worker is needed."""
+"""Small data sets that are kept on the device as bytes, cropped and resized there, without workers."""
 
 from collections.abc import Iterator
 
@@ -13,15 +13,15 @@ from .transforms import Sample, TrainDraws, eval_size
 
 
 def fits(images, config) -> bool:
-    """Whether a data set can live on the device: it is in memory, and its images are no larger than the input size.
+    """Whether a data set can be kept on the device: it is in memory, and its images are no larger than the input size.
 
-    Only for those is the resizing on the device Pillow's to the bit.
+    Only for those does the resizing on the device equal Pillow's bit for bit.
     """
     return isinstance(images, ArrayDataset) and max(images.images.shape[1:3]) <= config.DATA.IMG_SIZE
 
 
 class _Resident:
-    """What both splits share: images uint8 (N, H, W, 3) and labels on the device."""
+    """The common part of both splits: images uint8 (N, H, W, 3) and labels on the device."""
 
     def __init__(self, images: ArrayDataset, device: torch.device):
         self.images, self.classes, self.labels = images, images.classes, images.labels
@@ -32,18 +32,18 @@ class _Resident:
         return len(self.images)
 
     def bad_images(self) -> list[str]:
-        """No image can be bad that is in memory."""
+        """Empty: images in memory cannot be damaged files."""
         return []
 
 
 class ResidentTrainLoader:
-    """Training batches as a worker would make them with the augmentation left to the device, made on the device.
+    """Training batches like those of a worker that leaves the augmentation to the device, prepared on the device.
 
     Args:
         images: the data set.
         draws: of the augmentation.
-        sampler: the batches, as lists of ``(epoch, index)``.
-        device: where images live.
+        sampler: yields the batches as lists of ``(epoch, index)``.
+        device: the device of the images.
     """
 
     def __init__(self, images: ArrayDataset, draws: TrainDraws, sampler: TrainBatchSampler, device: torch.device):
@@ -69,13 +69,13 @@ class ResidentTrainLoader:
 
 
 class ResidentEvalLoader:
-    """Validation batches, resized on the device to Pillow's bits.
+    """Validation batches, resized on the device with Pillow's results bit for bit.
 
     Args:
         images: the data set.
         config: the run's config.
         order: the images of this process.
-        device: where images live.
+        device: the device of the images.
     """
 
     batch_sampler = None

@@ -1,8 +1,8 @@
-"""Crop and resize of whole batches as Pillow does them, by two products with a small matrix for each image and axis.
+"""Crops and resizes whole batches like Pillow, with two products with a small matrix for each image and axis.
 
 Pillow resizes along rows, then along columns, with weights and sums in fixed point and a rounding to 8 bits after each.
-All its numbers are whole and below 2^53, so float64 holds them exactly and the result is Pillow's to the bit, in
-whatever order a device adds. Where there is no float64 (MPS), float32 stays within 1 level.
+All its numbers are integers below 2^53, so float64 holds them exactly and the result equals Pillow's bit for bit, in
+whatever order a device adds. Without float64 (MPS), float32 is within 1 level.
 """
 
 import torch
@@ -13,16 +13,16 @@ _A = -0.5  # of Pillow's cubic
 
 def resize_crops(images: torch.Tensor, crops: torch.Tensor, size: int, window: tuple[int, int] | None = None,
                  bicubic: bool = True) -> torch.Tensor:  # fmt: skip
-    """Each image's crop, resized to ``size`` x ``size``: what ``image.crop(crop).resize((size, size))`` gives.
+    """Each image's crop, resized to ``size`` x ``size``: like ``image.crop(crop).resize((size, size))``.
 
-    To the bit where images are no larger than ``size``. Where both sides shrink, Pillow 13 chooses by cost which of its
-    two passes comes first, and so rounds otherwise between them.
+    Equal bit for bit if images are no larger than ``size``. If both sides shrink, Pillow 13 chooses the order of its
+    two passes by cost, and so may round differently between them.
 
     Args:
         images: uint8 (N, H, W, 3).
         crops: int64 (N, 4) of top, left, height and width, on the images' device.
         size: of the resized crop, in pixels.
-        window: first and last (excluded) row and column of the resized crop to keep; None: all of it.
+        window: first and last (exclusive) row and column of the resized crop to keep; None: all of it.
         bicubic: else bilinear.
 
     Returns:
@@ -59,7 +59,7 @@ def weights(begin: torch.Tensor, length: torch.Tensor, total: int, size: int, wi
     reach = (2 if bicubic else 1) * stretch
     centre = (output + 0.5) * scale
     first = (centre - reach + 0.5).long().clamp(min=0)
-    last = torch.minimum((centre + reach + 0.5).long(), length)  # excluded
+    last = torch.minimum((centre + reach + 0.5).long(), length)  # exclusive
     place = inputs - begin  # in the crop
     distance = ((place + (0.5 - centre)) / stretch).abs()
     value = _cubic(distance) if bicubic else (1 - distance).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Which process sees which image when: functions of seed, epoch and rank alone."""
+"""Which process sees which image when, as a function of seed, epoch and rank only."""
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -11,14 +11,14 @@ class TrainBatchSampler(Sampler):
 
     All processes walk through one permutation of the images. The j-th batches of all ranks together are a slice of it,
     which depends on ``batch_size * world_size`` but not on how that product is split. Images that do not fill a last
-    batch are left out of the epoch.
+    batch are skipped in that epoch.
 
     Args:
         num_images: size of the training set.
         batch_size: images per process and batch.
-        seed: with the epoch, decides the order.
+        seed: determines the order, together with the epoch.
         rank, world_size: this process and the number of them.
-        sharded: every rank permutes its own images only, ``rank, rank + world_size, ...`` (it holds no others).
+        sharded: every rank permutes only its own images, ``rank, rank + world_size, ...`` (it holds no others).
 
     Raises:
         ValueError: there are not enough images for one batch on every rank.
@@ -39,7 +39,7 @@ class TrainBatchSampler(Sampler):
         return self.num_images // self.world_size // self.batch_size
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """The next pass gives the batches of ``epoch`` from ``start_batch`` on.
+        """The next pass yields the batches of ``epoch`` from ``start_batch`` on.
 
         Raises:
             ValueError: ``start_batch`` is not between 0 and the number of batches.
@@ -63,5 +63,5 @@ class TrainBatchSampler(Sampler):
 
 
 def eval_order(num_images: int, rank: int = 0, world_size: int = 1) -> range:
-    """The images that one rank evaluates: each image once over the ranks, none repeated to fill up."""
+    """The images that one rank evaluates: over all ranks each image once, without padding."""
     return range(rank, num_images, world_size)

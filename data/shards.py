@@ -1,7 +1,8 @@
-"""WebDataset tar shards, as the Hub's ``timm/imagenet-1k-wds`` has them, read at random through an index.
+"""WebDataset tar shards, like the Hub's ``timm/imagenet-1k-wds``, read in random order through an index.
 
-A sample is a run of files of one name: ``n01440764_10026.jpg`` and ``n01440764_10026.cls``, the label as text. The
-index says where each image lies in which shard; it is built once and kept beside them as ``.index_<split>.npz``.
+A sample is a series of files of the same name: ``n01440764_10026.jpg`` and ``n01440764_10026.cls``, the label as text.
+The index holds the shard and position of each image; it is built once and kept beside the shards as
+``.index_<split>.npz``.
 """
 
 import posixpath
@@ -23,7 +24,7 @@ SPLITS = {"train": ("*train*.tar",), "val": ("*validation*.tar", "*val*.tar")}
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
-    """The shards of a split in a folder, by name; empty where there are none."""
+    """The shards of a split in a folder, by name; empty if there are none."""
     for pattern in SPLITS[split]:
         found = sorted(root.glob(pattern))
         if found:
@@ -34,7 +35,7 @@ def find_shards(root: Path, split: str) -> list[Path]:
 class ShardDataset(EncodedImages):
     """Images of numbered tars with their labels.
 
-    Class names are the lines of ``classes.txt`` beside the shards, if there is one; else the numbers.
+    Class names are the lines of ``classes.txt`` beside the shards if it exists, else the numbers.
 
     Args:
         root: the folder of the shards.
@@ -48,7 +49,7 @@ class ShardDataset(EncodedImages):
     def __init__(self, root: Path, split: str):
         self.shards = find_shards(root, split)
         if not self.shards:
-            raise MissingFileError(f"{root} holds no shards of {split}: none is named {' or '.join(SPLITS[split])}")
+            raise MissingFileError(f"{root} holds no shards of {split}: no file is named {' or '.join(SPLITS[split])}")
         index = read_index(root, split)
         self.names = Names(index["text"], index["ends"])
         self.shard, self.offset, self.size = index["shard"], index["offset"], index["size"]
@@ -68,7 +69,7 @@ class ShardDataset(EncodedImages):
 
 
 def class_names(root: Path, count: int) -> list[str]:
-    """The lines of ``classes.txt``, or the numbers up to ``count`` where there is no such file.
+    """The lines of ``classes.txt``, or the numbers up to ``count`` if it does not exist.
 
     Raises:
         InputError: there are fewer names than labels.
@@ -78,12 +79,12 @@ def class_names(root: Path, count: int) -> list[str]:
         return [str(label) for label in range(count)]
     names = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     if len(names) < count:
-        raise InputError(f"{path} names {len(names)} classes, but labels go up to {count - 1}; give each class a line")
+        raise InputError(f"{path} names {len(names)} classes, but labels go up to {count - 1}; write a line for each")
     return names
 
 
 def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
-    """The index of a split's shards, built where there is none yet.
+    """The index of a split's shards, built if it does not exist.
 
     Raises:
         InputError: as ``ShardDataset``.
@@ -94,17 +95,17 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
     index = listing.load(place)
     if index is not None and _is_sound(index):
         if not np.array_equal(index["shards"], names):
-            raise InputError(f"{root} had {len(index['shards'])} shards of {split} when they were indexed, and others "
-                             f"than its {len(names)} now; if that is meant, remove {place}")  # fmt: skip
+            raise InputError(f"{root} had {len(index['shards'])} shards of {split} when they were indexed, and now has "
+                             f"{len(names)}, not the same ones; if you changed them, remove {place}")  # fmt: skip
         changed = [str(name) for name in names[(index["states"] != states).any(axis=1)]]
         if changed:
-            raise InputError(f"{root / changed[0]} has changed since it was indexed; if that is meant, remove {place}")
+            raise InputError(f"{root / changed[0]} has changed since it was indexed; if you changed it, remove {place}")
         return index
     parts = [_index_shard(path, number) for number, path in enumerate(tqdm(
         shards, desc=f"indexing {split} shards", delay=2, leave=False, disable=None))]  # fmt: skip
     rows = [row for part in parts for row in part]
     if not rows:
-        raise InputError(f"the shards of {split} in {root} hold no sample")
+        raise InputError(f"the shards of {split} in {root} hold no samples")
     names_of_images, shard, offset, size, labels = zip(*rows, strict=True)
     members = Names.of(names_of_images)
     index = {"shards": names, "states": states, "text": members.text, "ends": members.ends, "shard": np.array(shard),
@@ -114,7 +115,7 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
 
 
 def _is_sound(index: dict[str, np.ndarray]) -> bool:
-    """Whether a file's arrays are an index, by which nothing but bytes of its shards is read."""
+    """Whether a file's arrays are a valid index, which leads only to bytes of its shards."""
     try:
         count, states = len(Names(index["text"], index["ends"])), index["states"]
         numbers = [index[name] for name in ("shard", "offset", "size", "labels")]
@@ -140,8 +141,8 @@ def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]
                 stem = posixpath.join(posixpath.dirname(member.name), stem)
                 if not member.isfile():
                     continue
-                if member.issparse():  # which may claim any size
-                    raise InputError(f"{path}:{member.name} is stored as a sparse file, which is not read here")
+                if member.issparse():  # it may claim any size
+                    raise InputError(f"{path}:{member.name} is stored as a sparse file, which is not supported")
                 if f".{extension.lower()}" in IMG_EXTENSIONS:
                     images[stem] = member.name, number, member.offset_data, member.size
                 elif extension == "cls":
@@ -150,7 +151,7 @@ def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]
                         raise InputError(f"{path}:{member.name} holds {text!r:.60}, not a class from 0 to {MAX_LABEL}")
                     labels[stem] = int(text)
             shard.fileobj.seek(end)
-            if shard.fileobj.read(512) != bytes(512):  # the end of an archive, which tarfile does not ask for
+            if shard.fileobj.read(512) != bytes(512):  # the end of an archive, which tarfile does not check
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{path} is not a complete tar file ({error}); download it again") from None

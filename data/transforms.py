@@ -1,4 +1,4 @@
-"""What a data worker does to an image between its file and its batch, all in bytes: crop, resize, perhaps augment."""
+"""The steps of a data worker from an image file to a batch, all in bytes: crop, resize, optionally augment."""
 
 import contextlib
 import multiprocessing
@@ -19,15 +19,15 @@ from .augment import Policy, encode
 from .draws import Rectangle, draw_crop, draw_erasing, image_generator
 from .images import ImageError
 
-MOST_PIXELS = 2**27  # of a resized image before its centre is cropped: 0.5 GB in Pillow
+MOST_PIXELS = 2**27  # of a resized image before its centre is cropped; 0.5 GB in Pillow
 
 
 class Sample(NamedTuple):
-    """One image, or a batch of them with one more dimension, and what is still to be done to it on the device."""
+    """One image, or a batch of them with one more dimension, and the steps that remain for the device."""
 
     images: torch.Tensor  # uint8 (S, S, 3)
     targets: torch.Tensor | int
-    steps: torch.Tensor  # float32 (L, 3): the augmentation steps, see augment.encode; L is 0 where they are done
+    steps: torch.Tensor  # float32 (L, 3): the augmentation steps, see augment.encode; L is 0 if they are done
     weights: torch.Tensor  # float32: of AugMix's chains, see augment.Draw
     erased: torch.Tensor  # int64 (R, 5): top, left, height, width and seed of each erased rectangle; height 0: none
 
@@ -57,17 +57,17 @@ class TrainDraws:
 
 
 class TrainSet(Dataset):
-    """``(epoch, index)`` to a ``Sample``: a function of seed, epoch and index alone.
+    """``(epoch, index)`` to a ``Sample``: a function of seed, epoch and index only.
 
-    So it does not matter which worker of which process makes an image, nor what was made before it, and a run that is
-    resumed in the middle of an epoch sees what the uninterrupted one would have seen.
+    It does not matter which worker of which process prepares an image, or which images came before it. A run that is
+    resumed in the middle of an epoch sees the images that the uninterrupted run would have seen.
 
     Args:
-        images: its ``pixels(index)`` gives uint8 (H, W, 3) and the label, or raises ImageError or OSError.
+        images: ``pixels(index)`` returns uint8 (H, W, 3) and the label, or raises ImageError or OSError.
         draws: of the augmentation.
         on_device: leave the augmentation's steps to the device.
-        skip_bad: whether an image that cannot be read is replaced by the next one and reported in ``bad_images``,
-            instead of being an error.
+        skip_bad: whether to replace an image that cannot be read with the next one and report it in ``bad_images``,
+            instead of raising an error.
     """
 
     def __init__(self, images, draws: TrainDraws, on_device: bool = False, skip_bad: bool = False):
@@ -101,12 +101,12 @@ class TrainSet(Dataset):
             except (ImageError, OSError) as error:
                 if self._bad is None:
                     raise
-                self._bad.cancel_join_thread()  # a worker's end need not wait for its messages to be read
+                self._bad.cancel_join_thread()  # a worker can end before its messages are read
                 self._bad.put(str(error))
-        raise ImageError("not one image of the training set can be read")
+        raise ImageError("no image of the training set can be read")
 
     def bad_images(self) -> list[str]:
-        """What was wrong with the images replaced since the last call, a message each that names the file."""
+        """The errors of the images replaced since the last call, each a message that names the file."""
         messages = []
         with contextlib.suppress(queue.Empty):
             while self._bad is not None:
@@ -117,19 +117,20 @@ class TrainSet(Dataset):
 def resized_crop(pixels: np.ndarray, crop: Rectangle, size: int, bicubic: bool) -> np.ndarray:
     """A crop of an image, uint8 (H, W, 3), resized to uint8 (size, size, 3).
 
-    By PyTorch's kernel for bytes, which takes under half of Pillow's time and agrees with it on pictures to 1 level but
-    for one pixel of 1,000: Pillow 13 resizes columns before rows for some shapes, and so rounds otherwise.
+    With PyTorch's kernel for bytes, which takes less than half of Pillow's time and agrees with it on photographs to 1
+    level except for one pixel of 1,000: Pillow 13 resizes columns before rows for some shapes, and so rounds
+    differently.
     """
     part = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     part = torch.from_numpy(np.array(part)[None]).permute(0, 3, 1, 2)  # (1, H, W, C) -> (1, C, H, W)
-    part = part.contiguous(memory_format=torch.channels_last)  # also where a side of 1 leaves the layout open
+    part = part.contiguous(memory_format=torch.channels_last)  # also if a side of 1 makes the layout ambiguous
     mode = "bicubic" if bicubic else "bilinear"
     planes = F.interpolate(part, (size, size), mode=mode, antialias=True)[0]
-    return np.stack(planes.numpy(), axis=-1)  # (C, H, W) -> (H, W, C), three times as fast as by torch
+    return np.stack(planes.numpy(), axis=-1)  # (C, H, W) -> (H, W, C), three times as fast as with torch
 
 
 class EvalSet(Dataset):
-    """``index`` to a ``Sample``, as ``build_transform`` prepares an image but for the normalisation."""
+    """``index`` to a ``Sample``, prepared like ``build_transform`` but not normalised."""
 
     def __init__(self, images, config):
         self.images, self.fit = images, _fit(config)
@@ -149,10 +150,10 @@ class EvalSet(Dataset):
 
 
 def build_transform(config):
-    """An evaluation's preparation, by Pillow: from an RGB PIL image to a normalised float32 (3, IMG_SIZE, IMG_SIZE).
+    """The preprocessing of evaluation, with Pillow: an RGB PIL image to a normalised float32 (3, IMG_SIZE, IMG_SIZE).
 
-    The shorter side to 256/224 of the input size and the centre of that, or, with ``TEST.CROP`` off, the whole image
-    squeezed to the input size.
+    Resizes the shorter side to 256/224 of the input size and crops the centre, or, with ``TEST.CROP`` off, resizes the
+    whole image to the input size.
 
     The transform raises ImageError for an image so narrow that it would be enormous after resizing.
     """
@@ -182,7 +183,7 @@ class Resize(transforms.Resize):
         pixels = self.size**2 * max(width, height) / min(width, height)
         if pixels > MOST_PIXELS:
             raise ImageError(
-                f"an image of {width}x{height} pixels would have {pixels:.2g} once its shorter side is {self.size}; "
-                f"the limit is {MOST_PIXELS:.2g}. Crop or remove it, or set TEST.CROP False"
+                f"an image of {width}x{height} pixels would have {pixels:.2g} once resized to a shorter side of "
+                f"{self.size}; the limit is {MOST_PIXELS:.2g}. Crop or remove it, or set TEST.CROP False"
             )
         return super().forward(image)

@@ -22,13 +22,13 @@ class ZipDataset(EncodedImages):
         root: the folder of both files.
         split: ``"train"`` or ``"val"``.
         num_classes: labels are ``0 .. num_classes - 1``.
-        cache: what to hold in memory, undecoded: ``"no"``, ``"part"`` (images ``rank, rank + world_size, ...``) or
+        cache: what to keep in memory, undecoded: ``"no"``, ``"part"`` (images ``rank, rank + world_size, ...``) or
             ``"full"``.
         rank, world_size: this process and the number of them.
 
     Raises:
         MissingFileError: one of the files is missing.
-        InputError: the archive or the map is not as it should be; the message names the line or the image.
+        InputError: the archive or the map is invalid; the message names the line or the image.
     """
 
     def __init__(self, root, split: str, num_classes: int, cache: str = "no", rank: int = 0, world_size: int = 1):
@@ -62,19 +62,19 @@ class ZipDataset(EncodedImages):
 
 @functools.lru_cache(maxsize=8)
 def _open_archive(path: Path, pid: int) -> zipfile.ZipFile:
-    """The archive as one process has it open: a handle inherited over a fork would share its file position."""
+    """The archive, opened once per process, since a handle inherited through a fork would share its file position."""
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; DATA.ZIP_MODE needs it beside its map file")
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise InputError(f"{path} is not a complete zip archive ({error}); make or copy it again") from None
+        raise InputError(f"{path} is not a complete zip archive ({error}); create or copy it again") from None
 
 
 def read_map(path: Path, num_classes: int) -> tuple[list[str], list[int], list[str]]:
     """Members, labels and class names of a map file, whose lines are ``path/in/zip.jpg<TAB>label``.
 
-    A class is named by the folder that all of its images share, where each class has such a folder, else by its label.
+    A class is named after the folder that holds all its images, if each class has such a folder, else after its label.
 
     Raises:
         MissingFileError: there is no such file.

@@ -257,5 +257,5 @@ def test_augmix_weights_are_timms():
 
 @pytest.mark.parametrize("name", ["rand-z3", "nonsense"])
 def test_an_unknown_policy_is_an_error(name):
-    with pytest.raises(ValueError, match=f"AUG.AUTO_AUGMENT is '{name}', which timm does not understand"):
+    with pytest.raises(ValueError, match=f"AUG.AUTO_AUGMENT is '{name}', which timm does not accept"):
         policy(name)

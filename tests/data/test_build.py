@@ -206,7 +206,7 @@ def test_too_few_images_for_a_batch():
 
 @pytest.mark.parametrize("build", [build_train_loader, build_val_loader])
 def test_only_rgb(build):
-    with pytest.raises(ValueError, match=r"MODEL\.STRIP_MLP\.IN_CHANS is 1, but the data pipeline makes RGB images"):
+    with pytest.raises(ValueError, match=r"MODEL\.STRIP_MLP\.IN_CHANS is 1, but the data sets hold RGB images"):
         build(config("MODEL.STRIP_MLP.IN_CHANS", 1))
 
 

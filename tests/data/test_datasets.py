@@ -91,7 +91,7 @@ def test_an_empty_class_is_named(tmp_path):
 def test_an_image_outside_the_class_folders_is_named(tmp_path):
     write_folders(tmp_path)
     Image.new("L", (4, 4)).save(tmp_path / "val" / "stray.JPEG")
-    fails(ValueError, r"val/stray\.JPEG lies outside the class folders", "val", "imagefolder", tmp_path)
+    fails(ValueError, r"val/stray\.JPEG is outside the class folders", "val", "imagefolder", tmp_path)
     assert len(build_dataset(config("imagefolder", tmp_path), "train")) == 6
 
 
@@ -117,7 +117,7 @@ def test_number_of_classes_must_agree_with_the_config(split, tmp_path):
 
 
 def test_an_empty_path_is_an_error():
-    fails(ValueError, r"DATA\.DATA_PATH is empty; give the folder of imagenet with --data-path", "val", "imagenet", "")
+    fails(ValueError, r"DATA\.DATA_PATH is empty; name the folder of imagenet with --data-path", "val", "imagenet", "")
 
 
 # ---- zip form ------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_zip_number_of_classes_must_agree_with_the_config(tmp_path):
 
 
 def test_zip_of_other_data_sets_is_an_error():
-    message = r"DATA\.ZIP_MODE reads imagenet, imagefolder, caltech101; DATA\.DATASET is digits"
+    message = r"DATA\.ZIP_MODE is for imagenet, imagefolder, caltech101; DATA\.DATASET is digits"
     with pytest.raises(ValueError, match=message):
         build_dataset(config("digits", "", 10, "DATA.ZIP_MODE", "True"), "val")
 

@@ -70,7 +70,7 @@ def test_faults(tmp_path):
     write(tmp_path / "c", "parquet")
     path = tmp_path / "c" / "data" / "train-00001-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="c: the train split cannot be read .*; get it again"):
+    with pytest.raises(ValueError, match="c: the train split cannot be read .*; download it again"):
         HubDataset(tmp_path / "c", "train")
 
 

@@ -78,7 +78,7 @@ def test_a_link_in_a_circle_is_an_error(tmp_path):
     """torchvision's listing follows it until the path is too long, and finds the images forty times."""
     folder = write(tmp_path)
     (folder / "dog" / "deep" / "again").symlink_to(folder / "dog")
-    with pytest.raises(ValueError, match="train/dog/deep/again is a link to a folder that it lies in.*; remove it"):
+    with pytest.raises(ValueError, match="train/dog/deep/again is a link to a folder that contains it.*; remove it"):
         found(folder)
 
 

@@ -78,7 +78,7 @@ def test_evaluation_is_torchvisions_on_pil_images():
 
 def test_an_image_too_narrow_to_resize_is_named():
     """1 x 60000 pixels would be 256 x 15,360,000: over 17 GB."""
-    with pytest.raises(ImageError, match="an image of 1x60000 pixels would have 3.9e.09 once its shorter side is 256"):
+    with pytest.raises(ImageError, match="an image of 1x60000 pixels would have 3.9e.09 once resized to a sh"):
         build_transform(config())(Image.new("RGB", (1, 60000)))
     with pytest.raises(ImageError, match="narrow.png: an image of 60000x1 pixels"):
         EvalSet(Images(Image.new("RGB", (60000, 1))), config())[0]

@@ -220,7 +220,7 @@ def _(root):
     (root / "val" / "dog" / "notes.txt").write_text("no image")
 
 
-@folder_row("image outside the class folders", "data/train/stray.jpg lies outside")
+@folder_row("image outside the class folders", "data/train/stray.jpg is outside")
 def _(root):
     picture(root / "train" / "stray.jpg")
 

@@ -180,7 +180,7 @@ def test_many_bad_training_images_do_not_block(tmp_path):
     options += ["DATA.BATCH_SIZE", 300, "DATA.NUM_WORKERS", 1, "DATA.SKIP_BAD_IMAGES", True, "PRINT_FREQ", 100]
     result = run(["main.py", *arguments(tmp_path, *options)])
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert result.stdout.count("took its place") > 1000
+    assert result.stdout.count("replaced by the next image") > 1000
 
 
 def test_bad_image_of_one_of_two_processes(tmp_path):
