@@ -1,4 +1,4 @@
-"""Strip-MLP with a part left out or wired otherwise, to see what the part is worth (MODEL.STRIP_MLP's last three keys).
+"""Strip-MLP with a part removed or connected differently, for ablations (the last three keys of MODEL.STRIP_MLP).
 
 Strip width and P are arguments of the network itself.
 """
@@ -14,7 +14,7 @@ from .windows import cut, merge
 
 
 class ParallelCGSMM(CGSMM):
-    """Both strip layers read the input. In the cascade the column layer reads what the row layer has made.
+    """Both strip layers read the input. In the cascade, the column layer reads the row layer's output.
 
     The layers and their parameters are those of the cascade; only its two inputs of the column's half change places.
     """
@@ -30,12 +30,12 @@ class ParallelCGSMM(CGSMM):
 
 
 class AblatedMixingBlock(StripMixingBlock):
-    """Token mixing by CGSMM and LSMM on half of the channels each, or by one of them on all.
+    """Token mixing by CGSMM and LSMM on half of the channels each, or by one of them on all channels.
 
     Args:
-        dim, size, num_patches, strip_width: as ``StripMixingBlock`` takes them.
+        dim, size, num_patches, strip_width: as for ``StripMixingBlock``.
         mixers: ``"both"``, ``"cgsmm"`` or ``"lsmm"``.
-        cascade: the strip layers of CGSMM one after the other; False: side by side.
+        cascade: whether CGSMM's strip layers run one after the other; False: in parallel.
     """
 
     def __init__(self, dim, size, num_patches, strip_width, mixers: str, cascade: bool):
@@ -57,7 +57,7 @@ class AblatedMixingBlock(StripMixingBlock):
 
 
 class Nothing(nn.Module):
-    """Takes the place of a branch that is left out of a sum."""
+    """Replaces a branch that is removed from a sum."""
 
     def forward(self, x):
         """Anything -> 0"""
@@ -65,9 +65,9 @@ class Nothing(nn.Module):
 
 
 def build_ablated(mixers: str, cascade: bool, shortcuts: bool, **kwargs) -> StripMLPNet:
-    """A ``StripMLPNet`` of ``kwargs`` with a choice of token mixers, and without the cross-stage shortcuts on request.
+    """A ``StripMLPNet`` of ``kwargs`` with a choice of token mixers, and optionally without the cross-stage shortcuts.
 
-    With ``"both", True, True`` it is the whole network: the same keys, the same outputs for the same weights.
+    With ``"both", True, True`` it is the full network: same keys, and same outputs for the same weights.
     """
     token_mixing = partial(AblatedMixingBlock, mixers=mixers, cascade=cascade)
     model = StripMLPNet(token_mixing=token_mixing, **kwargs)

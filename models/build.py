@@ -1,4 +1,4 @@
-"""Config to model."""
+"""Builds the network that a config describes."""
 
 import difflib
 
@@ -12,15 +12,15 @@ from .errors import InputError
 from .freeze import freeze_stages
 from .strip_mlp import VARIANTS, StripMLPNet
 
-WHOLE = ("both", True, True)  # the network with nothing ablated
+WHOLE = ("both", True, True)  # the full network
 
 
 def build_model(config) -> nn.Module:
-    """The network that a config describes: a Strip-MLP, or any timm model to be trained by the same recipe.
+    """The network that a config describes: a Strip-MLP, or any timm model to be trained with the same recipe.
 
     Raises:
-        InputError: sizes that do not fit together, an unknown timm model, or one that lacks an argument: drop path, or
-            one of MODEL.TIMM_KWARGS; one without gradient checkpointing where TRAIN.USE_CHECKPOINT asks for it.
+        InputError: sizes that do not fit together; an unknown timm model, or one that does not accept drop path or one
+            of MODEL.TIMM_KWARGS, or lacks the gradient checkpointing that TRAIN.USE_CHECKPOINT requires.
     """
     if config.MODEL.TYPE == "timm":
         model = _build_timm_model(config)
@@ -44,10 +44,10 @@ def build_model(config) -> nn.Module:
 
 
 def timm_arguments(config) -> tuple[str, dict]:
-    """The name and arguments by which ``timm.create_model`` makes a config's network, regularisation left out.
+    """The name and arguments with which ``timm.create_model`` builds a config's network, without regularisation.
 
     Raises:
-        InputError: an ablated Strip-MLP, which timm cannot make.
+        InputError: an ablated Strip-MLP, which timm cannot build.
     """
     if config.MODEL.TYPE == "timm":
         size = {"img_size": config.DATA.IMG_SIZE} if timm.get_pretrained_cfg(config.MODEL.ARCH).fixed_input_size else {}
@@ -90,8 +90,8 @@ def _build_timm_model(config) -> nn.Module:
     try:
         model = timm.create_model(name, **{"drop_path_rate": config.MODEL.DROP_PATH_RATE or None} | kwargs)
     except TypeError as error:
-        raise InputError(f"MODEL.ARCH {name}: {error}; where it has no drop path set MODEL.DROP_PATH_RATE 0") from None
-    if config.MODEL.DROP_PATH_RATE == 0:  # not passed on, for models that know none; others have a rate by default
+        raise InputError(f"MODEL.ARCH {name}: {error}; if it has no drop path, set MODEL.DROP_PATH_RATE 0") from None
+    if config.MODEL.DROP_PATH_RATE == 0:  # not passed to models without drop path; others have a default rate
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0

@@ -1,4 +1,4 @@
-"""What a user can put right. Programs report these errors in one line; any other exception is a bug."""
+"""Errors that a user can fix. Programs report them in one line; any other exception is a bug."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,4 @@ class InputError(ValueError):
 
 
 class MissingFileError(InputError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A file or folder that does not exist."""

@@ -1,4 +1,4 @@
-"""Frozen stages, for a fine-tuning that leaves the beginning of a network as it was loaded."""
+"""Frozen stages, for fine-tuning that keeps the first stages of a network as they were loaded."""
 
 from timm.models import group_parameters
 from torch import nn
@@ -7,10 +7,10 @@ from .errors import InputError
 
 
 def freeze_stages(model: nn.Module, count: int) -> None:
-    """Takes the stem and the first ``count`` stages out of training; ``set_train_mode`` keeps their statistics.
+    """Excludes the stem and the first ``count`` stages from training; ``set_train_mode`` keeps their statistics.
 
-    The stages are the coarse groups of the model's ``group_matcher``, which timm's models have too. What leads into a
-    stage belongs to it.
+    The stages are the coarse groups of the model's ``group_matcher``, which timm's models have too. The layers that
+    lead into a stage belong to it.
 
     Raises:
         InputError: the model has no ``group_matcher``, or fewer stages.
@@ -18,7 +18,8 @@ def freeze_stages(model: nn.Module, count: int) -> None:
     if count == 0:
         return
     if not hasattr(model, "group_matcher"):
-        raise InputError(f"{type(model).__name__} does not say what its stages are; set TRAIN.FREEZE_STAGES 0")
+        raise InputError(f"{type(model).__name__} does not define its stages (group_matcher); set "
+                         "TRAIN.FREEZE_STAGES 0")
     groups = group_parameters(model, model.group_matcher(coarse=True))  # stem, stages, head
     if count > len(groups) - 2:
         raise InputError(f"TRAIN.FREEZE_STAGES is {count}; {type(model).__name__} has {len(groups) - 2} stages")

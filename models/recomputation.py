@@ -6,20 +6,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def count_batches_once(model: nn.Module) -> None:
-    """Makes the model's BatchNorms leave their running statistics alone while a block is recomputed.
+    """Makes the model's BatchNorms keep their running statistics while a block is recomputed.
 
-    ``StripMLPNet.set_grad_checkpointing`` calls it. timm's models need it too, and so does any model after its
-    BatchNorms were replaced, as for SyncBatchNorm.
+    ``StripMLPNet.set_grad_checkpointing`` calls it. timm's models need it too, and so does any model whose BatchNorms
+    were replaced, for example by SyncBatchNorm.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm) and _keep_statistics not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_keep_statistics)
-            # Recomputation stops by an exception as soon as it has what it needs, perhaps within the BatchNorm.
+            # An exception ends the recomputation as soon as it has what it needs, possibly inside the BatchNorm.
             module.register_forward_hook(_restore_statistics, always_call=True)
 
 
 def is_recomputation() -> bool:
-    """Whether this is a forward pass within a backward pass; a compiled one leaves the statistics alone by itself."""
+    """Whether this is a forward pass within a backward pass; a compiled network keeps the statistics anyway."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

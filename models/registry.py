@@ -13,7 +13,7 @@ from .strip_mlp import StripMLPNet
 from .wavemlp import WaveMLP
 from .weights import fit_state_dict
 
-_NETWORKS = {  # by class: its variants, and what timm is to know of it
+_NETWORKS = {  # by class: its variants and its timm settings
     StripMLPNet: (strip_mlp.VARIANTS, {"first_conv": "stem", "classifier": "head", "fixed_input_size": True}),
     SMLPNet: (smlpnet.VARIANTS, {
         "first_conv": "to_patch_embedding.0.0", "classifier": "mlp_head.0", "fixed_input_size": True,
@@ -31,7 +31,7 @@ default_cfgs = generate_default_cfgs({
 
 
 class StageFeatures(FeatureGetterNet):
-    """What ``features_only`` makes: timm's feature extractor, which also loads the weights of a whole network."""
+    """The result of ``features_only``: timm's feature extractor, which also loads the weights of a whole network."""
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         if any(key.startswith("model.") for key in state_dict):

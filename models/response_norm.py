@@ -1,7 +1,7 @@
-"""Global response normalisation and the linear layer after it, in forms that move less memory than autograd's own.
+"""Global response normalisation and the linear layer after it, in forms that move less memory than autograd's.
 
-The maps here are the network's widest, three times the block's, so each pass over one counts. The formula, with the L2
-norm g of each channel over H and W, is ``grn_plain``; the tests hold both fast forms against it.
+These maps are the network's widest, three times the block's, so each pass over one matters. The formula, with the L2
+norm g of each channel over H and W, is ``grn_plain``; the tests compare both fast forms with it.
 """
 
 import torch
@@ -24,7 +24,7 @@ def grn_plain(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch
 
 
 def grn(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """``grn_plain`` in the precision of x, with its derivative in closed form. Its sums are of at least 32 bits."""
+    """``grn_plain`` in the precision of x, with its derivative in closed form. Its sums have at least 32 bits."""
     with without_autocast(x):
         return _GRN.apply(x, gamma, beta)
 
@@ -34,8 +34,8 @@ def grn_linear(
 ) -> torch.Tensor:
     """``linear(grn(x), weight, bias)``: (N, H, W, C) -> (N, H, W, C_out), in the precision of x.
 
-    GRN multiplies each channel of an image by one number, so it can go into the weight, which then is the image's own,
-    and beta goes into the bias. Where a map has more tokens than channels this is less to move than the map.
+    GRN multiplies each channel of an image by one number, so it can be folded into the weight, which then differs per
+    image, and beta into the bias. If a map has more tokens than channels, this moves less memory than the map.
     """
     with without_autocast(x):
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
@@ -67,7 +67,7 @@ def channel_norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def grn_scale(norm: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """What GRN multiplies each channel by, given its norm: (N, 1, 1, C) -> (N, 1, 1, C)"""
+    """The factor by which GRN multiplies each channel, given its norm: (N, 1, 1, C) -> (N, 1, 1, C)"""
     return 1 + gamma * (norm / (norm.mean(dim=-1, keepdim=True) + EPS))
 
 

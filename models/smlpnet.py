@@ -1,6 +1,6 @@
 """sMLPNet (SPACH, Tang et al., arXiv 2109.05422), a baseline of the paper's tables.
 
-Modules have the names of the published checkpoints, so that these load as they are. Notation as in ``strip_mlp.py``.
+Modules have the names of the published checkpoints, so that these load unchanged. Notation as in ``strip_mlp.py``.
 """
 
 from collections import OrderedDict
@@ -17,7 +17,7 @@ from .staged import StagedNet
 
 
 class TokenLinear(nn.Conv2d):
-    """A linear layer over the last axis of a feature map. The published weight is a 1x1 convolution's."""
+    """A linear layer over the last axis of a feature map. The published weight is that of a 1x1 convolution."""
 
     def __init__(self, length: int):
         super().__init__(length, length, 1)
@@ -28,7 +28,7 @@ class TokenLinear(nn.Conv2d):
 
 
 class SparseMLP(nn.Module):
-    """Mixes each token with its row and with its column, side by side, and fuses the two with the token itself.
+    """Mixes each token with its row and with its column, in parallel, and fuses both with the token itself.
 
     Args:
         dim: C, the channels of the input.
@@ -62,7 +62,7 @@ class Permute(nn.Module):
 
 
 class Residual(nn.Sequential):
-    """Adds what its modules make of the input to the input."""
+    """Adds the output of its modules to their input."""
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
@@ -84,22 +84,22 @@ def channel_mixing(dim: int, hidden_dim: int, drop_path: float) -> Residual:
 
 
 class SMLPNet(StagedNet):
-    """sMLPNet: four stages at 1/4, 1/8, 1/16 and 1/32 of the input size, for which alone the network is built.
+    """sMLPNet: four stages at 1/4, 1/8, 1/16 and 1/32 of the input size. It is built for one input size.
 
     Args:
         img_size: side of the square input in pixels, or its (height, width), multiples of 32.
         in_chans: channels of the input.
-        num_classes: outputs of the head; 0 leaves the head out.
-        global_pool: ``"avg"``, the mean over all tokens, or ``""``, none, for a network without a head.
+        num_classes: outputs of the head; 0: no head.
+        global_pool: ``"avg"``, the mean over all tokens, or ``""``, no pooling, for a network without a head.
         embed_dim: C, the channels of the first stage; they double at every stage.
         depths: blocks of the four stages.
-        mlp_ratio: the width of the channel mixing over its input's.
+        mlp_ratio: the hidden width of the channel mixing, relative to its input.
         drop_rate: dropout before the head, while training.
-        drop_path_rate: probability that a residual branch of the last block is dropped for an image, while training;
-            it rises linearly from 0 in the first block.
+        drop_path_rate: probability of dropping a residual branch of the last block for an image, while training; it
+            rises linearly from 0 in the first block.
 
     Raises:
-        InputError: an ``img_size`` that is no multiple of 32.
+        InputError: an ``img_size`` that is not a multiple of 32.
     """
 
     classifier, final_norm = "mlp_head.0", "batch_norm"

@@ -1,4 +1,4 @@
-"""What timm's tools ask of any network of stages beside its forward pass."""
+"""The interface that timm's tools expect of a network of stages, besides its forward pass."""
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ class StagedNet(nn.Module):
     """Stages, a norm, the mean over all tokens, and a linear head.
 
     A subclass has ``num_features``, ``head_hidden_size``, ``feature_info``, ``drop_rate`` and these methods:
-    ``_run_stages(x, count)``, the outputs of the first ``count`` stages; ``_keep_stages(count)``, which removes the
-    others; ``group_matcher``. It calls ``reset_classifier`` when all else is made.
+    ``_run_stages(x, count)``, which returns the outputs of the first ``count`` stages; ``_keep_stages(count)``, which
+    removes the others; ``group_matcher``. It calls ``reset_classifier`` at the end of its constructor.
     """
 
     classifier, final_norm = "head", "norm"  # where the subclass keeps them
@@ -38,7 +38,7 @@ class StagedNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def _run_block(self, block: nn.Module, x):
-        """``block(x)``, computed again in the backward pass where gradient checkpointing is on."""
+        """``block(x)``, recomputed in the backward pass if gradient checkpointing is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
@@ -58,20 +58,20 @@ class StagedNet(nn.Module):
             x: (N, in_chans, H, W).
             indices: stages from 0, negative from the end; a number n: the last n; None: all.
             norm: normalise the last stage's output; the others have no norm.
-            stop_early: leave out the stages after the last one asked for.
+            stop_early: skip the stages after the last one requested.
             output_fmt: ``"NCHW"``.
-            intermediates_only: return the list alone.
+            intermediates_only: return only the list.
 
         Returns:
-            ``(features, intermediates)``, features as ``forward_features`` returns them, or the last output where it
-            stopped early. With ``intermediates_only`` the list of intermediates.
+            ``(features, intermediates)``, features as ``forward_features`` returns them, or the last output if it
+            stopped early. With ``intermediates_only``, the list of intermediates.
 
         Raises:
             InputError: another ``output_fmt``.
             AssertionError: a stage that does not exist.
         """
         if output_fmt != "NCHW":
-            raise InputError(f"output_fmt {output_fmt!r} is not 'NCHW', the one layout of these feature maps")
+            raise InputError(f"output_fmt {output_fmt!r} is not 'NCHW', the only layout of these feature maps")
         count = len(self.feature_info)
         indices, last = feature_take_indices(count, indices)
         outputs = self._run_stages(x, last + 1 if stop_early or intermediates_only else count)
@@ -84,15 +84,15 @@ class StagedNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what comes after the last of the stages asked for, as timm's feature extraction does.
+        """Removes everything after the last of the requested stages, as timm's feature extraction does.
 
         Args:
-            indices: as ``forward_intermediates`` takes them.
+            indices: as for ``forward_intermediates``.
             prune_norm: remove the last norm too.
-            prune_head: remove the head too. Norm and head are removed in any case where a stage is.
+            prune_head: remove the head too. If a stage is removed, norm and head are removed in any case.
 
         Returns:
-            The stages asked for, counted from 0.
+            The requested stages, counted from 0.
         """
         indices, last = feature_take_indices(len(self.feature_info), indices)
         is_cut = last < len(self.feature_info) - 1
@@ -110,10 +110,10 @@ class StagedNet(nn.Module):
         return self.get_submodule(self.classifier)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a newly initialised one of ``num_classes`` outputs; 0 leaves it out.
+        """Replaces the head by a newly initialised one with ``num_classes`` outputs; 0 removes it.
 
         Raises:
-            InputError: a ``global_pool`` other than None (the one that fits), ``"avg"`` and, without a head, ``""``.
+            InputError: a ``global_pool`` other than None (chosen automatically), ``"avg"`` and, without a head, ``""``.
         """
         if global_pool is None:
             global_pool = "avg" if num_classes > 0 else self.global_pool  # a head needs the mean
@@ -125,7 +125,7 @@ class StagedNet(nn.Module):
         self.set_submodule(self.classifier, head.to(weight.device, weight.dtype).train(self.training))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keeps only the blocks' inputs for the backward pass, which then computes the rest again."""
+        """Keeps only the blocks' inputs for the backward pass, which then recomputes the rest."""
         self.grad_checkpointing = enable
         if enable:
             count_batches_once(self)

@@ -1,4 +1,4 @@
-"""Strip-MLP (Cao et al., ICCV 2023, arXiv 2307.11458): read top to bottom beside the paper.
+"""Strip-MLP (Cao et al., ICCV 2023, arXiv 2307.11458), to be read beside the paper.
 
 Notation: batch N, channels C, height H, width W; every feature map is (N, C, H, W). P is the number of channel patches,
 D = C / P the channels of a patch, L the length of a strip: W for a row, H for a column.
@@ -24,7 +24,7 @@ from .strip_ops import arrange, fuse, strip_mix, without_autocast
 from .timm_interface import TimmInterface
 from .windows import cut, merge
 
-# torch.fx keeps these calls whole: what they do depends on the input's size, type and device.
+# torch.fx does not trace into these functions, which branch on the input's size, type and device.
 for _name in ("_layer_norm", "arrange", "check_images", "cut", "fuse", "grn", "merge", "strip_mix"):
     torch.fx.wrap(_name)
 
@@ -46,7 +46,7 @@ class StripMLP(nn.Module):
     def __init__(self, dim: int, length: int, num_patches: int, axis: str, strip_width: int = 3):
         super().__init__()
         self.axis = axis
-        self.form = "auto"  # how to compute it, see strip_ops; build_model sets it from the config
+        self.form = "auto"  # how to compute the layer, see strip_ops; build_model sets it from the config
         self.weight = nn.Parameter(torch.empty(dim // num_patches, length, length, strip_width))  # (D, out, in, K)
         self.bias = nn.Parameter(torch.empty(dim // num_patches, length))
         bound = 1 / math.sqrt(length * strip_width)  # PyTorch's default for a convolution of this fan-in
@@ -67,8 +67,8 @@ class RelativePosition(nn.Module):
 
     Args:
         dim: C, the channels of the input.
-        size: (H, W) of the feature map, or its side where it is square. The table has ``H + W + 1`` entries, as the
-            released network's has ``2 * L + 1`` for a square map; the first and the last are never read.
+        size: (H, W) of the feature map, or its side if it is square. The table has ``H + W + 1`` entries, like the ``2
+            * L + 1`` of the released network for a square map; the first and the last are never read.
     """
 
     def __init__(self, dim: int, size: int | tuple[int, int]):
@@ -85,7 +85,7 @@ class RelativePosition(nn.Module):
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        return x + self.map().to(x.dtype)  # else autocast would make the sum a tensor of 32 bits
+        return x + self.map().to(x.dtype)  # otherwise the sum under autocast would have 32 bits
 
 
 class CGSMM(nn.Module):
@@ -93,7 +93,7 @@ class CGSMM(nn.Module):
 
     Args:
         dim: C, the channels of the input.
-        size: (H, W) of the feature map, or its side where it is square.
+        size: (H, W) of the feature map, or its side if it is square.
         num_patches: P.
         strip_width: K.
     """
@@ -113,14 +113,14 @@ class CGSMM(nn.Module):
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
         given, x = x, arrange(x, self.row_strip.weight, self.row_strip.form)
-        windows = cut(x, self.size)  # the map itself where it has the trained size
+        windows = cut(x, self.size)  # the map itself if it has the trained size
         row = self.row_strip(windows, self.row_position.map())
         y = norm_gelu(fuse(row, windows, self.row_fuse.weight, like=windows), self.norm, self.form)
         column = merge(self.column_strip(y, self.column_position.map()), x.shape)
         return fuse(x, column, self.column_fuse.weight, like=given)
 
     def set_size(self, size: tuple[int, int]) -> None:
-        """Gives the strip layers and position tables their shapes for maps of ``size``; load their weights next."""
+        """Gives the strip layers and position tables the shapes for maps of ``size``; load their weights afterwards."""
         height, width = self.size = size
         for strip, length in ((self.row_strip, width), (self.column_strip, height)):
             d, _, _, k = strip.weight.shape
@@ -195,7 +195,7 @@ class GRN(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation that stays in its input's precision under autocast; inside, it sums in 32 bits anyway."""
+    """Layer normalisation that keeps its input's precision under autocast; its sums have 32 bits anyway."""
 
     def forward(self, x):
         """(..., C) -> (..., C)"""
@@ -256,7 +256,7 @@ class Block(nn.Module):
         return self.drop_path(x, self.channel_mixing(x))
 
     def fuse(self) -> "Block":
-        """Puts inference forms in the place of its parts; an ablated token mixing has none and stays as it is."""
+        """Replaces its parts by their inference forms; an ablated token mixing has none and stays unchanged."""
         if type(self.token_mixing) is StripMixingBlock:
             self.token_mixing = FusedStripMixingBlock(self.token_mixing.eval())
         if type(self.channel_mixing) is ChannelMixingBlock:
@@ -268,28 +268,28 @@ class StripMLPNet(TimmInterface):
     """Strip-MLP (figure 2a): four stages at 1/4, 1/8, 1/16 and 1/32 of the input size for ``patch_size`` 4.
 
     The strip weights depend on the size of the feature maps, so a network is built for one input size. With
-    ``dynamic_img_size`` it takes images of any size; ``set_input_size`` carries its weights over to another size.
+    ``dynamic_img_size`` it takes images of any size; ``set_input_size`` adapts its weights to another size.
 
     Args:
         img_size: side of the square input in pixels, or its (height, width), multiples of ``8 * patch_size``.
-        dynamic_img_size: take images of any size, at least ``8 * patch_size`` pixels a side; ``windows.py`` says how.
+        dynamic_img_size: take images of any size of at least ``8 * patch_size`` pixels a side, see ``windows.py``.
         patch_size: kernel and stride of the stem.
         in_chans: channels of the input.
-        num_classes: outputs of the head; 0 leaves the head out.
-        global_pool: ``"avg"``, the mean over all tokens, or ``""``, none, for a network without a head.
+        num_classes: outputs of the head; 0: no head.
+        global_pool: ``"avg"``, the mean over all tokens, or ``""``, no pooling, for a network without a head.
         embed_dim: C, the channels of the first stage; they double at every stage.
         depths: blocks of the four stages.
         num_patches: P, the channel patches that share strip weights; divides ``embed_dim / 2``.
         strip_width: K, the rows (columns) of a strip, odd.
-        mlp_ratio: alpha, the width of the channel mixing over its input's.
+        mlp_ratio: alpha, the hidden width of the channel mixing, relative to its input.
         drop_rate: dropout before the head, while training.
-        drop_path_rate: probability that a residual branch is dropped for an image, while training.
-        drop_path_schedule: ``"constant"``, the rate in every block, as the released network has it; ``"linear"``, from
-            0 in the first block to the rate in the last.
-        token_mixing: makes a block's token mixing; ``ablations.py`` has others.
+        drop_path_rate: probability of dropping a residual branch for an image, while training.
+        drop_path_schedule: ``"constant"``, the rate in every block, as in the released network; ``"linear"``, from 0 in
+            the first block to the rate in the last.
+        token_mixing: builds a block's token mixing; ``ablations.py`` has others.
 
     Raises:
-        InputError: sizes that do not fit together; the message names the nearest that do.
+        InputError: sizes that do not fit together; the message names the nearest valid ones.
     """
 
     def __init__(

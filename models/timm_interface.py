@@ -1,4 +1,4 @@
-"""What timm's tools ask of a Strip-MLP beside its forward pass."""
+"""The interface that timm's tools expect of a Strip-MLP, besides its forward pass."""
 
 import torch
 from timm.models._input import update_model_input_size
@@ -9,11 +9,11 @@ from .input_size import check_img_size, map_sizes
 from .staged import StagedNet
 from .weights import fit_state_dict
 
-FUSED_TOLERANCE = 5e-3  # of the largest output; TF32 alone makes a tenth of it
+FUSED_TOLERANCE = 5e-3  # relative to the largest output; TF32 alone causes a tenth of it
 
 
 class TimmInterface(StagedNet):
-    """The part of ``StripMLPNet`` that timm knows: its layer groups, how it loads, what of it is decayed and fused."""
+    """The part of ``StripMLPNet`` for timm: layer groups, loading, input size, inference form, weight decay."""
 
     def _keep_stages(self, count: int) -> None:
         """Removes the stages after the first ``count``."""
@@ -27,16 +27,16 @@ class TimmInterface(StagedNet):
         return super().load_state_dict(fit_state_dict(state_dict, self), strict, assign)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Makes this a network for images of another size, its weights resized to it as ``adapt_size`` does.
+        """Makes this a network for images of another size, with weights resized by ``adapt_size``.
 
-        The parameters stay the same objects. With ``dynamic_img_size``, windows have the new size from here on.
+        The parameters stay the same objects. With ``dynamic_img_size``, windows have the new size from then on.
 
         Raises:
             InputError: sides that are not multiples of ``8 * patch_size``, or a network after ``fuse``.
         """
         weights, patch_size = self.state_dict(), self.stem.stride[0]
         if not any(key.endswith("_strip.weight") for key in weights):
-            raise InputError("this network holds no strip layers to resize; call set_input_size before fuse")
+            raise InputError("this network has no strip layers to resize; call set_input_size before fuse")
         self.img_size = check_img_size(img_size, patch_size)
         for blocks, size in zip(self.stages, map_sizes(self.img_size, patch_size), strict=False):  # some may be pruned
             for module in blocks.modules():
@@ -47,13 +47,13 @@ class TimmInterface(StagedNet):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """Turns the network, in place, into its inference form: faster, equal within rounding, not to be trained.
+        """Turns the network, in place, into its inference form: faster, equal within rounding, not trainable.
 
-        See ``fused.py`` for what is folded. Its state dict has other keys, so load weights before.
+        See ``fused.py`` for what is folded. Its state dict has other keys, so load weights first.
 
         Raises:
-            InputError: the two forms' outputs differ on a batch of two random images, as they do where an ingredient of
-                the network was changed and the inference form was not. The network is left as it was.
+            InputError: the two forms' outputs differ on a batch of two random images, because a part of the network was
+                changed and the inference form was not. The network stays unchanged.
         """
         weight = self.stem.weight
         images = torch.randn(2, self.in_chans, *self.img_size, generator=torch.Generator().manual_seed(0)).to(weight)
@@ -69,7 +69,7 @@ class TimmInterface(StagedNet):
                 block.token_mixing, block.channel_mixing = token_mixing, channel_mixing
             raise InputError(f"the inference form's outputs differ from the network's by {difference:.1e} of the "
                              "largest. models/fused.py repeats the network's formulas: change them there too, or do "
-                             "without (TEST.FUSE False)")
+                             "not fuse (TEST.FUSE False)")
         self.stages.requires_grad_(False)
         return self
 
@@ -80,7 +80,7 @@ class TimmInterface(StagedNet):
     def group_matcher(self, coarse: bool = False) -> dict:
         """timm's patterns of layer groups: the stem, then the stages (``coarse``) or the blocks, last the head.
 
-        What leads into a stage belongs to its first block.
+        The layers that lead into a stage belong to its first block.
         """
         first = () if coarse else (0,)
         return {

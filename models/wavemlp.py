@@ -1,6 +1,6 @@
 """Wave-MLP (Tang et al., CVPR 2022, arXiv 2111.12294), a baseline of the paper's tables.
 
-Modules have the names of the published checkpoints, so that these load as they are. Notation as in ``strip_mlp.py``.
+Modules have the names of the published checkpoints, so that these load unchanged. Notation as in ``strip_mlp.py``.
 """
 
 from collections import OrderedDict
@@ -18,7 +18,7 @@ NORMS = {"batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, 1)}
 
 
 class MLP(nn.Module):
-    """Two 1x1 convolutions with GELU between: (N, C, H, W) -> (N, out_dim, H, W)"""
+    """Two 1x1 convolutions with a GELU between them: (N, C, H, W) -> (N, out_dim, H, W)"""
 
     def __init__(self, dim: int, hidden_dim: int, out_dim: int):
         super().__init__()
@@ -32,8 +32,8 @@ class MLP(nn.Module):
 class PATM(nn.Module):
     """Phase-aware token mixing: tokens are waves, their amplitudes and phases linear in the input.
 
-    A wave's real and imaginary parts are mixed along the 7 tokens of a row around it, likewise of a column; the two and
-    the input itself, projected, are weighted per channel, with weights from their pooled sum.
+    A wave's real and imaginary parts are mixed over the 7 tokens around it in its row, and likewise in its column.
+    These two and a projection of the input are weighted per channel, with weights from their pooled sum.
     """
 
     def __init__(self, dim: int):
@@ -80,20 +80,20 @@ class Block(nn.Module):
 
 
 class WaveMLP(StagedNet):
-    """Wave-MLP: four stages at 1/4, 1/8, 1/16 and 1/32 of the input size, which may be any.
+    """Wave-MLP: four stages at 1/4, 1/8, 1/16 and 1/32 of the input size, which is free.
 
     Args:
         in_chans: channels of the input.
-        num_classes: outputs of the head; 0 leaves the head out.
-        global_pool: ``"avg"``, the mean over all tokens, or ``""``, none, for a network without a head.
+        num_classes: outputs of the head; 0: no head.
+        global_pool: ``"avg"``, the mean over all tokens, or ``""``, no pooling, for a network without a head.
         embed_dims: channels of the four stages.
-        depths: their blocks.
-        mlp_ratios: the widths of their channel mixing over its input's.
+        depths: blocks of the four stages.
+        mlp_ratios: the hidden widths of their channel mixing, relative to its input.
         norm: ``"group"``, a GroupNorm of one group, or ``"batch"``, a BatchNorm.
         embed_norm: whether a norm follows the stem and the convolutions between stages.
         drop_rate: dropout before the head, while training.
-        drop_path_rate: probability that a residual branch of the last block is dropped for an image, while training;
-            it rises linearly from 0 in the first block.
+        drop_path_rate: probability of dropping a residual branch of the last block for an image, while training; it
+            rises linearly from 0 in the first block.
     """
 
     def __init__(

@@ -1,14 +1,14 @@
-"""State dicts: the released network's keys to ours and back; other input sizes; loading weights into a model.
+"""State dicts: converting released keys to ours and back, resizing to other input sizes, loading into a model.
 
-The released keys are those of the checkpoints that the paper's authors published. Only names differ, and the shapes of
-the strip weights, (D*L, L, 1, K) there and (D, L, L, K) here, which are the same numbers in the same order.
+The released keys are those of the checkpoints that the paper's authors published. Only the names differ, and the shapes
+of the strip weights: (D*L, L, 1, K) there and (D, L, L, K) here, with the same numbers in the same order.
 
-A network serves one input size. ``adapt_size`` carries its weights over to another: a strip layer then does what it did
-before on tokens resized to the old length, and resizes the result to the new one. That is again a strip layer, of
-weight ``R(old -> new) @ Wt[d, :, :, k] @ R(new -> old)`` and bias ``R(old -> new) @ b[d]`` with R the matrix of linear
-resizing (token centres at half-integers; antialiased where it shrinks). The rows of R add up to 1, so the sum over a
-strip keeps its scale; the K rows (columns) of a strip stay K. Of a position table, whose entries stand for the offsets
--H to W, the negative offsets are stretched by H over the old H, the positive ones by W over the old W.
+A network is built for one input size. ``adapt_size`` resizes its weights for another one: a strip layer then resizes
+its tokens to the old length, computes the same as before, and resizes the result to the new length. That is again a
+strip layer, with weight ``R(old -> new) @ Wt[d, :, :, k] @ R(new -> old)`` and bias ``R(old -> new) @ b[d]``, where R
+is the matrix of linear resizing (token centres at half-integers; antialiased when shrinking). The rows of R add up to
+1, so the sum over a strip keeps its scale. K does not change. The entries of a position table are the offsets -H to W;
+the negative offsets are stretched by H over the old H, the positive ones by W over the old W.
 """
 
 import logging
@@ -23,7 +23,7 @@ from .errors import InputError
 
 logger = logging.getLogger("strip_mlp.weights")
 
-_RENAMES = (  # (ours, released); each applies to one place of a key
+_RENAMES = (  # (ours, released); each applies to one part of a key
     ("stem.", "patch_embed."),
     (".token_mixing.conv_norm.", ".token_mixing.dwsc.conv_merge.BN."),
     (".token_mixing.conv.", ".token_mixing.dwsc.conv_merge.Conv."),
@@ -35,7 +35,7 @@ _RENAMES = (  # (ours, released); each applies to one place of a key
     (".token_mixing.cgsmm.norm.", ".token_mixing.smlp_block.BN."),
     (".token_mixing.cgsmm.column_position.table", ".token_mixing.smlp_block.relate_pos_w.embeddings_table"),
     (".token_mixing.cgsmm.column_strip.", ".token_mixing.smlp_block.proj_w."),
-    (".token_mixing.cgsmm.column_strip.", ".token_mixing.smlp_block.proh_w."),  # as MLP-DINO spells it; read only
+    (".token_mixing.cgsmm.column_strip.", ".token_mixing.smlp_block.proh_w."),  # MLP-DINO's spelling, only for reading
     (".token_mixing.cgsmm.column_fuse.", ".token_mixing.smlp_block.fuse_w."),
     (".token_mixing.lsmm.row_conv.", ".token_mixing.smlp_block.fc_h."),
     (".token_mixing.lsmm.column_conv.", ".token_mixing.smlp_block.fc_w."),
@@ -52,9 +52,9 @@ _RENAMES = (  # (ours, released); each applies to one place of a key
     ("shortcut_m2.", "conv_s2_14."),
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before a key
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # prefixes of DistributedDataParallel and torch.compile
 
-# timm reads checkpoints with torch.load, which would refuse the pickled config in a released one.
+# timm reads checkpoints with torch.load, which would reject the pickled config of a released one.
 torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 
@@ -68,7 +68,7 @@ def convert_released_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str
                 key = key.replace(released, ours, 1)
                 break
         length = value.shape[1] if value.ndim == 4 else 0
-        if key.endswith("_strip.weight") and length and value.shape[0] % length == 0:  # else it fits no network
+        if key.endswith("_strip.weight") and length and value.shape[0] % length == 0:  # otherwise it fits no network
             value = value.squeeze(2).unflatten(0, (value.shape[0] // length, length))  # (D*L, L, 1, K) -> (D, L, L, K)
         converted[key] = value
     for key, value in converted.items():
@@ -99,7 +99,7 @@ def model_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
     """The network's weights in a checkpoint of either kind, or in a bare state dict, under this project's keys.
 
     Raises:
-        InputError: there are no weights in it, or entries among them that are none.
+        InputError: it has no weights, or other entries among them.
     """
     state_dict = checkpoint.get("model", checkpoint)
     if not isinstance(state_dict, dict) or not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
@@ -107,7 +107,7 @@ def model_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
         raise InputError(f"no weights under 'model'; the entries are: {entries}")
     for key, value in state_dict.items():
         if not isinstance(value, torch.Tensor):
-            raise InputError(f"the entry {key} among the weights is not a tensor but a {type(value).__name__}")
+            raise InputError(f"the entry {key} among the weights is a {type(value).__name__}, not a tensor")
     return _under_own_keys(state_dict)
 
 
@@ -118,15 +118,15 @@ def _under_own_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def fit_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict with this project's keys or the released ones, for a model of perhaps another input size."""
+    """Converts a state dict with our or the released keys for a model, which may have another input size."""
     return adapt_size(_under_own_keys(state_dict), model)
 
 
 def adapt_size(state_dict: dict[str, torch.Tensor], model: nn.Module, warn: bool = True) -> dict[str, torch.Tensor]:
-    """A network's weights for the input size of ``model``, by the interpolation at the head of this file.
+    """A network's weights for the input size of ``model``, by the interpolation described at the top of this file.
 
-    Where the size is the same they are returned as they are; else a warning says so, unless ``warn`` is False. Weights
-    that fit no input size are left alone.
+    If the size is the same, they are returned unchanged; otherwise a warning is logged, unless ``warn`` is False.
+    Weights that fit no input size are not changed.
     """
     own, adapted, sizes = model.state_dict(), dict(state_dict), []
     for key in own:
@@ -137,7 +137,7 @@ def adapt_size(state_dict: dict[str, torch.Tensor], model: nn.Module, warn: bool
         if old is None or old == new:
             continue
         sizes.append((old, new))
-        host = "meta" if state_dict[key].is_meta else "cpu"  # a network on the meta device has shapes alone
+        host = "meta" if state_dict[key].is_meta else "cpu"  # a network on the meta device has only shapes
         for axis, side in (("row", 1), ("column", 0)):
             spread, gather = _resizing(old[side], new[side]).to(host), _resizing(new[side], old[side]).to(host)
             for name, equation, matrices in (
@@ -151,15 +151,15 @@ def adapt_size(state_dict: dict[str, torch.Tensor], model: nn.Module, warn: bool
     if sizes and warn:
         (old, new), count = sizes[0], len(sizes)
         logger.warning(
-            f"the weights are for another input size: their strip layers and position tables are interpolated in "
-            f"{count} blocks, in the first from {old[0]}x{old[1]} to {new[0]}x{new[1]} tokens; accuracy suffers until "
-            "the network is fine-tuned"
+            f"the weights are for another input size: the strip layers and position tables of {count} blocks are "
+            f"interpolated, in the first one from {old[0]}x{old[1]} to {new[0]}x{new[1]} tokens; fine-tune the network "
+            "to regain accuracy"
         )
     return adapted
 
 
 def _map_size(weights: dict[str, torch.Tensor], cgsmm: str) -> tuple[int, int] | None:
-    """(H, W) of the feature map for which a CGSMM's weights were made; None where they contradict one another."""
+    """(H, W) of the feature map that a CGSMM's weights are for; None if they contradict one another."""
     axes = ("row", "column")
     names = [f"{cgsmm}{axis}{end}" for end in ("_strip.weight", "_strip.bias", "_position.table") for axis in axes]
     if not all(name in weights for name in names):
@@ -175,7 +175,7 @@ def _map_size(weights: dict[str, torch.Tensor], cgsmm: str) -> tuple[int, int] |
 
 
 def _resizing(old: int, new: int) -> torch.Tensor:
-    """The (new, old) matrix that resizes ``old`` tokens to ``new`` of them."""
+    """The (new, old) matrix that resizes ``old`` tokens to ``new`` tokens."""
     unit = torch.eye(old, dtype=torch.float64)[None, None]
     return F.interpolate(unit, size=(new, old), mode="bilinear", align_corners=False, antialias=True)[0, 0]
 
@@ -185,20 +185,20 @@ def _resize_table(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int
     (old_height, old_width), (height, width) = old, new
     offsets = torch.arange(-height, width + 1, dtype=torch.float64)
     offsets *= torch.where(offsets < 0, old_height / height, old_width / width)
-    # The outermost entries are never read and so never learnt.
+    # The outermost entries are never read, so never trained.
     position = (offsets.clamp(1 - old_height, old_width - 1) + old_height).to(table.device)
     below = position.floor().long()
     return torch.lerp(table[below], table[below + 1], (position - below)[:, None])
 
 
 def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
-    """Loads a checkpoint's weights to start a training from.
+    """Loads a checkpoint's weights as the start of a training.
 
-    Another input size is adapted to. Else everything must fit but a head of another class count, which keeps its newly
-    drawn weights.
+    Weights for another input size are resized. If the class count differs, the head keeps its new initialisation.
+    Everything else must fit.
 
     Returns:
-        The head's keys that were left out; empty when everything was loaded.
+        The keys of the head that were skipped; empty if everything was loaded.
 
     Raises:
         InputError: as ``check_fit``.
@@ -215,22 +215,21 @@ def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
 
 
 def load_strict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """``model.load_state_dict`` for weights that ``check_fit`` finds nothing wrong with.
+    """``model.load_state_dict`` for weights that pass ``check_fit``.
 
     Raises:
-        InputError: as ``check_fit``; the model is left as it was.
+        InputError: as ``check_fit``; the model is not changed.
     """
     check_fit(model, state_dict)
     model.load_state_dict(state_dict)
 
 
 def check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """Checks that a state dict is one of this model's; the model may be on the meta device.
+    """Checks that a state dict fits this model, which may be on the meta device.
 
     Raises:
-        InputError: it does not fit, and up to 100 missing keys, unexpected keys and differing shapes are listed; or a
-            tensor is not of floating point where the model's is, or holds a value that is not finite, or a variance
-            below 0.
+        InputError: it does not fit (up to 100 missing keys, unexpected keys and differing shapes are listed), a tensor
+            is not floating-point though the model's is, or it holds a value that is not finite or a variance below 0.
     """
     own = model.state_dict()
     problems = [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state_dict]
@@ -252,9 +251,9 @@ def check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
             if value.dtype not in _FLOATS:
                 raise InputError(f"the weights must be floating point, but {key} is {value.dtype}")
             if not value.to(own[key].dtype).isfinite().all():
-                raise InputError(f"the weights are not finite: {key} holds nan or inf; take an earlier checkpoint")
+                raise InputError(f"the weights are not finite: {key} holds nan or inf; use an earlier checkpoint")
             if key.endswith("running_var") and (value < 0).any():
-                raise InputError(f"the weights are not a network's: {key} holds a variance below 0")
+                raise InputError(f"the weights are invalid: {key} holds a variance below 0")
         elif value.dtype != own[key].dtype:
-            raise InputError(f"the weights do not fit the model: {key} is of the type {value.dtype}, not "
+            raise InputError(f"the weights do not fit the model: {key} has the type {value.dtype}, not "
                              f"{own[key].dtype}")

@@ -1,9 +1,9 @@
-"""CGSMM on a map of any size: in overlapping windows of the size that its strip layers were made for.
+"""CGSMM on a map of any size, in overlapping windows of the size that its strip layers were built for.
 
-So MLP-DINO (IJCAI 2024) runs Strip-MLP on a detector's images. Along an axis, a map of S tokens is cut into windows of
-L: one where S <= L, padded with zeros at its end, else n = round(S/L + 1/2), which overlap by about
-o = round((n L - S) / (n - 1) - 1/2) tokens. Window i starts at min(i (L - o), S - L). ``round`` takes halves to even.
-Put together again from the first to the last, a window and what is there already are averaged where they overlap.
+MLP-DINO (IJCAI 2024) runs Strip-MLP on a detector's images like this. Along an axis, a map of S tokens is cut into
+windows of length L: one if S <= L, padded with zeros at its end, else n = round(S/L + 1/2), which overlap by about o =
+round((n L - S) / (n - 1) - 1/2) tokens. Window i starts at min(i (L - o), S - L). ``round`` rounds halves to even. The
+windows are merged from first to last; where a window overlaps the result so far, the two are averaged.
 """
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 def cut(x, size: tuple[int, int]):
     """A map's windows of ``size`` (L_H, L_W): (N, C, H, W) -> (windows * N, C, L_H, L_W)
 
-    A map of that size is its own window and comes back as it is.
+    A map of that size is its own window and is returned unchanged.
     """
     if x.shape[2:] == size:
         return x
@@ -53,9 +53,9 @@ def _starts(side: int, length: int, device: torch.device):
 
 
 def _shares(side: int, length: int, like):
-    """What each token of each window is worth to each token of the axis: (side, n, length)
+    """The weight of each token of each window in each token of the axis: (side, n, length)
 
-    Of the windows that hold a token, in order, each but the first takes half and leaves half of what was there.
+    Of the windows that hold a token, in order, each except the first contributes half and halves the rest.
     """
     offset = torch.arange(side, device=like.device)[:, None] - _starts(side, length, like.device)  # (side, n)
     holds = (offset >= 0) & (offset < length)

@@ -58,7 +58,7 @@ def test_gradient_checkpointing():
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(ValueError, match="img_size 36 is not a multiple of 32 .*the nearest legal sizes are 32 and 64"):
+    with pytest.raises(ValueError, match="img_size 36 is not a multiple of 32 .*the nearest valid sizes are 32 and 64"):
         build("DATA.IMG_SIZE", 36)
     with pytest.raises(ValueError, match="embed_dim 10 is not a multiple of 2 x num_patches"):
         build("MODEL.STRIP_MLP.EMBED_DIM", 10)

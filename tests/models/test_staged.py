@@ -77,7 +77,7 @@ def test_drop_path_rises_linearly(name):
 
 
 def test_sizes():
-    with pytest.raises(InputError, match=r"img_size 72 is not .*the nearest legal sizes are 64 and 96"):
+    with pytest.raises(InputError, match=r"img_size 72 is not .*the nearest valid sizes are 64 and 96"):
         SMLPNet(img_size=72)
     with pytest.raises(InputError, match="built for images of 32x64, got a batch of shape .*resize the images"):
         created("smlpnet_tiny")(images().transpose(2, 3))

@@ -336,12 +336,12 @@ def test_gradient_checkpointing_changes_nothing(training):
 
 @pytest.mark.parametrize("kwargs, message", [
     ({"img_size": 230}, r"img_size 230 is not a multiple of 32 \(patch size 4 x 8\); .* sizes are 224 and 256"),
-    ({"img_size": 255}, "the nearest legal sizes are 224 and 256"),
-    ({"img_size": 16}, "img_size 16 is not a multiple of 32 .* the nearest legal sizes are 32 and up"),
-    ({"img_size": 0}, "the nearest legal sizes are 32 and up"),
-    ({"img_size": 24, "patch_size": 2}, r"multiple of 16 \(patch size 2 x 8\); the nearest legal sizes are 16 and 32"),
-    ({"img_size": (64, 64, 64)}, r"img_size \(64, 64, 64\) is neither a side nor \(height, width\)"),
-    ({"img_size": (64, 40)}, "img_size 40 is not a multiple of 32 .* the nearest legal sizes are 32 and 64"),
+    ({"img_size": 255}, "the nearest valid sizes are 224 and 256"),
+    ({"img_size": 16}, "img_size 16 is not a multiple of 32 .* the nearest valid sizes are 32 and up"),
+    ({"img_size": 0}, "the nearest valid sizes are 32 and up"),
+    ({"img_size": 24, "patch_size": 2}, r"multiple of 16 \(patch size 2 x 8\); the nearest valid sizes are 16 and 32"),
+    ({"img_size": (64, 64, 64)}, r"img_size \(64, 64, 64\) is neither a single side nor \(height, width\)"),
+    ({"img_size": (64, 40)}, "img_size 40 is not a multiple of 32 .* the nearest valid sizes are 32 and 64"),
     ({"global_pool": "max"}, "global_pool 'max' must be 'avg', or '' .no pooling. with num_classes 0"),
     ({"global_pool": ""}, "with num_classes 0"),
     ({"embed_dim": 12, "num_patches": 4}, r"embed_dim 12 is not a multiple of 2 x num_patches \(8\)"),
@@ -367,12 +367,12 @@ def test_images_of_another_size(shape):
         tiny_net()(torch.zeros(shape))
     assert str(shape) in str(error.value)
     for side in shape[-2:]:
-        assert f"legal near {side}: " in str(error.value)
+        assert f"valid near {side}: " in str(error.value)
 
 
 @pytest.mark.parametrize("method", ["forward", "forward_features", "forward_intermediates"])
 def test_image_of_an_illegal_size_names_the_neighbours(method):
-    with pytest.raises(ValueError, match="images of 32x64, .*legal near 70: 64 and 96; legal near 20: 32 and up"):
+    with pytest.raises(ValueError, match="images of 32x64, .*valid near 70: 64 and 96; valid near 20: 32 and up"):
         getattr(tiny_net(img_size=(32, 64)), method)(torch.zeros(1, 3, 70, 20))
     with pytest.raises(ValueError, match="images of 32x64, got a batch of shape .1, 3, 64, 32."):
         getattr(tiny_net(img_size=(32, 64)), method)(torch.zeros(1, 3, 64, 32))

@@ -199,7 +199,7 @@ def test_adapting_keeps_the_type_and_says_so(caplog):
     assert {key: value.dtype for key, value in adapted.items()} == {key: value.dtype for key, value in half.items()}
     record, = caplog.records
     assert record.levelno == logging.WARNING
-    assert "interpolated in 5 blocks, in the first from 8x8 to 16x24 tokens; accuracy suffers" in record.message
+    assert "5 blocks are interpolated, in the first one from 8x8 to 16x24 tokens; fine-tune" in record.message
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -305,7 +305,7 @@ def test_a_long_list_of_what_does_not_fit_is_cut():
 def test_counts_of_another_type_are_refused():
     model = tiny_model(0)
     weights = {key: value.float() for key, value in copies(model).items()}
-    with pytest.raises(InputError, match="num_batches_tracked is of the type torch.float32, not torch.int64"):
+    with pytest.raises(InputError, match="num_batches_tracked has the type torch.float32, not torch.int64"):
         load_strict(model, weights)
 
 

@@ -111,8 +111,8 @@ def test_the_same_network_at_the_trained_size():
 
 
 def test_messages():
-    with pytest.raises(InputError, match=r"built for images of 32x32, .* \(2, 3, 33, 70\); .* \(legal near 33: 32 and "
-                       r"64; legal near 70: 64 and 96\), or build it with dynamic_img_size=True"):
+    with pytest.raises(InputError, match=r"built for images of 32x32, .* \(2, 3, 33, 70\); .* \(valid near 33: 32 and "
+                       r"64; valid near 70: 64 and 96\), or build it with dynamic_img_size=True"):
         tiny_net()(images(33, 70))
     net = tiny_net(dynamic_img_size=True).eval()
     for x in (images(31, 64), images(64, 31), images(64, 64)[0]):
