@@ -27,6 +27,18 @@ if not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
     EARLY = {}
 
 
+def take_maps_as_they_lie() -> None:
+    """Has compiled convolutions' backward passes called with their maps as they lie, for this process.
+
+    PyTorch 2.14 copies a depthwise convolution's maps there into an order that it reads off the weight's gradient, which
+    has one channel and so no order of its own. Older versions do not.
+    """
+    from torch._inductor.lowering import fallback_handler, lowerings  # takes a second
+
+    backward = torch.ops.aten.convolution_backward.default
+    lowerings[backward] = fallback_handler(backward)
+
+
 def compile_network(model: nn.Module, setting: str, device: torch.device, deterministic: bool = False) -> nn.Module:
     """The network for the training loop: compiled at its first batch, or ``model`` itself.
 
@@ -68,6 +80,7 @@ class CompiledNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.may_fail = may_fail
+        take_maps_as_they_lie()
         self.run = torch.compile(network.forward, options=OPTIONS)
 
     def forward(self, x):

@@ -8,7 +8,7 @@ import torch._inductor.config
 from torch import nn
 from torch._inductor.graph import GraphLowering
 
-from compiling import EARLY, OPTIONS
+from compiling import EARLY, OPTIONS, take_maps_as_they_lie
 from models import InputError, strip_ops
 from tools.traffic import Operation, Traffic
 
@@ -66,6 +66,7 @@ def count_compiled_step(
     layout = torch.channels_last if _is_channels_last(network) else torch.contiguous_format
     x = torch.empty(images).contiguous(memory_format=layout)
     torch.compiler.reset()
+    take_maps_as_they_lie()
     with (
         mock.patch.object(GraphLowering, "compile_to_module", plan),
         mock.patch.object(strip_ops, "_IS_INTERPRETED", True),
