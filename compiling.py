@@ -30,8 +30,8 @@ if not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
 def take_maps_as_they_lie() -> None:
     """Has compiled convolutions' backward passes called with their maps as they lie, for this process.
 
-    PyTorch 2.14 copies a depthwise convolution's maps there into an order that it reads off the weight's gradient, which
-    has one channel and so no order of its own. Older versions do not.
+    PyTorch 2.14 copies a depthwise convolution's maps there into an order that it reads off the weight's gradient,
+    which has one channel and so no order of its own. Older versions do not.
     """
     from torch._inductor.lowering import fallback_handler, lowerings  # takes a second
 
