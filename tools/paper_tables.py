@@ -286,7 +286,7 @@ def export(found: dict[str, list[Run]], folder: Path) -> None:
             config |= {"OUTPUT": "output", "DATA": config["DATA"] | {"DATA_PATH": ""}}
             config["MODEL"] |= {"RESUME": ""}
             about = read_yaml(run.folder / "run.yaml")
-            del about["command"]
+            about.pop("command", None)
             for name, content in (("config.yaml", config), ("run.yaml", about)):
                 (target / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
             (target / "metrics.jsonl").write_bytes((run.folder / "metrics.jsonl").read_bytes())

@@ -193,7 +193,7 @@ def test_files_and_export(tables, tmp_path):
     assert not [path for path in exported if "/private" in (tmp_path / path).read_text()]
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "records").rename(tmp_path / "runs")
-    tables("tiny", "--write", "again")
+    assert tables("tiny", "--write", "again", "--export", "records")[0] == 0  # records can be exported again
     assert (tmp_path / "again/tiny.md").read_text() == markdown
 
 
