@@ -1,17 +1,17 @@
 """Trains a detector, torchvision's RetinaNet, on a Strip-MLP backbone; evaluates its mAP after every epoch.
 
-Scenes of the bundled digits, with a small backbone that a classification run has trained (nothing is downloaded):
+On scenes of the bundled digits, with a small backbone from a classification run (no download):
 
     python main.py --cfg configs/smlp_nano_alpha3_patch2_32_digits.yaml
     python examples/detection.py --cfg configs/smlp_nano_alpha3_patch2_32_digits.yaml --data digits \\
         --weights output/smlp_nano_alpha3_patch2_32_digits/default/best.pth
 
-COCO, or any data set in its format (train2017/, val2017/, annotations/instances_{train,val}2017.json):
+On COCO, or any data set in its format (train2017/, val2017/, annotations/instances_{train,val}2017.json):
 
     torchrun --nproc_per_node 8 examples/detection.py --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml \\
         --data DIR --weights strip_mlp_tiny.pth --freeze-norm --min-size 800 --max-size 1333 --batch-size 2
 
-The same command resumes from OUTPUT/last.pth; OUTPUT/found.jpg shows what was found. It needs pycocotools.
+The same command resumes from OUTPUT/last.pth; OUTPUT/found.jpg shows detections. Needs pycocotools.
 """
 
 import argparse
@@ -55,8 +55,8 @@ STAGES = [1, 2, 3]  # stages 2 to 4 feed the pyramid
 class Backbone(nn.Module):
     """Strip-MLP's stages 2 to 4, each with a norm, and a feature pyramid with two further levels.
 
-    ``weights`` is what ``hub.weights_file`` takes; the file's class count does not matter. ``freeze_norm`` keeps the
-    BatchNorms as they were loaded, for small batches. ``any_size`` mixes images of any size in windows; without it
+    ``weights`` is any name that ``hub.weights_file`` accepts; the number of classes does not matter. ``freeze_norm``
+    keeps the BatchNorms as loaded, for small batches. ``any_size`` accepts images of any size, in windows; without it
     they must have DATA.IMG_SIZE.
     """
 
@@ -129,13 +129,13 @@ def train_one_epoch(model, loader, optimizer, schedule, precision, scaler, devic
 
 
 def restore(content: dict, state: dict) -> int:
-    """Restores a checkpoint's ``model``, ``optimizer`` and ``scaler``; hyperparameters stay as they are here.
+    """Restores a checkpoint's ``model``, ``optimizer`` and ``scaler``; hyperparameters stay as in this run.
 
     Returns:
         The epochs done.
 
     Raises:
-        InputError: it is no checkpoint of this detector; nothing is changed then.
+        InputError: it is not a checkpoint of this detector; then nothing is changed.
     """
     missing = [name for name in (*state, "epoch") if name not in content]
     if missing:
@@ -205,26 +205,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="'digits', or a folder in COCO's format")
     parser.add_argument("--weights", default="", help="classification weights to start from: a checkpoint, ours or "
                         "published, a folder of tools/export.py --format hub, or hf-hub:USER/NAME")
-    parser.add_argument("--output", default="output/detection", help="folder of last.pth; default: output/detection")
+    parser.add_argument("--output", default="output/detection", help="folder for last.pth; default: output/detection")
     parser.add_argument("--epochs", type=int, default=12, help="passes over the training images; default: 12")
     parser.add_argument("--batch-size", type=int, default=4, help="images per process; default: 4")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of the new layers; default: 1e-4")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of the new layers; default: 1e-4")
     parser.add_argument("--backbone-lr", type=float, default=1e-5, help="default: 1e-5")
-    parser.add_argument("--channels", type=int, default=256, help="of the pyramid and the heads; default: 256")
-    parser.add_argument("--min-size", type=int, default=128, help="shorter side of an image; default: 128 pixels")
-    parser.add_argument("--max-size", type=int, default=224, help="limit of the longer side; default: 224 pixels")
+    parser.add_argument("--channels", type=int, default=256, help="channels of the pyramid and the heads; default: 256")
+    parser.add_argument("--min-size", type=int, default=128, help="shorter side of an image in pixels; default: 128")
+    parser.add_argument("--max-size", type=int, default=224, help="limit of the longer side in pixels; default: 224")
     parser.add_argument("--resize", type=int, default=0, metavar="SIDE", help="resize images to SIDE x SIDE, and the "
-                        "weights to that size, in place of windows")
+                        "weights to that size, instead of using windows")
     parser.add_argument("--freeze-norm", action="store_true", help="keep the backbone's BatchNorms as loaded")
-    parser.add_argument("--scenes", type=int, default=400, help="training scenes of digits; a quarter more for testing")
-    parser.add_argument("--workers", type=int, default=0, help="loading processes per process; default: 0")
+    parser.add_argument("--scenes", type=int, default=400, help="training scenes of digits; plus a quarter for testing")
+    parser.add_argument("--workers", type=int, default=0, help="loading processes per training process; default: 0")
     parser.add_argument("--amp-dtype", default="auto", help="bf16, fp16, fp32 or auto; default: auto")
     parser.add_argument("--device", default="", help="default: a GPU if there is one")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; the exit status is 0, 2 for what the user can put right, or 1 for a failure."""
+    """Runs the command line; the exit status is 0, 2 for an error that the user can fix, or 1 for a failure."""
     args = parse_arguments(argv)
     setup_console(is_first=True)
     try:

@@ -1,4 +1,4 @@
-"""What detection.py trains on: scenes made from the bundled digits, or a folder in COCO's format.
+"""The data of detection.py: scenes made from the bundled digits, or a folder in COCO's format.
 
 A scene is ``(image, target)``: image float32 (3, H, W) in 0..1; target holds ``boxes``, float32 (n, 4) as x1, y1, x2,
 y2 in pixels, ``labels``, int64 (n,) from 0, and ``image_id``.
@@ -26,14 +26,14 @@ from models import InputError, MissingFileError
 
 
 class DigitScenes(Dataset):
-    """Training scenes hold training digits, test scenes test digits. A scene depends on its split and index alone.
+    """Training scenes hold training digits, test scenes test digits. A scene depends only on its split and index.
 
     Args:
         split: ``"train"`` or ``"val"``.
         count: scenes.
 
-    Up to eight digits of random sizes, places and brightness lie on coloured, textured ground of 96 to 160 pixels a
-    side.
+    A scene has up to eight digits of random size, position and brightness on a coloured, textured background of 96 to
+    160 pixels a side.
     """
 
     def __init__(self, split: str, count: int):
@@ -67,7 +67,7 @@ class DigitScenes(Dataset):
 
     @functools.cached_property
     def truth(self) -> COCO:
-        """The boxes, as pycocotools takes them."""
+        """The boxes in pycocotools' format."""
         coco = COCO()
         images, annotations = [], []
         for image, target in self:
@@ -85,7 +85,7 @@ class DigitScenes(Dataset):
 
 
 def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A mid-grey ground with a coloured texture of two scales: float64 (height, width, 3) in 0..1."""
+    """A mid-grey background with a coloured texture of two scales: float64 (height, width, 3) in 0..1."""
     ground = rng.uniform(0.35, 0.65, 3)
     for side, strength in ((6, 0.12), (24, 0.06)):
         noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
@@ -110,12 +110,12 @@ class CocoScenes(Dataset):
             self.classes = [category["name"] for category in self.coco.coco.loadCats(self.categories)]
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise InputError(f"{annotations} is not in COCO's format ({type(error).__name__}: {error})") from error
-        if split == "train":  # images without an object teach nothing
+        if split == "train":  # images without objects are not used
             annotated = {annotation["image_id"] for annotation in self.coco.coco.anns.values()}
             self.coco.ids = [index for index in self.coco.ids if index in annotated]
         if not self.coco.ids or not self.categories:
-            raise InputError(f"{annotations} lists no {'image' if self.categories else 'category'} to learn from")
-        self.truth = self.coco.coco  # the boxes, as pycocotools takes them
+            raise InputError(f"{annotations} has no {'images' if self.categories else 'categories'} to train on")
+        self.truth = self.coco.coco  # the boxes in pycocotools' format
 
     def __len__(self) -> int:
         return len(self.coco)
@@ -136,7 +136,7 @@ def build_loaders(data: str, batch_size: int, workers: int, scenes: int) -> tupl
         data: ``"digits"``, or a folder in COCO's format.
         batch_size: images.
         workers: loading processes.
-        scenes: how many of digits to train on; a quarter as many are for validation.
+        scenes: number of training scenes of digits; a quarter as many are for validation.
     """
     if data == "digits":
         train_set, val_set = DigitScenes("train", scenes), DigitScenes("val", max(scenes // 4, 1))
@@ -150,6 +150,6 @@ def build_loaders(data: str, batch_size: int, workers: int, scenes: int) -> tupl
 
 
 def unzip(pairs: list) -> tuple[tuple, tuple]:
-    """Images and targets of a batch; the images have sizes of their own, so they cannot be stacked."""
+    """Images and targets of a batch; the images differ in size, so they cannot be stacked."""
     images, targets = zip(*pairs, strict=True)
     return images, targets

@@ -1,4 +1,4 @@
-"""How good a detector is: the mAP of its boxes by pycocotools, and a picture of them."""
+"""Evaluates a detector: the mAP of its boxes with pycocotools, and a picture of them."""
 
 import contextlib
 import io
@@ -33,7 +33,7 @@ def evaluate(detector, loader, precision, device) -> tuple[float, float]:
 
 
 def in_coco_format(output: dict, image_id: int, categories) -> list[dict]:
-    """A detector's boxes, labels and scores for an image, as COCO writes them."""
+    """A detector's boxes, labels and scores for an image, in COCO's format."""
     boxes = output["boxes"].float()
     sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # x1, y1, x2, y2 -> x, y, width, height
     found = zip(sides.tolist(), output["labels"].tolist(), output["scores"].tolist(), strict=True)
@@ -43,7 +43,7 @@ def in_coco_format(output: dict, image_id: int, categories) -> list[dict]:
 
 def score(dataset: Dataset, found: list[dict]) -> tuple[float, float]:
     """COCO's mAP at IoU 0.50 to 0.95, and at 0.50, in percent, of boxes in COCO's format."""
-    # DistributedSampler repeats an image where the processes' shares would differ in length.
+    # DistributedSampler repeats images so that the processes' shares have equal length.
     found = list({(box["image_id"], box["category_id"], *box["bbox"]): box for box in found}.values())
     if not found:
         return 0.0, 0.0
@@ -59,7 +59,7 @@ def score(dataset: Dataset, found: list[dict]) -> tuple[float, float]:
 def draw_found(detector, dataset: Dataset, device: torch.device, count: int = 6, threshold: float = 0.2) -> Image.Image:
     """The first images of a data set, three in a row, their longer sides 200 pixels.
 
-    Boxes of a score of at least ``threshold`` are drawn, with the names of their classes.
+    Boxes with a score of at least ``threshold`` are drawn, with the names of their classes.
     """
     detector.eval()
     drawn = []

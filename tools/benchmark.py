@@ -1,12 +1,12 @@
-"""How fast Strip-MLP is: networks, the strip operator alone, and the input pipeline.
+"""Measures how fast Strip-MLP is: networks, the strip operator alone, and the input pipeline.
 
     python tools/benchmark.py                                        # all of it, on this machine's device
     python tools/benchmark.py --parts networks --models strip_mlp_tiny --modes training --dtypes bf16
     python tools/benchmark.py --device cpu --json docs/benchmarks/cpu.json
 
-Networks are measured in one process, in turns: this project's Strip-MLP, its inference form, the published formulation
-(``published.py``) and timm's peers of the same accuracy. What is printed is Markdown; the JSON file holds the time of
-every turn.
+Networks are measured in one process, in turn: this project's Strip-MLP, its inference form, the published formulation
+(``published.py``) and timm models of the same accuracy. The tool prints Markdown; the JSON file holds the time of every
+turn.
 """
 
 import argparse
@@ -104,24 +104,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; what is not given depends on the device."""
+    """The command line; most defaults depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda where there is a GPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all three")
     parser.add_argument("--modes", nargs="+", choices=["inference", "training"], default=["inference", "training"],
-                        help="of the networks; default: both")
+                        help="modes of the networks; default: both")
     parser.add_argument("--models", nargs="+", choices=list(VARIANTS), metavar="NAME",
                         help="variants to measure; default: tiny_light, tiny and base on a GPU, without tiny on a CPU")
-    parser.add_argument("--peers", nargs="*", default=PEERS, metavar="NAME", help="timm models to measure beside them")
+    parser.add_argument("--peers", nargs="*", default=PEERS, metavar="NAME", help="timm models to compare with")
     parser.add_argument("--dtypes", nargs="+", choices=["bf16", "fp16", "tf32", "fp32"],
                         help="precisions; the first is also the operator's; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="measure compiled networks too; default: on a GPU only, since it takes minutes on a CPU")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images; default: 128 on a GPU, 8 on a CPU")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="batch size; default: 128 on a GPU, 8 on a CPU")
     parser.add_argument("--img-size", type=int, default=224, metavar="S", help="side of the images; default: 224")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns; default: 5")
-    parser.add_argument("--json", default="output/benchmark.json", metavar="FILE", help="where every time goes")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="repeats of each measurement; default: 5")
+    parser.add_argument("--json", default="output/benchmark.json", metavar="FILE",
+                        help="file for all times; default: output/benchmark.json")
     args = parser.parse_args(argv)
     on_gpu = args.device == "cuda"
     args.models = args.models or (

@@ -1,12 +1,12 @@
-"""Images per second and core: this repository's data pipeline beside timm's loader and torchvision's v2 transforms.
+"""Images per second and core of this repository's data pipeline, timm's loader and torchvision's v2 transforms.
 
-    python tools/benchmark_data.py                                # pictures made for the purpose, 500x375
-    python tools/benchmark_data.py --data-path DIR --images 512   # a data set's own
+    python tools/benchmark_data.py                                # synthetic images, 500x375
+    python tools/benchmark_data.py --data-path DIR --images 512   # your own images
 
-The same files and the same recipe (random crop to 224, flip, RandAugment rand-m9-mstd0.5-inc1, erasing) in turns, in
-one process and one thread. A loader's share is what a worker does: read, decode, crop, augment, and collate into a
-batch; ours and timm's leave bytes to the device, torchvision's makes the floats. The time is the CPU's, of the fastest
-turn, so that other programs disturb it less; the device's part is measured by itself.
+All pipelines read the same files with the same recipe (random crop to 224, flip, RandAugment rand-m9-mstd0.5-inc1,
+erasing), in turn, in one process and one thread. Measured is the work of a data worker: read, decode, crop, augment,
+and collate a batch, of bytes for ours and timm's and of floats for torchvision's. Reported is the CPU time of the
+fastest turn, which other programs disturb least; the device's part is measured separately.
 """
 
 import argparse
@@ -39,7 +39,7 @@ POLICY = "rand-m9-mstd0.5-inc1"
 
 
 def write_pictures(root: Path, count: int, width: int = 500, height: int = 375) -> None:
-    """Pictures of ImageNet's usual size and weight, smooth with some noise, as JPEG in two classes of two splits."""
+    """Synthetic JPEG images of ImageNet's usual size, smooth with some noise, in two classes of two splits."""
     rng = np.random.default_rng(0)
     for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height), 3)
@@ -82,7 +82,7 @@ def loaders(root: Path) -> dict:
 
 
 def measure(pipelines: dict, count: int, turns: int) -> dict[str, list[float]]:
-    """CPU seconds an image of each pipeline, for each turn."""
+    """CPU seconds per image of each pipeline, for each turn."""
     seconds = {name: [] for name in pipelines}
     parts = [range(begin, min(begin + BATCH, count)) for begin in range(0, count, BATCH)]
     for turn in range(turns):
@@ -95,7 +95,7 @@ def measure(pipelines: dict, count: int, turns: int) -> dict[str, list[float]]:
 
 
 def device_part(root: Path, turns: int) -> list[str]:
-    """What is left to the device: each step's bytes and launches, and its time where the device is this CPU."""
+    """The device's part: each step's bytes and launches, and its time with this CPU as the device."""
     config = run_config(root, "device")
     draws = TrainDraws(config)
     dataset = TrainSet(open_images(root, "train"), draws, on_device=True)
@@ -114,8 +114,8 @@ def device_part(root: Path, turns: int) -> list[str]:
             run()
             best = min(best, time.process_time() - start)
         count = len(batch.images)
-        lines.append(f"{name}: {traffic.total('bytes') / count / 1e6:.2f} MB an image, {traffic.total('launches')} "
-                     f"launches a batch of {count}; {1e3 * best / count:.2f} ms an image on this CPU")  # fmt: skip
+        lines.append(f"{name}: {traffic.total('bytes') / count / 1e6:.2f} MB per image, {traffic.total('launches')} "
+                     f"launches per batch of {count}; {1e3 * best / count:.2f} ms per image on this CPU")  # fmt: skip
     return lines
 
 
@@ -126,11 +126,12 @@ class _Empty:
 def main(argv: list[str] | None = None) -> int:
     """Measures and prints Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", type=Path, metavar="DIR", help="folders of pictures; default: made ones")
-    parser.add_argument("--images", type=int, default=128, metavar="N", help="images of a turn; default: 128")
+    parser.add_argument("--data-path", type=Path, metavar="DIR",
+                        help="a data set in class folders; default: synthetic images")
+    parser.add_argument("--images", type=int, default=128, metavar="N", help="images per turn; default: 128")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--short-side", type=int, default=288, metavar="N",
-                        help="also measure images shrunk to N pixels once; 0: do not; default: 288")
+                        help="also measure images shrunk once to a shorter side of N; 0: off; default: 288")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     random.seed(0)
@@ -147,11 +148,11 @@ def main(argv: list[str] | None = None) -> int:
         seconds = measure(pipelines, count, args.turns)
         parts = device_part(root, args.turns)
     timm = min(seconds["timm's loader"])
-    print(f"{count} images a turn, {args.turns} turns; PyTorch {torch.__version__}, {torch.get_num_threads()} thread\n")
-    print("| pipeline | images/s a core | ms an image | times timm's |\n|---|---|---|---|")
+    print(f"{count} images, {args.turns} turns; PyTorch {torch.__version__}, {torch.get_num_threads()} thread\n")
+    print("| pipeline | images/s per core | ms per image | speed relative to timm |\n|---|---|---|---|")
     for name, times in seconds.items():
         print(f"| {name} | {1 / min(times):.0f} | {1e3 * min(times):.2f} | {timm / min(times):.2f} |")
-    print("\nLeft to the device:\n" + "\n".join(f"- {line}" for line in parts))
+    print("\nOn the device:\n" + "\n".join(f"- {line}" for line in parts))
     return 0
 
 

@@ -4,8 +4,8 @@
     python tools/confusion.py output/X/default
 
 Writes into the same folder:
-  confusion.csv   images of each true class (row) taken for each class (column)
-  classes.csv     per class: images, correct ones, accuracy, images taken for it, precision, what it is taken for most
+  confusion.csv   number of images of each true class (row) predicted as each class (column)
+  classes.csv     per class: images, correct ones, accuracy, images predicted as it, precision, most frequent error
   confusion.png   the matrix as shares of each row, and the accuracy of each class
 and prints the pairs of classes that are confused most.
 """
@@ -26,23 +26,23 @@ from plots import COLOURS, new_figure, save_figure
 from safe_text import csv_cell
 
 _COLUMNS = ("target", "prediction", "target_label", "prediction_label")
-_NUMBERED = 20  # classes up to which every cell's number fits
-_MOST = 30_000  # classes, whose matrix takes 7 GB
-_NAMED = 60  # classes up to which every name fits beside the matrix
-_CELLS = 250  # cells of a side of the picture beyond which several classes share one
+_NUMBERED = 20  # most classes for which the numbers fit into the cells
+_MOST = 30_000  # classes; their matrix takes 7 GB
+_NAMED = 60  # most classes for which the names fit beside the matrix
+_CELLS = 250  # most cells per side of the figure; beyond it several classes share one
 
 
 def read_predictions(path: str | Path) -> tuple[np.ndarray, list[str]]:
     """The confusion matrix, (true class, predicted class) -> images, and the names of the classes by label.
 
-    A class that no image shows and none was taken for, beyond the last of those, is not in it.
+    Classes after the last one that occurs, as the true or the predicted class, are not included.
 
     Args:
         path: ``predictions.csv`` or the folder that holds it.
 
     Raises:
         MissingFileError: there is no such file.
-        InputError: the file holds no predictions, or a line that is none; the message names it.
+        InputError: the file holds no predictions, or a line that is not one; the message names it.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,7 +54,7 @@ def read_predictions(path: str | Path) -> tuple[np.ndarray, list[str]]:
         rows = csv.DictReader(file)
         missing = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
         if missing:
-            raise InputError(f"{path} has no column {' or '.join(missing)}; write it anew by main.py --eval with "
+            raise InputError(f"{path} has no column {' or '.join(missing)}; write it again with main.py --eval "
                              "--opts TEST.PREDICTIONS True")
         try:
             for row in rows:
@@ -64,8 +64,8 @@ def read_predictions(path: str | Path) -> tuple[np.ndarray, list[str]]:
                         raise ValueError
                 labels.append(pair)
         except (ValueError, TypeError, csv.Error):
-            raise InputError(f"{path} is damaged: line {rows.line_num} is not a prediction; write it anew by main.py "
-                             "--eval with --opts TEST.PREDICTIONS True") from None
+            raise InputError(f"{path} is damaged: line {rows.line_num} is not a prediction; write it again with "
+                             "main.py --eval --opts TEST.PREDICTIONS True") from None
     if not labels:
         raise InputError(f"{path} holds no predictions")
     classes = max(names) + 1
@@ -75,7 +75,7 @@ def read_predictions(path: str | Path) -> tuple[np.ndarray, list[str]]:
 
 
 def class_accuracies(matrix: np.ndarray) -> np.ndarray:
-    """The share in percent of each class's images that were recognised; not a number for a class without images."""
+    """The percentage of each class's images that were classified correctly; nan for a class without images."""
     return _percent(matrix.diagonal(), matrix.sum(axis=1))
 
 
@@ -91,8 +91,8 @@ def most_confused(matrix: np.ndarray, count: int) -> list[tuple[int, int, int]]:
 def draw_confusion(matrix: np.ndarray, names: list[str]):
     """The matrix, darker for a larger share of the row, beside the accuracy of each class.
 
-    Numbers and names are written where they fit. Beyond 250 classes several share a cell, which shows the largest of
-    their shares, so that no confusion vanishes.
+    Numbers and names are written if they fit. With more than 250 classes, several share a cell, which shows the largest
+    of their shares, so that every confusion stays visible.
 
     Returns:
         A matplotlib Figure.
@@ -110,7 +110,7 @@ def draw_confusion(matrix: np.ndarray, names: list[str]):
     left.set_ylabel("true class")
     short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
     total = matrix.sum()
-    left.set_title(f"{100 * matrix.trace() / total:.2f} % of {total} images recognised")
+    left.set_title(f"{100 * matrix.trace() / total:.2f} % of {total} images correct")
     if classes <= _NUMBERED:
         for target, prediction in np.argwhere(matrix):
             share = matrix[target, prediction] / matrix[target].sum()
@@ -140,7 +140,7 @@ def draw_confusion(matrix: np.ndarray, names: list[str]):
 
 
 def write_tables(matrix: np.ndarray, names: list[str], folder: Path) -> None:
-    """Writes ``confusion.csv`` and ``classes.csv`` into a folder, which is made where it is not there yet."""
+    """Writes ``confusion.csv`` and ``classes.csv`` into a folder, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "confusion.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -171,11 +171,11 @@ def _largest_of_blocks(shares: np.ndarray, step: int) -> np.ndarray:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
+    """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions", metavar="PREDICTIONS",
                         help="predictions.csv, or the output folder that holds it")
-    parser.add_argument("--output", metavar="DIR", help="where the results go; default: beside predictions.csv")
+    parser.add_argument("--output", metavar="DIR", help="folder for the results; default: that of predictions.csv")
     parser.add_argument("--pairs", type=int, default=10, metavar="N", help="confused pairs to print; default: 10")
     args = parser.parse_args(argv)
     matrix, names = read_predictions(args.predictions)
@@ -187,9 +187,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         raise InputError(f"cannot write into {folder} ({error.strerror}); choose another --output") from error
     save_figure(draw_confusion(matrix, names), folder / "confusion.png")
-    print(f"{matrix.trace()} of {matrix.sum()} images recognised: top-1 {100 * matrix.trace() / matrix.sum():.3f}")
+    print(f"{matrix.trace()} of {matrix.sum()} images correct: top-1 {100 * matrix.trace() / matrix.sum():.3f}")
     for target, prediction, images in most_confused(matrix, args.pairs):
-        print(f"  {names[target]} taken for {names[prediction]}: {images} of {matrix[target].sum()}")
+        print(f"  {names[target]} classified as {names[prediction]}: {images} of {matrix[target].sum()}")
     print(f"written to {folder}: confusion.csv, classes.csv, confusion.png")
     return 0
 

@@ -1,16 +1,17 @@
-"""Converts an image data set between its four forms, and shrinks its images once where that is wanted.
+"""Converts an image data set between four forms, and optionally shrinks its images.
 
     python tools/convert_dataset.py DIR TARGET --to shards --short-side 288
 
-DIR holds the data set in any form that main.py reads; TARGET gets, whole or not at all, with the same images, labels
-and class names in the same order:
+DIR holds the data set in any form that main.py reads. TARGET receives it in the new form, with the same images, labels
+and class names in the same order, or nothing if an error occurs:
   folders  train/<class>/*.jpg, val/<class>/*.jpg
   zip      train.zip, train_map.txt, val.zip, val_map.txt, for main.py --zip
   shards   train-0000.tar, ... and classes.txt, WebDataset's layout (.jpg and .cls)
-  hub      what load_from_disk of Hugging Face's datasets reads (pip install datasets)
+  hub      for load_from_disk of Hugging Face's datasets (pip install datasets)
 
-Images are copied byte for byte. With --short-side, those that are larger are resized to that shorter side (Lanczos) and
-stored as JPEG of quality 95; training then decodes fewer pixels. It changes what a network sees: say so with results.
+Images are copied byte for byte. With --short-side, larger images are resized to that shorter side (Lanczos) and stored
+as JPEG of quality 95, so that training decodes fewer pixels. This changes what a network sees, so report it with your
+results.
 """
 
 import argparse
@@ -44,7 +45,7 @@ _ANY = 2**31  # classes that a zipped data set may have
 
 
 class Stored(NamedTuple):
-    """An image as it goes into the target."""
+    """An image for the target."""
 
     name: str  # of its file, unique in its split
     label: int
@@ -55,16 +56,16 @@ def convert(source: Path, target: Path, form: str, short_side: int = 0, workers:
     """Writes the data set in ``source`` into ``target``; returns the images in each split.
 
     Args:
-        source: in any form.
-        target: created if need be.
+        source: the data set, in any form.
+        target: created if necessary.
         form: ``"folders"``, ``"zip"``, ``"shards"`` or ``"hub"``.
-        short_side: pixels to shrink larger images to; 0: copy them as they are.
+        short_side: shorter side to shrink larger images to, in pixels; 0: copy all images.
         workers: processes that read and shrink.
 
     Raises:
-        InputError: ``target`` is there and not empty.
+        InputError: ``target`` exists and is not empty.
         MissingFileError, InputError: ``source`` holds no data set of two splits with the same classes, an image cannot
-            be read, or a class has a name that no folder can have.
+            be read, or a class name is not a valid folder name.
     """
     if target.is_dir() and any(target.iterdir()):
         raise InputError(f"{target} is not empty; choose another folder")
@@ -125,7 +126,7 @@ def _read(dataset, short_side: int, index: int) -> Stored:
     with Image.open(io.BytesIO(data)) as image:
         extension = {"JPEG": "jpg", "TIFF": "tif"}.get(image.format, image.format.lower())
     stem = Path(dataset.name(index).rpartition(":")[2]).stem.partition(".")[0]
-    stem = printable(stem).replace("\\", "_")[:60]  # whatever was there, it fits a line and a file system
+    stem = printable(stem).replace("\\", "_")[:60]  # safe in a line of text and in a file system
     return Stored(f"{index:08d}_{stem}.{extension}" if not stem.isdecimal() else f"{index:08d}.{extension}",
                   dataset.labels[index], data)  # fmt: skip
 
@@ -147,7 +148,7 @@ def _write_zip(target: Path, images: dict, classes: list[str]) -> None:
         with zipfile.ZipFile(target / f"{split}.zip", "w", zipfile.ZIP_STORED) as archive:
             for image in read():
                 member = f"{classes[image.label]}/{image.name}"
-                info = zipfile.ZipInfo(member)  # of 1980, so that the same images make the same bytes
+                info = zipfile.ZipInfo(member)  # in 1980, so that the same images give the same bytes
                 info.external_attr = 0o644 << 16
                 archive.writestr(info, image.data)
                 lines.append(f"{member}\t{image.label}\n")
@@ -202,7 +203,7 @@ _WRITERS = {"folders": _write_folders, "zip": _write_zip, "shards": _write_shard
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
+    """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -211,10 +212,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", choices=list(_WRITERS), required=True, help="the form to write")
     parser.add_argument("--short-side", type=int, default=0, metavar="N", help="shrink larger images to N pixels")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), metavar="N",
-                        help="processes that read and shrink; default: one a core, at most 16")
+                        help="processes that read and shrink; default: one per core, at most 16")
     args = parser.parse_args(argv)
     if args.short_side < 0 or args.workers < 1:
-        raise InputError("--short-side and --workers take numbers from 1 on")
+        raise InputError("--short-side and --workers must be at least 1")
     counts = convert(args.source, args.target, args.to, args.short_side, args.workers)
     print(f"{args.target}: {counts['train']} training and {counts['val']} validation images")
     return 0

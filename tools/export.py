@@ -1,19 +1,20 @@
-"""Writes a trained network in another format, reads it back and checks that it gives the same outputs.
+"""Exports a trained network to another format, reads it back and checks that its outputs are the same.
 
     python tools/export.py best.pth model.onnx                                        # ONNX
     python tools/export.py best.pth model.pt2                                         # torch.export
     python tools/export.py best.pth model.safetensors                                 # weights, config, class names
     python tools/export.py best.pth released_keys.pth --format released               # for the released code
-    python tools/export.py released.pth ours.pth --format native --cfg configs/X.yaml # for this code, alone
+    python tools/export.py released.pth ours.pth --format native --cfg configs/X.yaml # released -> ours
     python tools/export.py output/NAME/TAG/best.pth DIR --format hub                  # a folder to share
 
-ONNX and torch.export files take batches of any size: images (N, 3, S, S), float32, resized and normalised as for an
-evaluation (their metadata says how, and names the classes), and give logits (N, classes). The weights are the average
-where the checkpoint has one.
+ONNX and torch.export files take batches of any size: images (N, 3, S, S), float32, resized and normalised as in
+evaluation (their metadata describes this and names the classes), and return logits (N, classes). If the checkpoint has
+averaged weights, these are exported.
 
-A folder to share holds the weights, timm's config.json, and a model card (README.md) filled from the run's own folder.
-timm.create_model("local-dir:DIR", pretrained=True) loads it once models/ is imported, and so does what takes a
-checkpoint here. `hf upload USER/NAME DIR` puts it on Hugging Face's Hub; from then on hf-hub:USER/NAME is its name.
+A folder to share holds the weights, timm's config.json, and a model card (README.md) with details from the run's
+folder. timm.create_model("local-dir:DIR", pretrained=True) loads it once models/ is imported, and so does everything
+here that takes a checkpoint. `hf upload USER/NAME DIR` uploads it to Hugging Face's Hub; afterwards its name is
+hf-hub:USER/NAME.
 """
 
 import argparse
@@ -46,12 +47,12 @@ from models import InputError, StripMLPNet, to_released_state_dict
 from tools.model_card import model_card, timm_config
 from trust import architecture
 
-TOLERANCE = 1e-4  # of the outputs, against the largest logit or 1
+TOLERANCE = 1e-4  # of the outputs, relative to the largest logit or 1
 BATCH = torch.export.Dim("batch", max=2**31 - 1)  # PyTorch 2.6 needs an upper limit
 
 
 class Network(NamedTuple):
-    """What is written: a network in evaluation mode, its config, the names of its classes, and where it came from."""
+    """The network to export, in evaluation mode, its config, its class names, and its source."""
 
     model: nn.Module
     config: CfgNode
@@ -60,31 +61,31 @@ class Network(NamedTuple):
 
 
 def export(source: Path, target: Path, format: str, config=None, fuse: bool = False) -> float:
-    """Writes the network of a checkpoint to ``target``, which appears there only once it has passed the check.
+    """Writes the network of a checkpoint to ``target``, which is created only if it passes the check.
 
     Args:
         source: the checkpoint.
-        target: a new file, its name ending as ``FORMATS`` says, or a new folder.
+        target: a new file with an extension of ``FORMATS``, or a new folder.
         format: a key of ``FORMATS``.
-        config: the network's config; needed where the checkpoint holds none.
+        config: the network's config; needed if the checkpoint has none.
         fuse: write the network's inference form, see ``StripMLPNet.fuse``.
 
     Returns:
-        The largest difference of an output from the network's own, see ``largest_difference``.
+        The largest difference of an output from the network's, see ``largest_difference``.
 
     Raises:
         InputError: a package that the format needs is missing, the network has no such form, the file's outputs differ,
-            ``target`` exists already or cannot be written, or as ``load_network``.
+            ``target`` already exists or cannot be written, or as ``load_network``.
     """
     suffix, write, packages, has_weights_only = FORMATS[format]
     if suffix and target.suffix != suffix:
         raise InputError(f"{target}: the name of a file in the format {format} must end in {suffix}")
     if fuse and has_weights_only:
-        raise InputError(f"--fuse is for onnx and torch-export; {format} holds the weights as they were trained")
+        raise InputError(f"--fuse is for onnx and torch-export; {format} stores the weights as trained")
     if target.exists():
         raise InputError(f"{target} already exists; remove it or choose another name")
     if not os.access(target.parent, os.W_OK):
-        raise InputError(f"{target.parent} is not a folder that can be written to")
+        raise InputError(f"{target.parent} is not a writable folder")
     for package in packages:
         try:
             importlib.import_module(package)
@@ -94,7 +95,7 @@ def export(source: Path, target: Path, format: str, config=None, fuse: bool = Fa
     model, written = network.model, network
     if fuse:
         if not isinstance(model, StripMLPNet):
-            raise InputError(f"--fuse knows Strip-MLP only; this network is a {type(model).__name__}")
+            raise InputError(f"--fuse is for Strip-MLP only; this network is a {type(model).__name__}")
         written = network._replace(model=copy.deepcopy(model).fuse())
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as unfinished, torch.no_grad():
         path = Path(unfinished, target.name)
@@ -107,7 +108,7 @@ def export(source: Path, target: Path, format: str, config=None, fuse: bool = Fa
 
 @torch.no_grad()
 def largest_difference(model: nn.Module, other: Callable, shape: tuple[int, ...]) -> float:
-    """The largest difference between two networks' logits on random images, against the largest logit or 1.
+    """The largest difference between two networks' logits on random images, relative to the largest logit or 1.
 
     The images come in batches of 3 and of 1, so that a fixed batch size would not pass.
     """
@@ -126,7 +127,7 @@ def _write_onnx(network: Network, path: Path) -> Callable:
 
     names = {"input_names": ["images"], "output_names": ["logits"]}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about its own internals
+        warnings.simplefilter("ignore")  # about the exporter's internals
         program = torch.onnx.export(_trace(network), dynamo=True, verbose=False, **names)
     program.model.metadata_props.update(_metadata(network))
     program.save(path, external_data=False)
@@ -159,7 +160,7 @@ def _write_hub(network: Network, path: Path) -> Callable:
 def _write_released(network: Network, path: Path) -> Callable:
     model, config, classes, _ = network
     if not isinstance(model, StripMLPNet):
-        raise InputError(f"the released code knows Strip-MLP only; this network is a {type(model).__name__}")
+        raise InputError(f"the released code supports Strip-MLP only; this network is a {type(model).__name__}")
     content = {"model": to_released_state_dict(model.state_dict()), "config": to_dict(config), "classes": classes}
     checkpoint.save_file(content, path)
     return load_network(path)[0]
@@ -182,7 +183,7 @@ def _metadata(network: Network) -> dict[str, str]:
 
 
 class Format(NamedTuple):
-    """How a format's files are named and written, which packages that takes beside requirements.txt, what they hold."""
+    """A format: its extension, how it is written, the packages it needs besides requirements.txt, its content."""
 
     suffix: str  # empty: a folder
     write: Callable
@@ -204,16 +205,16 @@ FORMATS = {
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
+    """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="the trained network, e.g. a run's best.pth")
-    parser.add_argument("target", metavar="FILE", type=Path, help="the new file; its ending names the format")
+    parser.add_argument("target", metavar="FILE", type=Path, help="the new file; its extension selects the format")
     parser.add_argument("--format", choices=FORMATS, help="needed for .pth (released or native) and a folder (hub)")
     parser.add_argument("--cfg", metavar="FILE",
                         help="the network's config; for a released checkpoint, or another image size")
-    parser.add_argument("--fuse", action="store_true", help="onnx, torch-export: write the faster inference form")
+    parser.add_argument("--fuse", action="store_true", help="onnx, torch-export: export the faster inference form")
     args = parser.parse_args(argv)
     format = args.format or _format_of(args.target)
     config = load_config(args.cfg) if args.cfg else None
@@ -225,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
 def _format_of(target: Path) -> str:
     names = [name for name, format in FORMATS.items() if format.suffix and format.suffix == target.suffix]
     if len(names) != 1:
-        raise InputError(f"{target}: its ending does not name the format; add --format {' or '.join(names or FORMATS)}")
+        raise InputError(f"{target}: its extension does not determine the format; add --format "
+                         f"{' or '.join(names or FORMATS)}")
     return names[0]
 
 

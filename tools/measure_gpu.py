@@ -1,11 +1,11 @@
-"""Everything that a GPU can tell of this repository, in one command of at most nine minutes.
+"""All of this repository's measurements on a GPU, in one command of at most nine minutes.
 
     python tools/measure_gpu.py                    # on the machine with the GPU
 
-It runs, one after another: the tests that need CUDA; the networks, eager; each operation of a training step and of the
-inference form beside its prediction; the strip operator alone; the networks, compiled. Each part has a time limit, and
-one that fails or takes longer does not stop the others. Writes OUTPUT/report.json, with every time, and
-OUTPUT/report.md, the page for docs/benchmarks.md.
+It runs in turn: the tests that need CUDA; the networks, eager; each operation of a training step and of the inference
+form, compared with its prediction; the strip operator alone; the networks, compiled. Each part has a time limit, and a
+part that fails or exceeds it does not stop the others. Writes OUTPUT/report.json, with every time, and
+OUTPUT/report.md, the section for docs/benchmarks.md.
 """
 
 import argparse
@@ -51,7 +51,7 @@ PARTS = {
 
 
 def run(name: str, part: Part, folder: Path) -> dict:
-    """Runs a part; what it printed, its JSON, its seconds, and how it ended."""
+    """Runs a part; returns its output, its JSON, its seconds, and how it ended."""
     words, path = [sys.executable, *part.words.split()], folder / f"{name.replace(' ', '_')}.json"
     if part.writes_json:
         path.unlink(missing_ok=True)
@@ -63,7 +63,7 @@ def run(name: str, part: Part, folder: Path) -> dict:
             output, errors = process.communicate(timeout=part.limit)
             ended = "finished" if process.returncode == 0 else f"failed with status {process.returncode}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            os.killpg(process.pid, signal.SIGKILL)  # including the processes that it started
             output, errors = process.communicate()
             ended = f"stopped after its limit of {part.limit} seconds"
     return {
@@ -89,21 +89,21 @@ def page(environment: dict, parts: dict[str, dict]) -> str:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Measures; returns 0, or 1 where a part did not finish."""
+    """Measures; returns 0, or 1 if a part did not finish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
                         help=f"default: all, which are {', '.join(map(repr, PARTS))}")
     parser.add_argument("--output", default="output/gpu", metavar="DIR", help="default: output/gpu")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        raise InputError("PyTorch finds no CUDA GPU here; on a CPU, tools/benchmark.py measures what there is")
+        raise InputError("PyTorch finds no CUDA GPU here; on a CPU, use tools/benchmark.py")
     folder = Path(args.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     environment, parts = describe_environment(torch.device("cuda")), {}
     for name in args.parts:
         parts[name] = run(name, PARTS[name], folder)
         print(f"{name}: {parts[name]['ended']}, {parts[name]['seconds']} s", flush=True)
-        # After each part: whatever ends the machine, what was measured stays.
+        # After each part, so that the results survive if the machine stops.
         (folder / "report.json").write_text(json.dumps({"environment": environment, "parts": parts}, indent=1) + "\n")
         (folder / "report.md").write_text(page(environment, parts))
     print(f"written to {folder}/report.md and report.json")

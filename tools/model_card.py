@@ -1,4 +1,4 @@
-"""What a shared network says of itself: timm's ``config.json``, and a model card filled from the run's folder."""
+"""The description of a shared network: timm's ``config.json``, and a model card with details from the run's folder."""
 
 import hashlib
 import json
@@ -45,12 +45,13 @@ def model_card(source: str | Path, config, weights: Path) -> str:
     """The ``README.md`` of a shared network, in Markdown with the Hub's header.
 
     Args:
-        source: the checkpoint. The run's ``config.yaml``, ``run.yaml`` and ``eval.json`` beside it tell the rest.
+        source: the checkpoint. The details come from the run's ``config.yaml``, ``run.yaml`` and ``eval.json`` beside
+            it.
         config: the network's.
-        weights: the file that is shared.
+        weights: the shared file.
 
     Raises:
-        InputError: one of those files is none of a run's.
+        InputError: one of those files was not written by a run.
     """
     checkpoint = weights_file(source)
     architecture, arguments = timm_arguments(config)
@@ -90,7 +91,7 @@ import timm
 net = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
 ```
 
-The weights are under the MIT licence, as the code that trained them. The training images have terms of their own.
+The weights are under the MIT licence, like the code that trained them. The training images have their own terms.
 """
 
 
@@ -102,7 +103,7 @@ def _recipe(config, batch) -> str:
     train, aug = config.TRAIN, config.AUG
     start = f", from the weights {Path(config.MODEL.PRETRAINED).name}" if config.MODEL.PRETRAINED else ""
     return (
-        f"{train.EPOCHS} epochs{start}, {train.OPTIMIZER.NAME}, {batch} images an update, learning rate "
+        f"{train.EPOCHS} epochs{start}, {train.OPTIMIZER.NAME}, {batch} images per update, learning rate "
         f"{train.BASE_LR:g} ({train.LR_SCHEDULER.NAME}, {train.WARMUP_EPOCHS} warm-up epochs), weight decay "
         f"{train.WEIGHT_DECAY:g}, drop path {config.MODEL.DROP_PATH_RATE:g}, label smoothing "
         f"{config.MODEL.LABEL_SMOOTHING:g}, RandAugment {aug.AUTO_AUGMENT}, random erasing {aug.REPROB:g}, mixup "
@@ -111,16 +112,16 @@ def _recipe(config, batch) -> str:
 
 
 def _accuracy(checkpoint: Path) -> str:
-    """The evaluation of this very file, if ``eval.json`` beside it is one."""
+    """The evaluation of this file, if ``eval.json`` beside it is of this file."""
     path = checkpoint.parent / "eval.json"
     sha256 = _sha256(checkpoint)
     try:
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if report.get("sha256") != sha256:
-            return "not evaluated; `python main.py --eval` beside the checkpoint, then export again"
+            return "not evaluated; run `python main.py --eval` on the checkpoint, then export again"
         result = report.get("eval_ema") or report["eval"]
         return (f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} % of {result['images']} images, "
-                f"by the evaluation of the checkpoint with SHA-256 `{sha256}`")
+                f"measured on the checkpoint with SHA-256 `{sha256}`")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not an evaluation's report ({error!r:.80}); move it away") from error
 

@@ -1,4 +1,4 @@
-"""Times of networks' training and inference steps, measured in turns: part ``networks`` of benchmark.py."""
+"""Times of networks' training and inference steps, measured in turn: part ``networks`` of benchmark.py."""
 
 import contextlib
 import gc
@@ -21,7 +21,7 @@ CLASSES = 1000
 
 @dataclass
 class Case:
-    """One network in one setting, and what was measured of it."""
+    """One network in one setting, and its measurements."""
 
     model: str
     form: str  # ours | ours NCHW | fused | published | timm
@@ -38,21 +38,21 @@ class Case:
 
 
 def speed_up(case: Case, baseline: Case) -> float:
-    """The median over the repeats of how many times faster the case was than the baseline in the same turn."""
+    """The median over the repeats of the case's speed-up over the baseline in the same turn."""
     return statistics.median(b / c for b, c in zip(baseline.seconds, case.seconds, strict=True))
 
 
 def groups_of_cases(args, device: torch.device) -> list[list[Case]]:
-    """What the command line asks for; the cases of a group are measured in turns.
+    """The cases of the command line; those of a group are measured in turn.
 
-    Inference comes before anything is trained: a process that has trained finds its memory at hand, one that only
-    infers waits for the system's pages.
+    Inference is measured before training: after training, a process already holds its memory, while one that only
+    infers waits for pages from the system.
     """
 
     def group(names, mode, dtype, compiled) -> list[Case]:
         forms = {"inference": ["published", "ours", "fused"], "training": ["published", "ours"]}[mode]
         if compiled:
-            forms = forms[1:]  # the published formulation is what is run eagerly
+            forms = forms[1:]  # the published formulation is only run eagerly
         elif device.type == "cuda" and dtype == "bf16":
             forms = [*forms, "ours NCHW"]
         return [
@@ -106,20 +106,20 @@ def build_step(case: Case, img_size: int, device: torch.device):
 
 
 def own_bytes(network: torch.nn.Module, mode: str) -> int:
-    """What a network keeps between steps: weights, statistics, and in training AdamW's two moments of each weight."""
+    """The bytes that a network keeps between steps: weights, statistics, and in training AdamW's two moments."""
     weights, buffers = (sum(t.numel() * t.element_size() for t in tensors)
                         for tensors in (network.parameters(), network.buffers()))
     return buffers + weights * (3 if mode == "training" else 1)
 
 
 def seconds_of(function, least: float = 0.0) -> float:
-    """Seconds of one call: the median of as many as take ``least`` seconds together, or one call's."""
+    """Seconds per call: the median of as many calls as take ``least`` seconds together, or the time of one call."""
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=least).median if least else timer.timeit(1).mean
 
 
 def measure(cases: list[Case], args, device: torch.device) -> None:
-    """Times the cases in turns, so that what slows the machine for a while slows all of them."""
+    """Times the cases in turn, so that a temporary slowdown of the machine affects all of them."""
     steps = []
     for case in cases:
         with multiplication(case.dtype):
@@ -147,7 +147,7 @@ def measure_groups(groups: list[list[Case]], args, device: torch.device) -> tupl
         try:
             measure(cases, args, device)
             measured += [asdict(case) for case in cases]
-        except RuntimeError as error:  # out of memory, mostly; the other groups are worth having
+        except RuntimeError as error:  # mostly out of memory; the other groups are still measured
             failed.append(f"{label} ({str(error).splitlines()[0]})")
         torch.compiler.reset()
         gc.collect()
@@ -158,7 +158,7 @@ def measure_groups(groups: list[list[Case]], args, device: torch.device) -> tupl
 
 @contextlib.contextmanager
 def multiplication(dtype: str):
-    """TF32 for 32-bit products where that is what is measured, full precision elsewhere."""
+    """TF32 for 32-bit products if that is measured, full precision otherwise."""
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:

@@ -15,7 +15,7 @@ STAGES = {"strip_mlp_tiny_light": (80, 2), "strip_mlp_base": (112, 4)}  # embed_
 
 
 def measure_device(device: torch.device, dtype: torch.dtype) -> dict:
-    """What the device reaches: bytes/s of a large copy (read and written), FLOP/s of a large matrix product."""
+    """The device's rates: bytes/s of a large copy (read and written), FLOP/s of a large matrix product."""
     size = 2**28 if device.type == "cuda" else 2**25
     source = torch.randn(size, device=device).to(dtype)
     target = torch.empty_like(source)
@@ -34,7 +34,7 @@ def measure_operator(args, device: torch.device) -> list[dict]:
     for (name, (dim, patches)), stage, axis in itertools.product(STAGES.items(), range(4), ("row", "column")):
         channels, side = dim // 2 * 2**stage, args.img_size // 4 // 2**stage
         shape = args.batch_size, 2 * channels, side, side
-        # As the network has it: the first half of a channels-last map's channels, which the kernels get as a copy.
+        # As in the network: the first half of a channels-last map's channels, which the kernels receive as a copy.
         half = torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last).chunk(2, dim=1)[0]
         layers = {form: StripMLP(channels, side, patches, axis).to(device, dtype) for form in forms}
         inputs = {form: (half if form == "matmul" else half.contiguous()).detach().requires_grad_() for form in forms}

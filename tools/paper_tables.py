@@ -1,13 +1,13 @@
-"""The paper's tables beside this repository's own results, from finished runs, as Markdown and CSV:
+"""The paper's tables with this repository's results, from finished runs, as Markdown and CSV:
 
     python tools/paper_tables.py                              # all tables, from the runs under output/
     python tools/paper_tables.py cifar10 --runs output docs/results --throughput
     python tools/paper_tables.py cifar10_cpu --write docs/results     # docs/results/cifar10_cpu.md and .csv
 
-A run counts for the row whose network, data and recipe it has, whatever its folder is called: its saved config is
-compared with the row's. Runs of several seeds give mean and standard deviation. Figures are those of the last epoch, in
-percent; `best` is the best epoch's, chosen on the same images. Evaluated checkpoints (eval.json) have lines of their
-own. Cells without a run say "not measured yet". tools/reproduce.py launches the runs.
+A run counts for the row with the same network, data and recipe, whatever its folder is called: its saved config is
+compared with the row's. Several seeds give mean and standard deviation. Accuracies are those of the last epoch, in
+percent; `best` is the best epoch's, selected on the same images. Evaluated checkpoints (eval.json) have separate lines.
+Cells without a run read "not measured yet". tools/reproduce.py launches the runs.
 """
 
 import argparse
@@ -43,19 +43,19 @@ EVALUATION_KEYS = ("MODEL.", "DATA.DATASET", "DATA.HOLD_OUT", "DATA.IMG_SIZE", "
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished training, or an evaluation of a checkpoint, has to say."""
+    """The results of a finished training, or of the evaluation of a checkpoint."""
 
     folder: Path
     config: dict  # flat
     checkpoint: str  # of an evaluation: the beginning of the file's SHA-256; empty for a training
     result: dict  # acc1 and acc5 after the last epoch, in percent
     best: float  # the best epoch's top-1
-    batch: int | None  # images an update
+    batch: int | None  # images per update
     commit: str
-    changes: tuple[dict, ...] = ()  # of the settings, on the training's way
+    changes: tuple[dict, ...] = ()  # of the settings during the training
 
     def differences(self, row: Row) -> list[str]:
-        """Where the run was not made by the row's config."""
+        """The differences between the run's config and the row's."""
         wanted = row.recipe
         keys = wanted.keys() - FREE_KEYS - {"SEED"}  # a row has runs of several
         if self.checkpoint:
@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="*", help="tables of tools/tables.yaml; default: all")
     parser.add_argument("--runs", "--output", nargs="+", metavar="DIR",
-                        help="folders to look for runs in, at any depth; default: output, if it is there")
-    parser.add_argument("--write", metavar="DIR", help="write DIR/TABLE.md and DIR/TABLE.csv; default: show Markdown")
+                        help="folders to search for runs, at any depth; default: output, if it exists")
+    parser.add_argument("--write", metavar="DIR", help="write DIR/TABLE.md and DIR/TABLE.csv; default: print Markdown")
     parser.add_argument("--export", metavar="DIR", help="copy the records of the runs that the tables hold to "
                         "DIR/ROW/seedN/, without paths of this machine; --runs DIR makes the same tables again")
     parser.add_argument("--throughput", action="store_true", help="measure images per second of the forward pass here")
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 # ---- the runs ------------------------------------------------------------------------------------
 
 def find_runs(folders: list[str]) -> list[Run]:
-    """The finished trainings and the evaluations in folders at any depth, sorted by path.
+    """The finished trainings and the evaluations in folders, at any depth, sorted by path.
 
     Raises:
         InputError: a file of a run cannot be read.
@@ -115,7 +115,7 @@ def find_runs(folders: list[str]) -> list[Run]:
             try:
                 runs += [run for run in (read_training(folder), read_evaluation(folder)) if run]
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise InputError(f"{folder} holds no readable run ({error!r}); put it elsewhere") from None
+                raise InputError(f"{folder} holds a run that cannot be read ({error!r}); move it away") from None
     return runs
 
 
@@ -149,29 +149,29 @@ def read_evaluation(folder: Path) -> Run | None:
 
 
 def accuracies(result: dict) -> dict[str, float]:
-    """The figures of an evaluation that tables have."""
+    """The results of an evaluation that the tables show."""
     return {metric: float(result[metric]) for metric in METRICS if metric in result}
 
 
 def one_of_each_seed(runs: list[Run]) -> list[Run]:
-    """The runs by seed, without those that repeat another's seed."""
+    """The runs by seed, without those that repeat a seed."""
     by_seed = {}
     for run in runs:
         seed = run.config["SEED"]
         if seed in by_seed:
-            print(f"{run.folder} repeats seed {seed} of {by_seed[seed].folder} and is left out", file=sys.stderr)
+            print(f"{run.folder} repeats seed {seed} of {by_seed[seed].folder} and is skipped", file=sys.stderr)
         by_seed.setdefault(seed, run)
     return [by_seed[seed] for seed in sorted(by_seed)]
 
 
 def report_strays(runs: list[Run], tables: dict, chosen: list[str]) -> None:
-    """Says of runs in no chosen table what keeps them out of the nearest row, where that is in a chosen one."""
+    """Reports how runs that are in no chosen table differ from the nearest row, if that is in a chosen table."""
     for run in runs:
         rows = [(len(run.differences(row)), name, row) for name, (_, rows) in tables.items() for row in rows]
         _, name, row = min(rows, key=lambda entry: entry[0])
         differences = ", ".join(run.differences(row))
         if name in chosen and differences:
-            print(f"{run.folder} is in no table; it comes nearest to {row.key}, but has {differences}", file=sys.stderr)
+            print(f"{run.folder} is in no table; the nearest is {row.key}, but it has {differences}", file=sys.stderr)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def describe(row: Row, speeds: dict[str, dict[str, str]]) -> dict[str, str]:
 
 
 def compare(row: Row, runs: list[Run], metric: str, has_paper: bool) -> dict[str, str]:
-    """The cells on one figure: this repository's, the paper's, and what the first has above the second."""
+    """The cells for one accuracy: this repository's, the paper's, and the difference."""
     label = METRICS[metric]
     here = [run.result[metric] for run in runs]
     cells = {label: spread(here) if here else MISSING}
@@ -227,7 +227,7 @@ def spread(values: list[float]) -> str:
 
 
 def shorten(commit: str) -> str:
-    """Seven digits of a commit; what has files that differ from it stays marked."""
+    """Seven digits of a commit; the mark of differing files is kept."""
     digits, dash, mark = commit.partition("-")
     return digits[:7] + dash + mark
 
@@ -235,12 +235,12 @@ def shorten(commit: str) -> str:
 def measure_rows(rows: list[Row], batch_size: int) -> dict[str, dict[str, str]]:
     """A cell for each row: images per second of its forward pass, on the GPU if there is one, else the CPU.
 
-    The column's name says on what device, in what precision and at what batch size.
+    The column's name states the device, the precision and the batch size.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = Precision("auto", device)
     column = f"images/s ({describe_environment(device)['device']}, {precision.name}, batch {batch_size})"
-    torch.backends.cudnn.benchmark = True  # as main.py has it
+    torch.backends.cudnn.benchmark = True  # as in main.py
     cells = {row.key: {column: ""} for row in rows}
     for row in rows:
         config = row.config()
@@ -277,7 +277,7 @@ def write_table(stem: Path, title: str, table: list[dict[str, str]]) -> None:
 
 
 def export(found: dict[str, list[Run]], folder: Path) -> None:
-    """Copies what the tables are made of, and the curves, without the paths of this machine."""
+    """Copies the records behind the tables, and the curves, without the paths of this machine."""
     for key, runs in found.items():
         for run in one_of_each_seed([run for run in runs if not run.checkpoint]):
             target = folder / key / f"seed{run.config['SEED']}"

@@ -38,7 +38,7 @@ def measure_pipeline(args, device: torch.device) -> dict:
         step()
         prepared = iter(build_train_loader(config))
         for i in range(2 * ahead):  # the third part keeps the workers busy until the end
-            if i == ahead:  # what was prepared before the first step is used up
+            if i == ahead:  # the batches prepared before the first step are used up
                 start, waited = time.perf_counter(), 0.0
             before = time.perf_counter()
             next(prepared)
@@ -47,7 +47,7 @@ def measure_pipeline(args, device: torch.device) -> dict:
             step()
             _synchronize(device)
         total = time.perf_counter() - start
-        del prepared  # ends the workers before their images go
+        del prepared  # ends the workers before their images are deleted
     return {"images_per_second_and_worker": per_worker, "workers": workers, "model": name,
             "share_of_step_waiting": waited / total, "images_per_second": ahead * args.batch_size / total}
 

@@ -1,9 +1,9 @@
-"""Says what is in pictures: the most probable classes of each, by a trained network.
+"""Classifies images with a trained network and prints the most probable classes of each.
 
     python tools/predict.py output/NAME/TAG/best.pth photo.jpg more_photos/
     python tools/predict.py best.pth photos/ --top-k 3 --sheet sheet.png
 
-Exit status: 0; 1 when a picture could not be read (it is named and left out); 2 for what you can put right.
+Exit status: 0; 1 if an image could not be read (it is named and skipped); 2 for an error that you can fix.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from safe_text import printable
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:
-    """The files among ``paths`` and, sorted, the images in the folders among them, however deep.
+    """The files among ``paths`` and the images in the folders among them, at any depth, sorted.
 
     Raises:
-        MissingFileError: there is no such file or folder, or a folder holds no image.
+        MissingFileError: there is no such file or folder, or a folder holds no images.
     """
     pictures = []
     for path in paths:
@@ -51,11 +51,11 @@ def find_pictures(paths: list[Path]) -> list[Path]:
 
 @torch.inference_mode()
 def predict(model, images: torch.Tensor, top_k: int) -> list[list[tuple[int, float]]]:
-    """The ``top_k`` most probable labels of each picture and their probabilities, the likeliest first.
+    """The ``top_k`` most probable labels of each image and their probabilities, the most probable first.
 
     Args:
-        model: a network in evaluation mode; the pictures go to where its parameters are.
-        images: one batch (N, 3, S, S), as the network takes them.
+        model: a network in evaluation mode; the images are copied to its device.
+        images: one batch (N, 3, S, S), preprocessed.
         top_k: at most the number of classes.
 
     Raises:
@@ -73,12 +73,12 @@ def predict(model, images: torch.Tensor, top_k: int) -> list[list[tuple[int, flo
 # ---- the contact sheet ---------------------------------------------------------------------------
 
 SHEET_LIMIT = 1000  # pictures
-SHEET_CLASSES = 3  # named below each picture
-_SIDE, _GAP, _LINE = 160, 10, 18  # pixels: side of a picture, space between cells, height of a line of text
+SHEET_CLASSES = 3  # named below each image
+_SIDE, _GAP, _LINE = 160, 10, 18  # pixels: side of an image, space between cells, height of a line of text
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
-    """The whole picture as large as it fits into a cell; small ones show their pixels."""
+    """The whole image, as large as fits into a cell; small ones show their pixels."""
     is_small = max(picture.size) < _SIDE
     return ImageOps.contain(picture, (_SIDE, _SIDE), Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS)
 
@@ -106,7 +106,7 @@ def draw_sheet(cells: list[tuple[str, Image.Image, list[tuple[str, float]]]]) ->
 
 
 def _fit(text: str, font, width: float) -> str:
-    """The text, or as much of its beginning as has room, with dots for the rest."""
+    """The text, or as much of its beginning as fits, with dots for the rest."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -124,12 +124,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="the trained network, e.g. a run's best.pth")
     parser.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path, help="image files, or folders of them")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes named for each picture; default: 5")
-    parser.add_argument("--json", action="store_true", help="print a JSON object for each picture instead of text")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also draw all pictures with their classes")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to print for each image; default: 5")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each image instead of text")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also draw a contact sheet of all images")
     parser.add_argument("--cfg", metavar="FILE",
                         help="the network's config; for a released checkpoint, or another image size")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time; default: 32")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time; default: 32")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda where there is a GPU")
     args = parser.parse_args(argv)
@@ -137,9 +137,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the predictions, names on standard error what cannot be read, draws the sheet; returns the exit status."""
+    """Prints the predictions, reports unreadable images on standard error, draws the sheet; returns the exit status."""
     if min(args.top_k, args.batch_size) < 1:
-        raise InputError("--top-k and --batch-size take numbers from 1 on")
+        raise InputError("--top-k and --batch-size must be at least 1")
     paths = find_pictures(args.pictures)
     if args.sheet:
         _check_sheet(args.sheet, len(paths))
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
             except (ImageError, OSError) as error:
                 bad += 1
                 message = str(error) if str(path) in str(error) else f"{path}: {error}"
-                print(f"predict.py: {printable(message)}; left out", file=sys.stderr)
+                print(f"predict.py: {printable(message)}; skipped", file=sys.stderr)
         if not batch:
             continue
         rankings = predict(model, torch.stack([prepared for *_, prepared in batch]), top_k)
@@ -170,17 +170,17 @@ def run(args: argparse.Namespace) -> int:
         draw_sheet(cells).save(args.sheet, optimize=True)
         print(f"contact sheet written to {args.sheet}", file=sys.stderr)
     if bad:
-        print(f"predict.py: {bad} of {len(paths)} pictures could not be read", file=sys.stderr)
+        print(f"predict.py: {bad} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if bad else 0
 
 
 def _check_sheet(path: Path, pictures: int) -> None:
     if path.suffix.lower() != ".png":
-        raise InputError(f"--sheet {path}: the sheet is a PNG; give it a name that ends in .png")
+        raise InputError(f"--sheet {path}: the sheet is a PNG; use a name that ends in .png")
     if not os.access(path.parent, os.W_OK):
-        raise InputError(f"--sheet {path}: {path.parent} is not a folder that can be written to; make it first")
+        raise InputError(f"--sheet {path}: {path.parent} is not a writable folder; create it first")
     if pictures > SHEET_LIMIT:
-        raise InputError(f"--sheet holds at most {SHEET_LIMIT} pictures; {pictures} were given")
+        raise InputError(f"--sheet holds at most {SHEET_LIMIT} images; {pictures} were given")
 
 
 def _text_line(path: Path, named: list[tuple[str, float]]) -> str:

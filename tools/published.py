@@ -1,9 +1,9 @@
-"""The published formulation: the same module tree and weights, the sums in another arrangement.
+"""The published formulation: the same modules and weights, computed like the authors' code.
 
 A strip layer is a grouped convolution over a permuted copy of its input, with the weight in its stored shape
-(D*L, L, 1, K); a position map is gathered from its table by indices that the host makes anew in each forward pass; LSMM
-and global response normalisation are written out term by term. ``tools/benchmark.py`` measures against it and the tests
-check that it computes the same network.
+(D*L, L, 1, K); a position map is gathered from its table with indices that the CPU computes again in each forward pass;
+LSMM and global response normalisation are written out term by term. ``tools/benchmark.py`` compares with it, and the
+tests check that it computes the same network.
 """
 
 import copy

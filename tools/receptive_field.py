@@ -1,11 +1,11 @@
-"""Draws the effective receptive field of each stage: how much each input pixel moves the stage's central output.
+"""Draws the effective receptive field of each stage: how much each input pixel influences its central output.
 
     python tools/receptive_field.py output/NAME/TAG/best.pth --data-path DIR      # a trained network
-    python tools/receptive_field.py --cfg configs/X.yaml --noise                  # a fresh one, on random images
+    python tools/receptive_field.py --cfg configs/X.yaml --noise                  # a new one, random images
 
 The field is the gradient of the central output position (summed over its channels) with respect to the input: absolute
-values, summed over the input's channels, averaged over images of the validation set. Prints how large a square around
-the centre holds a given share of it, and writes the fields beside the picture as .npz.
+values, summed over the input's channels, averaged over images of the validation set. Prints the size of the square
+around the centre that holds a given share of it, and writes the fields beside the figure as .npz.
 """
 
 import argparse
@@ -58,14 +58,14 @@ def effective_fields(stages: Callable, images: torch.Tensor, batch_size: int = 8
 
 
 def centre_of(field: torch.Tensor, size: tuple[int, int]) -> tuple[float, float]:
-    """Where in the input, in pixels, the middle of the central output of a stage of ``size`` (h, w) lies."""
+    """The position in the input, in pixels, of the centre of the central output of a stage of ``size`` (h, w)."""
     return tuple((side // 2 + 0.5) * whole / side - 0.5 for whole, side in zip(field.shape, size, strict=True))
 
 
 def areas(field: torch.Tensor, centre: tuple[float, float], shares=SHARES) -> list[float]:
     """The shares of the image's pixels in the smallest squares around ``centre`` that hold these shares of the field.
 
-    What of a square lies outside the image does not count.
+    The part of a square outside the image does not count.
 
     Raises:
         InputError: the field is zero everywhere, or not finite.
@@ -81,7 +81,7 @@ def areas(field: torch.Tensor, centre: tuple[float, float], shares=SHARES) -> li
 
 
 def draw_fields(fields: list[torch.Tensor], titles: list[str]):
-    """A panel for each stage, logarithmic, each scaled to its own largest value.
+    """A panel for each stage, logarithmic, scaled to its largest value.
 
     Returns:
         A matplotlib Figure.
@@ -104,7 +104,7 @@ def draw_fields(fields: list[torch.Tensor], titles: list[str]):
 
 
 def validation_images(config, count: int) -> torch.Tensor:
-    """``count`` images of the validation set, evenly spread over it, or all where there are fewer: (N, 3, S, S)."""
+    """``count`` images of the validation set, evenly spread over it, or all if there are fewer: (N, 3, S, S)."""
     dataset, transform = build_val_loader(config).dataset, build_transform(config)
     indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
     return torch.stack([transform(dataset.images[index][0]) for index in indices.tolist()])
@@ -112,16 +112,16 @@ def validation_images(config, count: int) -> torch.Tensor:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
+    """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="the trained network; without one, a fresh one")
+    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="the trained network; default: a new one")
     parser.add_argument("--cfg", metavar="FILE",
-                        help="the network's config; for a fresh one, a released checkpoint, or another image size")
+                        help="the network's config; for a new network, a released checkpoint, or another image size")
     parser.add_argument("--data-path", metavar="DIR", help="the data set's folder; default: the config's")
-    parser.add_argument("--noise", action="store_true", help="take random images, not the validation set")
+    parser.add_argument("--noise", action="store_true", help="use random images instead of the validation set")
     parser.add_argument("--images", type=int, default=64, metavar="N", help="images to average over; default: 64")
     parser.add_argument("--output", default="receptive_field.png", metavar="FILE",
-                        help="the picture, .png, .pdf or .svg; default: receptive_field.png")
+                        help="the figure, .png, .pdf or .svg; default: receptive_field.png")
     args = parser.parse_args(argv)
     model, images = _prepare(args)
     measured = effective_fields(partial(model.forward_intermediates, intermediates_only=True), images)
@@ -137,14 +137,14 @@ def main(argv: list[str] | None = None) -> int:
     print("stage     output" + "".join(f"{share:>8.0%}" for share in SHARES))
     for stage, ((_, (h, w)), shares) in enumerate(zip(measured, held, strict=True), start=1):
         print(f"{stage:>5}{f'{h} x {w}':>11}" + "".join(f"{100 * share:>8.2f}" for share in shares))
-    print(f"drawn to {args.output}, the fields themselves are in {numbers}")
+    print(f"drawn to {args.output}; the fields are in {numbers}")
     return 0
 
 
 def _prepare(args) -> tuple[torch.nn.Module, torch.Tensor]:
-    """The network, in evaluation mode, and the images that the command line asks for, on one device."""
+    """The network, in evaluation mode, and the images of the command line, on one device."""
     if not (args.checkpoint or args.cfg):
-        raise InputError("name a checkpoint, or with --cfg the config of a fresh network")
+        raise InputError("name a checkpoint, or use --cfg to name the config of a new network")
     if args.images < 1:
         raise InputError(f"--images is {args.images}; it must be at least 1")
     config = load_config(args.cfg) if args.cfg else None
@@ -154,7 +154,7 @@ def _prepare(args) -> tuple[torch.nn.Module, torch.Tensor]:
     else:
         model = build_model(config).eval()
     if not hasattr(model, "forward_intermediates"):
-        raise InputError(f"{config.MODEL.NAME} gives no outputs of its stages (forward_intermediates)")
+        raise InputError(f"{config.MODEL.NAME} does not return its stages' outputs (forward_intermediates)")
     if args.noise:
         channels, size = config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE
         images = torch.randn(args.images, channels, size, size)

@@ -1,13 +1,13 @@
-"""Launches every run of a table, one after another, and skips those that are finished:
+"""Launches every run of a table, one after another, and skips finished runs:
 
     python tools/reproduce.py cifar10 --data-path DIR                     # on a GPU if there is one, else the CPU
     python tools/reproduce.py cifar10 --seeds 3 --nproc 8 --data-path DIR # each run on 8 GPUs, three seeds of each
     python tools/reproduce.py cifar10 --slurm "--nodes 1 --gpus-per-node 8" --data-path DIR     # a SLURM job for each
-    python tools/reproduce.py cifar10 --dry-run                           # only shows the commands
+    python tools/reproduce.py cifar10 --dry-run                           # only prints the commands
 
-The same command again goes on where it stopped, and a second one beside it takes the runs that the first has not begun.
-main.py's flags for training go to every run. Results are in OUTPUT/ROW/MODEL.NAME/seedN/, for
-tools/paper_tables.py; tools/tables.yaml lists the tables.
+Rerun the same command to resume. A second one at the same time takes the runs that the first has not started. main.py's
+training flags are passed to every run. Results are in OUTPUT/ROW/MODEL.NAME/seedN/, for tools/paper_tables.py;
+tools/tables.yaml lists the tables.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def launch_parser() -> argparse.ArgumentParser:
-    """The launcher's own arguments, and main.py's flags, which go to every run."""
+    """The launcher's arguments, and main.py's flags, which are passed to every run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         parents=[argument_parser(add_help=False)], conflict_handler="resolve",
@@ -45,11 +45,11 @@ def launch_parser() -> argparse.ArgumentParser:
     parser.add_argument("table", help="a table of tools/tables.yaml")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows; default: all")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row, with seeds 0 to N-1")
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of each run, one a GPU")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes per run, one per GPU")
     parser.add_argument("--slurm", metavar="OPTIONS", help="submit each run as a job with these options of sbatch")
-    parser.add_argument("--dry-run", action="store_true", help="show the commands and run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     parser.add_argument("--tables", default=TABLES, metavar="FILE", help="default: tools/tables.yaml")
-    parser.add_argument("--output", default="output", metavar="DIR", help="where the results go; default: output")
+    parser.add_argument("--output", default="output", metavar="DIR", help="folder for the results; default: output")
     parser.add_argument("--cfg", help=argparse.SUPPRESS)  # which main.py requires
     return parser
 
@@ -65,21 +65,21 @@ def passed_on(args: argparse.Namespace) -> list[str]:
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Runs what is not finished yet, all rows with the first seed first."""
+    """Runs everything that is not finished yet, all rows with the first seed first."""
     tables = read_tables(args.tables)
     _, rows = tables[choose([args.table], tables, "table")[0]]
     rows = {row.key: row for row in rows}
     for name in ("cfg", "tag"):
         if getattr(args, name):
-            raise InputError(f"--{name} is set for each run of the table; leave it out")
+            raise InputError(f"--{name} is set by this tool for each run; leave it out")
     for name in ("eval", "throughput", "resume"):
         if getattr(args, name):
-            raise InputError(f"--{name} is for a single run; use it with main.py. This command trains")
+            raise InputError(f"--{name} is for a single run; use it with main.py. This command only trains")
     flags = passed_on(args)
     if args.seeds < 1 or args.nproc < 1:
         raise InputError(f"--seeds {args.seeds} and --nproc {args.nproc} must be at least 1")
     if args.slurm is not None and Path.cwd() != ROOT:
-        raise InputError(f"--slurm: start from the repository's folder, {ROOT}")
+        raise InputError(f"--slurm: run this in the repository's folder, {ROOT}")
     failed = 0
     for seed in range(args.seeds):
         for key in choose(args.rows, rows, "row"):
@@ -104,8 +104,8 @@ def launch(args: argparse.Namespace) -> int:
                 status, stopped = run(command)
                 if stopped:
                     return 75
-                if status == 2 and not is_running(folder):  # the other runs would fail likewise
-                    raise InputError(f"{name} cannot run; its last line says why")
+                if status == 2 and not is_running(folder):  # the other runs would fail too
+                    raise InputError(f"{name} cannot run; its last line gives the reason")
                 if status:
                     print(f"{name}: exit status {status}", file=sys.stderr, flush=True)
                     failed += 1
@@ -113,7 +113,7 @@ def launch(args: argparse.Namespace) -> int:
 
 
 def check_settings(folder: Path, config) -> None:
-    """Raises InputError where a folder holds a run that began with other settings: its results are not this run's."""
+    """Raises InputError if a folder holds a run that was started with other settings."""
     path = folder / "config.yaml"
     if path.is_file() and (checkpoint.list_checkpoints(folder) or (folder / "metrics.jsonl").is_file()):
         changes = ", ".join(f"{key} {change}" for key, change in changed_keys(read_yaml(path), config).items())
@@ -130,7 +130,7 @@ def build_command(args: argparse.Namespace, job: str, arguments: list[str]) -> l
 
 
 def is_running(folder: Path) -> bool:
-    """Whether another process trains into a folder."""
+    """Whether another process is training in a folder."""
     if not folder.is_dir():
         return False
     try:
@@ -141,16 +141,16 @@ def is_running(folder: Path) -> bool:
 
 
 def is_queued(job: str) -> bool:
-    """Whether SLURM has a job of that name of this user's, running or waiting."""
+    """Whether SLURM has a job of this user with that name, running or waiting."""
     try:
         listing = subprocess.run(["squeue", "--me", "--noheader", "--format=%j"], stdout=subprocess.PIPE, text=True)
     except FileNotFoundError:
-        raise InputError("--slurm: there is no squeue here; start from a machine that can submit jobs") from None
+        raise InputError("--slurm: there is no squeue here; run this on a machine that can submit jobs") from None
     return job in listing.stdout.split()
 
 
 def run(command: list[str]) -> tuple[int, bool]:
-    """The exit status of a command, and whether a signal came meanwhile, which the command is passed."""
+    """The exit status of a command, and whether a signal arrived, which is passed on to the command."""
     process, signals = subprocess.Popen(command), []
 
     def pass_on(number, frame):

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Trains under SLURM and goes on after every time limit or preemption:
+# Trains under SLURM and resumes after every time limit or preemption:
 #
 #     sbatch --nodes 2 --gpus-per-node 8 tools/slurm_train.sh --cfg configs/X.yaml --data-path DIR --batch-size 128
 #
-# Two minutes before the end SLURM sends USR1 to this script, which has every process finish its update, save and stop,
-# and puts the job back into the queue, where the same command goes on from the checkpoint.
+# Two minutes before the end SLURM sends USR1 to this script. It makes every process finish its update, save and stop, and
+# requeues the job, which then resumes from the checkpoint.
 #SBATCH --job-name=strip-mlp
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=64
@@ -15,7 +15,7 @@
 
 stop() {
     stopping=1
-    scancel --signal=TERM "$SLURM_JOB_ID.0" # torchrun passes it on to its processes, and gives them 30 seconds
+    scancel --signal=TERM "$SLURM_JOB_ID.0" # torchrun passes it on to its processes and gives them 30 seconds
 }
 trap stop USR1 TERM
 

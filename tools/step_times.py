@@ -1,4 +1,4 @@
-"""CPU seconds of one training step of each network of a table: forward, loss, backward, AdamW; the networks in turn.
+"""CPU seconds of a training step (forward, loss, backward, AdamW) of each network of a table, measured in turn.
 
     python tools/step_times.py cifar10_cpu      # with OMP_NUM_THREADS=1 in the environment, on one thread
 """
@@ -36,11 +36,11 @@ def step_seconds(configs: dict, images: int, turns: int) -> dict[str, list[float
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
+    """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="a table of tools/tables.yaml")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images of a step; default: 128")
-    parser.add_argument("--turns", type=int, default=8, metavar="N", help="steps of each network; default: 8")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per step; default: 128")
+    parser.add_argument("--turns", type=int, default=8, metavar="N", help="steps per network; default: 8")
     args = parser.parse_args(argv)
     tables = read_tables()
     _, rows = tables[choose([args.table], tables, "table")[0]]

@@ -3,9 +3,9 @@
     python tools/strip_weights.py output/NAME/TAG/best.pth                  # the last block of each stage
     python tools/strip_weights.py output/NAME/TAG/best.pth --all --channel 3
 
-The picture has a line for each block: its row layer, then its column layer, each a matrix (output token, input token)
-for every row (column) k of the strip. Shown is the mean over the channels, in which what they have in common remains,
-or one channel. Prints for each layer how the squared weights are spread.
+The figure has a line for each block: its row layer, then its column layer, each with a matrix (output token, input
+token) for every row (column) k of the strip. It shows the mean over the channels, or one channel. The tool also prints
+how the squared weights of each layer are distributed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from plots import new_figure, save_figure
 
 
 def strip_layers(model: torch.nn.Module) -> dict[str, list[StripMLP]]:
-    """The strip layers of each block that has some, by the block's name, e.g. ``stages.0.1``: row, then column.
+    """The strip layers of each block that has any, by the block's name, e.g. ``stages.0.1``: row, then column.
 
     Raises:
         InputError: the network has none.
@@ -35,7 +35,7 @@ def strip_layers(model: torch.nn.Module) -> dict[str, list[StripMLP]]:
         if isinstance(module, StripMLP):
             blocks.setdefault(".".join(name.split(".")[:3]), []).append(module)
     if not blocks:
-        raise InputError(f"{type(model).__name__} has no strip layers, which this tool draws")
+        raise InputError(f"{type(model).__name__} has no strip layers to draw")
     return blocks
 
 
@@ -46,7 +46,7 @@ def last_of_each_stage(blocks: dict) -> dict:
 
 
 def shown_weight(weight: torch.Tensor, channel: int | None) -> torch.Tensor:
-    """What is drawn of a weight (D, L, L, K): the mean over D, or one of its channels: (L, L, K).
+    """The part of a weight (D, L, L, K) to draw: the mean over D, or one of its channels: (L, L, K).
 
     Raises:
         InputError: there is no such channel.
@@ -59,12 +59,12 @@ def shown_weight(weight: torch.Tensor, channel: int | None) -> torch.Tensor:
 
 
 def summarise(weight: torch.Tensor) -> dict:
-    """How a strip weight (D, L, L, K) is spread.
+    """How the squares of a strip weight (D, L, L, K) are distributed.
 
     Returns:
         ``rms``, the root mean square; ``rows``, the share of the squared weights in each of the K rows (columns) of the
-        strip; ``near``, the share between a token and itself or its neighbours, and ``near_if_even``, what it is when
-        all weights are alike.
+        strip; ``near``, the share between a token and itself or its neighbours, and ``near_if_even``, this share for
+        equal weights.
     """
     squares = weight.double().square().sum(dim=0)  # (L, L, K)
     index = torch.arange(len(squares))
@@ -78,7 +78,7 @@ def summarise(weight: torch.Tensor) -> dict:
 
 
 def draw_weights(blocks: dict[str, list[StripMLP]], channel: int | None = None):
-    """A line of panels for each block, blue below and red above zero, on one scale for each layer.
+    """A line of panels for each block, blue below and red above zero, with one scale for each layer.
 
     Returns:
         A matplotlib Figure.
@@ -105,15 +105,15 @@ def draw_weights(blocks: dict[str, list[StripMLP]], channel: int | None = None):
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 for what the user can put right."""
+    """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CKPT", help="the trained network")
     parser.add_argument("--cfg", metavar="FILE",
                         help="the network's config; for a released checkpoint, or another image size")
-    parser.add_argument("--all", action="store_true", help="all blocks; default: the last of each stage")
-    parser.add_argument("--channel", type=int, metavar="N", help="this channel of a patch; default: the mean of all")
+    parser.add_argument("--all", action="store_true", help="draw all blocks; default: the last of each stage")
+    parser.add_argument("--channel", type=int, metavar="N", help="channel of a patch to draw; default: the mean of all")
     parser.add_argument("--output", default="strip_weights.png", metavar="FILE",
-                        help="the picture, .png, .pdf or .svg; default: strip_weights.png")
+                        help="the figure, .png, .pdf or .svg; default: strip_weights.png")
     args = parser.parse_args(argv)
     model, _, _ = load_network(args.checkpoint, load_config(args.cfg) if args.cfg else None)
     blocks = strip_layers(model)

@@ -1,4 +1,4 @@
-"""The tables of ``tables.yaml``, and the finished runs in folders: what reproduce.py and paper_tables.py share."""
+"""The tables of ``tables.yaml`` and the finished runs in folders, for reproduce.py and paper_tables.py."""
 
 import sys
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Row:
 
     @cached_property
     def recipe(self) -> dict:
-        """The same by dotted names."""
+        """The same config by dotted names."""
         return flat_keys(self.config())
 
 
@@ -43,7 +43,7 @@ def read_tables(path: str | Path = TABLES) -> dict[str, tuple[str, list[Row]]]:
         InputError: it is not such a file.
     """
     if not Path(path).is_file():
-        raise MissingFileError(f"there is no file of tables {path}; tools/tables.yaml is one")
+        raise MissingFileError(f"the file of tables {path} does not exist; see tools/tables.yaml")
     tables = read_yaml(Path(path))
     try:
         return {
@@ -67,16 +67,16 @@ def _read_row(key: str, row: dict) -> Row:
 
 
 def _find_config(name: str) -> Path:
-    """The config file of that name, in whichever folder of configs/ it is."""
+    """The config file of that name, in any folder of configs/."""
     found = sorted((ROOT / "configs").rglob(f"{name}.yaml"))
     return found[0] if found else ROOT / "configs" / f"{name}.yaml"
 
 
 def choose(names: list[str], known, what: str) -> list[str]:
-    """``names``, or all of ``known`` where there are none.
+    """``names``, or all of ``known`` if there are none.
 
     Raises:
-        InputError: one of them is not known.
+        InputError: one of them is unknown.
     """
     for name in names:
         if name not in known:
@@ -85,7 +85,8 @@ def choose(names: list[str], known, what: str) -> list[str]:
 
 
 def final_results(folder: Path, epochs: int) -> list[dict]:
-    """A finished run's evaluations, one an epoch, of the average of the weights where there is one; else none.
+    """A finished run's evaluations, one per epoch, of the averaged weights if there are any; empty for an unfinished
+    run.
 
     Raises:
         InputError: its ``metrics.jsonl`` is damaged.

@@ -228,8 +228,8 @@ def test_bad_input_is_one_line(config_file, capsys, tmp_path):
     ('{"images": [', "is not in COCO's format (JSONDecodeError"),
     ("[1]", "is not in COCO's format (AssertionError"),
     ('{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}', "is not in COCO's format (KeyError"),
-    ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "x"}]}', "lists no image"),
-    ('{"images": [], "annotations": [], "categories": []}', "lists no category"),
+    ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "x"}]}', "has no images"),
+    ('{"images": [], "annotations": [], "categories": []}', "has no categories"),
 ])
 def test_annotations_that_cannot_be_used(tmp_path, annotations, message):
     (tmp_path / "annotations").mkdir()

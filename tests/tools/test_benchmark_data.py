@@ -17,7 +17,7 @@ def test_it_compares_the_pipelines(capsys):
     for _, speed, milliseconds, ratio in rows:
         assert abs(float(speed) - 1000 / float(milliseconds)) < 0.02 * float(speed) + 1
         assert abs(float(ratio) - times["timm's loader"] / float(milliseconds)) < 0.02 * float(ratio) + 0.01
-    found = re.findall(r"^- (.+): ([\d.]+) MB an image, (\d+) launches a batch of 128; [\d.]+ ms", out, re.M)
+    found = re.findall(r"^- (.+): ([\d.]+) MB per image, (\d+) launches per batch of 128; [\d.]+ ms", out, re.M)
     assert [name for name, *_ in found] == ["augment", "normalise and erase"]
     # Bytes to floats, then three passes over the floats, each read and written, and the erased parts.
     assert float(found[1][1]) * 1e6 > 3 * 224 * 224 * (1 + 4 + 3 * 8)

@@ -58,7 +58,7 @@ def test_tables_and_printed_pairs(tmp_path, capsys):
         ["c", "0", "0", "nan", "2", "0.000", ""],
         ["d", "1", "1", "100.000", "1", "100.000", ""]]
     assert capsys.readouterr().out.splitlines()[:3] == [
-        "3 of 7 images recognised: top-1 42.857", "  a taken for c: 2 of 4", "  a taken for b: 1 of 4"]
+        "3 of 7 images correct: top-1 42.857", "  a classified as c: 2 of 4", "  a classified as b: 1 of 4"]
 
 
 def test_most_confused_leaves_out_what_was_never_confused():
@@ -133,7 +133,7 @@ def test_errors_are_one_line(tmp_path, capsys):
     for argv, message in [
         ([tmp_path / "gone"], "gone does not exist; main.py --eval writes it with --opts TEST.PREDICTIONS True"),
         ([tmp_path / "empty"], "has no column target or prediction"),
-        ([tmp_path / "old"], "has no column target_label or prediction_label; write it anew"),
+        ([tmp_path / "old"], "has no column target_label or prediction_label; write it again"),
         ([tmp_path / "header"], "holds no predictions"),
         ([good, "--output", good], "cannot write into"),
     ]:

@@ -102,9 +102,9 @@ def test_timm_models(tmp_path, capsys):
     path = save_network(tmp_path / "a.pth", config, build_model(config).eval())
     assert export.main([str(path), str(tmp_path / "a.pt2")]) == 0
     assert export.main([str(path), str(tmp_path / "b.pth"), "--format", "released"]) == 2
-    assert "the released code knows Strip-MLP only; this network is a ResNet" in capsys.readouterr().err
+    assert "the released code supports Strip-MLP only; this network is a ResNet" in capsys.readouterr().err
     assert export.main([str(path), str(tmp_path / "b.pt2"), "--fuse"]) == 2
-    assert "--fuse knows Strip-MLP only; this network is a ResNet" in capsys.readouterr().err
+    assert "--fuse is for Strip-MLP only; this network is a ResNet" in capsys.readouterr().err
 
 
 def test_the_difference_is_the_largest_against_the_largest_logit():
@@ -139,12 +139,12 @@ def test_a_file_with_other_outputs_is_not_written(error, network, tmp_path, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["NETWORK", "a.foo"], "a.foo: its ending does not name the format; add --format onnx or torch-export or "),
-        (["NETWORK", "a.pth"], "a.pth: its ending does not name the format; add --format released or native"),
+        (["NETWORK", "a.foo"], "a.foo: its extension does not determine the format; add --format onnx or "),
+        (["NETWORK", "a.pth"], "a.pth: its extension does not determine the format; add --format released or native"),
         (["NETWORK", "a.pth", "--format", "onnx"], "must end in .onnx"),
-        (["NETWORK", "a.safetensors", "--fuse"], "--fuse is for onnx and torch-export; safetensors holds the weights"),
+        (["NETWORK", "a.safetensors", "--fuse"], "--fuse is for onnx and torch-export; safetensors stores the weights"),
         (["NETWORK", "here.pt2"], "here.pt2 already exists; remove it or choose another name"),
-        (["NETWORK", "gone/a.pt2"], "gone is not a folder that can be written to"),
+        (["NETWORK", "gone/a.pt2"], "gone is not a writable folder"),
         (["gone.pth", "a.pt2"], "checkpoint gone.pth does not exist"),
         (["here.pt2", "a.pt2"], "here.pt2 is damaged or not a checkpoint"),
         (["bare.pth", "a.pt2"], "bare.pth: it holds no config; use --cfg to name the one that it was trained with"),

@@ -148,9 +148,9 @@ def test_model_card(shared):
     evaluated, weights = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (path, exported / hub.WEIGHTS))
     for fact in (
         "license: mit", "library_name: timm", "| data | digits, 1437 training images, 10 classes |",
-        f"top-1 91.23 %, top-5 99.50 % of 360 images, by the evaluation of the checkpoint with SHA-256 `{evaluated}`",
+        f"top-1 91.23 %, top-5 99.50 % of 360 images, measured on the checkpoint with SHA-256 `{evaluated}`",
         f"| commit | {COMMIT} |", f"| SHA-256 of the weights | `{weights}` |", "| seed | 0 |",
-        "2 epochs, adamw, 200 images an update", "import models", 'timm.create_model("hf-hub:USER/NAME"',
+        "2 epochs, adamw, 200 images per update", "import models", 'timm.create_model("hf-hub:USER/NAME"',
     ):
         assert fact in card, fact
     assert sorted(file.name for file in exported.iterdir()) == ["README.md", "config.json", "model.safetensors"]
@@ -164,7 +164,7 @@ def test_another_file_s_evaluation_is_not_claimed(shared, tmp_path):
     checkpoint.save_file(content, tmp_path / "best.pth")
     assert export.main([str(tmp_path / "best.pth"), str(tmp_path / "hub"), "--format", "hub"]) == 0
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert "| accuracy | not evaluated; `python main.py --eval`" in card and "91.23" not in card
+    assert "| accuracy | not evaluated; run `python main.py --eval`" in card and "91.23" not in card
     assert "| commit | not recorded |" in card and "| recipe | not recorded |" in card
 
 

@@ -117,9 +117,9 @@ def test_seeds_are_averaged(tables, tmp_path):
 
 @pytest.mark.parametrize("opts, reason", [
     (["TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0],
-     "it comes nearest to first, but has TRAIN.EPOCHS 1 instead of 2, TRAIN.WARMUP_EPOCHS 0 instead of 1"),
-    (["MODEL.STRIP_MLP.STRIP_WIDTH", 5], "but has MODEL.STRIP_MLP.STRIP_WIDTH 5 instead of 3"),
-    (["MODEL.PRETRAINED", "w.pth"], "but has MODEL.PRETRAINED 'w.pth' instead of ''"),
+     "the nearest is first, but it has TRAIN.EPOCHS 1 instead of 2, TRAIN.WARMUP_EPOCHS 0 instead of 1"),
+    (["MODEL.STRIP_MLP.STRIP_WIDTH", 5], "it has MODEL.STRIP_MLP.STRIP_WIDTH 5 instead of 3"),
+    (["MODEL.PRETRAINED", "w.pth"], "it has MODEL.PRETRAINED 'w.pth' instead of ''"),
 ])
 def test_runs_of_another_recipe_are_left_out_and_named(tables, tmp_path, opts, reason):
     add_run(tmp_path, "first", "other", [90.0] * (1 if "TRAIN.EPOCHS" in opts else 2), *opts)
@@ -135,7 +135,7 @@ def test_unfinished_and_repeated_runs(tables, tmp_path):
     status, output, error = tables()
     assert cells(output, "First")["top-1"] == "not measured yet"
     assert (cells(output, "Second")["top-1"], cells(output, "Second")["seeds"]) == ("82.00", "1")
-    assert error == "runs/two repeats seed 0 of runs/one and is left out\n"
+    assert error == "runs/two repeats seed 0 of runs/one and is skipped\n"
 
 
 def test_evaluated_checkpoints_have_their_own_lines(tables, tmp_path):
@@ -173,7 +173,7 @@ def test_a_run_whose_settings_changed_on_the_way_counts_for_no_row(tables, tmp_p
     for names in ([], ["tiny"]):
         _, output, error = tables(*names)
         assert cells(output, "First")["top-1"] == "not measured yet"
-        assert "runs/a is in no table; it comes nearest to first, but has TRAIN.EPOCHS 1 -> 2 since update 7" in error
+        assert "runs/a is in no table; the nearest is first, but it has TRAIN.EPOCHS 1 -> 2 since update 7" in error
 
 
 def test_files_and_export(tables, tmp_path):
@@ -212,7 +212,7 @@ def test_bad_input(tables, tmp_path):
     folder = add_run(tmp_path, "first", "damaged", [1.0, 2.0])
     (folder / "run.yaml").write_text("git_commit: abc\n")
     status, _, error = tables()
-    assert status == 2 and error.startswith("paper_tables.py: runs/damaged holds no readable run (KeyError(")
+    assert status == 2 and error.startswith("paper_tables.py: runs/damaged holds a run that cannot be read (KeyError(")
 
 
 @pytest.mark.parametrize(("name", "text"), [

@@ -61,7 +61,7 @@ def test_it_repeats_the_evaluation(network, pictures, capsys):
             found = torch.tensor([entry["probability"] for entry in line["classes"]])
             torch.testing.assert_close(found, row[order], rtol=0, atol=2e-6)
         assert status == 1
-        assert "deep/1b.JPG is not an image of a known format; left out" in err and "1 of 8 pictures" in err
+        assert "deep/1b.JPG is not an image of a known format; skipped" in err and "1 of 8 images" in err
 
 
 def test_text(known, pictures, capsys):
@@ -105,11 +105,11 @@ def test_large_pictures_are_shown_whole_and_long_names_cut():
         (["gone.pth", "0.png"], "checkpoint gone.pth does not exist"),
         (["0.png", "0.png"], "0.png is not a PyTorch file, or is damaged"),
         (["other.pth", "0.png"], "other.pth: no weights under 'model'; the entries are: a"),
-        (["NETWORK", "0.png", "--top-k", "0"], "--top-k and --batch-size take numbers from 1 on"),
+        (["NETWORK", "0.png", "--top-k", "0"], "--top-k and --batch-size must be at least 1"),
         (["NETWORK", "0.png", "--cfg", "gone.yaml"], "gone.yaml does not exist"),
         (["NETWORK", "0.png", "--sheet", "s.gif"], "s.gif: the sheet is a PNG"),
-        (["NETWORK", "0.png", "--sheet", "gone/s.png"], "gone is not a folder that can be written to"),
-        (["NETWORK", *["0.png"] * 1001, "--sheet", "s.png"], "at most 1000 pictures; 1001 were given"),
+        (["NETWORK", "0.png", "--sheet", "gone/s.png"], "gone is not a writable folder"),
+        (["NETWORK", *["0.png"] * 1001, "--sheet", "s.png"], "at most 1000 images; 1001 were given"),
     ],
 )
 def test_bad_input(arguments, message, network, tmp_path, monkeypatch, capsys):
@@ -135,7 +135,7 @@ def test_pictures_are_turned_upright_and_one_too_narrow_is_named(tmp_path, capsy
     out, err = capsys.readouterr()
     first, second = (json.loads(line)["classes"] for line in out.splitlines())
     assert first == second
-    assert "c.png: an image of 1x600000 pixels would have" in err and "1 of 3 pictures could not be read" in err
+    assert "c.png: an image of 1x600000 pixels would have" in err and "1 of 3 images could not be read" in err
 
 
 def test_a_network_whose_outputs_overflow_is_refused(network, tmp_path, capsys):

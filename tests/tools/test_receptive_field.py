@@ -142,7 +142,7 @@ def test_command_line_on_a_fresh_network(tmp_path, capsys):
 def test_errors_are_one_line(tmp_path, capsys):
     (tmp_path / "bad.pth").write_bytes(b"no checkpoint")
     for argv, message in [
-        ([], "name a checkpoint, or with --cfg the config of a fresh network"),
+        ([], "name a checkpoint, or use --cfg to name the config of a new network"),
         ([tmp_path / "gone.pth"], "gone.pth does not exist"),
         ([tmp_path / "bad.pth"], "bad.pth"),
         (["--cfg", DIGITS, "--images", 0], "--images is 0; it must be at least 1"),

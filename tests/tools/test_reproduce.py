@@ -127,8 +127,8 @@ def test_what_a_failure_does(table, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--rows", "frist"], "there is no row frist; did you mean first?; there are first, second"),
-    (["--tag", "x"], "--tag is set for each run of the table; leave it out"),
-    (["--cfg=x"], "--cfg is set for each run"),
+    (["--tag", "x"], "--tag is set by this tool for each run; leave it out"),
+    (["--cfg=x"], "--cfg is set by this tool"),
     (["--eval"], "--eval is for a single run; use it with main.py"),
     (["--resume=x"], "--resume is for a single run"),
     (["--seeds", "0"], "--seeds 0 and --nproc 1 must be at least 1"),

@@ -72,7 +72,7 @@ def test_errors_are_one_line(trained, tmp_path, capsys):
     torch.save({"model": build_model(timm).state_dict(), "config": to_dict(timm)}, tmp_path / "timm.pth")
     for argv, message in [
         ([tmp_path / "gone.pth"], "gone.pth does not exist"),
-        ([tmp_path / "timm.pth"], "ResNet has no strip layers, which this tool draws"),
+        ([tmp_path / "timm.pth"], "ResNet has no strip layers to draw"),
         ([path, "--channel", 8], "--channel is 8; the smallest layer has channels 0 to 7"),
         ([path, "--output", tmp_path / "gone" / "x.png"], "cannot write"),
     ]:
