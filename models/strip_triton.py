@@ -32,6 +32,17 @@ def _line_offsets(m, d, patches, dim, ACROSS: tl.constexpr, LENGTH: tl.constexpr
 
 
 @triton.jit
+def _load_strips(lines, is_line, along, is_token, STEP_ALONG: tl.constexpr):
+    """(lines, tokens) from where the lines begin and how far along each the tokens lie; 0 where there is nothing."""
+    if STEP_ALONG == 1:
+        return tl.load(lines[:, None] + along[None, :], mask=is_line[:, None] & is_token[None, :], other=0.0)
+    # Neighbouring lines lie side by side. A hint of no alignment, so that neighbouring threads read them and not each
+    # thread eight, which it could not read at once where they are shifted.
+    places = tl.multiple_of(lines[None, :] + along[:, None], [1, 1])
+    return tl.trans(tl.load(places, mask=is_line[None, :] & is_token[:, None], other=0.0))
+
+
+@triton.jit
 def _mix_kernel(x, x_step, position, weight, bias, y, y_step, lines, patches, dim,
                 ACROSS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, STEP_ACROSS: tl.constexpr,
                 STEP_ALONG: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, HAS_POSITION: tl.constexpr,
@@ -50,11 +61,10 @@ def _mix_kernel(x, x_step, position, weight, bias, y, y_step, lines, patches, di
     for k in tl.static_range(WIDTH):
         shift = k - WIDTH // 2
         is_line = (m < lines) & (a + shift >= 0) & (a + shift < ACROSS)
-        mask = is_line[:, None] & is_token[None, :]
-        strip = shift * STEP_ACROSS + along[None, :] * STEP_ALONG
-        tokens = tl.load((x + start)[:, None] + strip, mask=mask, other=0.0)
+        shifted = shift * STEP_ACROSS
+        tokens = _load_strips(x + start + shifted, is_line, along * STEP_ALONG, is_token, STEP_ALONG)
         if HAS_POSITION:
-            tokens += tl.load(position + start[:, None] + strip, mask=mask, other=0.0)
+            tokens += _load_strips(position + start + shifted, is_line, along * STEP_ALONG, is_token, STEP_ALONG)
         matrix = tl.load(weight + ((d * WIDTH + k) * LENGTH + along[:, None]) * LENGTH + along[None, :],
                          mask=is_token[:, None] & is_token[None, :], other=0.0)
         total = tl.dot(tokens, matrix, total, input_precision=PRECISION)
@@ -84,14 +94,12 @@ def _weight_grad_kernel(x, position, dy, dw, db, lines, patches, dim, PART_LINES
         image, start, a = _line_offsets(m, d, patches, dim, ACROSS, LENGTH, STEP_ACROSS)
         begin = image * (patches * dim * ACROSS * LENGTH) + start
         is_line = (m < end) & (a + shift >= 0) & (a + shift < ACROSS)
-        mask = is_token[:, None] & is_line[None, :]
-        strip = shift * STEP_ACROSS + along[:, None] * STEP_ALONG
-        tokens = tl.load(x + begin[None, :] + strip, mask=mask, other=0.0)
+        shifted = shift * STEP_ACROSS
+        tokens = _load_strips(x + begin + shifted, is_line, along * STEP_ALONG, is_token, STEP_ALONG)
         if HAS_POSITION:
-            tokens += tl.load(position + start[None, :] + strip, mask=mask, other=0.0)
-        grad = tl.load(dy + begin[:, None] + along[None, :] * STEP_ALONG,
-                       mask=(m < end)[:, None] & is_token[None, :], other=0.0)
-        matrix = tl.dot(tokens, grad, matrix, input_precision=PRECISION)
+            tokens += _load_strips(position + start + shifted, is_line, along * STEP_ALONG, is_token, STEP_ALONG)
+        grad = _load_strips(dy + begin, m < end, along * STEP_ALONG, is_token, STEP_ALONG)
+        matrix = tl.dot(tl.trans(tokens), grad, matrix, input_precision=PRECISION)
         vector += tl.sum(grad.to(tl.float32), axis=0)
     place = (part * dim + d) * WIDTH + k
     tl.store(dw + (place.to(tl.int64) * LENGTH + along[:, None]) * LENGTH + along[None, :], matrix,
