@@ -97,7 +97,7 @@ def save_description(config, run: dict, folder: Path) -> None:
             logger.info(f"{key}: {value}")
     frozen = f", {run['frozen_parameters'] / 1e6:.2f} M of them frozen" if run["frozen_parameters"] else ""
     logger.info(f"{run['parameters'] / 1e6:.2f} M parameters{frozen}; "
-                f"{run['macs'] / 1e9:.3f} G multiply-accumulates an image")
+                f"{run['macs'] / 1e9:.3f} G multiply-accumulates per image")
 
 
 def draw_curves(folder: Path) -> None:
