@@ -1,9 +1,6 @@
 """The kernels that join passes over maps, on the GPU or in Triton's interpreter, against the plain forms."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from models.map_ops import norm_gelu, project, weigh_branches
 from models.mlp_ops import mlp
 from models.strip_mlp import GRN, LSMM, Block, StripMLP
 from tests.nets import draw, randomise, relative_error
-from tests.processes import ROOT
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,52 +136,3 @@ def test_a_norm_over_several_processes_is_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(norm, "forward", lambda x: 2 * x)
     assert torch.equal(norm_gelu(x, norm, "triton"), nn.functional.gelu(2 * x))
     assert strip_ops.uses_kernels(x, "triton")
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from models import branch_triton, map_triton
-
-NUMBERS = {"channels": "i32", "tokens": "i32", "parts": "i32", "count": "i32", "eps": "fp32", "momentum": "fp32",
-           "batches": "*i64"}
-MAPS = {"a", "b", "x", "y", "dy", "da", "db", "dx", "first_token"}
-
-def check(kernel, constants, is_planar, capability):
-    types = {}
-    for name in kernel.arg_names:
-        if name.endswith("_t" if is_planar else "_c") and name[:-2] + "_n" in kernel.arg_names:
-            constants = constants | {name: 1}
-        is_stride = name.endswith(("_n", "_c", "_t"))
-        types[name] = ("constexpr" if name in constants else "i32" if is_stride else
-                       NUMBERS.get(name) or ("*bf16" if name in MAPS else "*fp32"))
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name][0] == "*"}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.asm["cubin"] and ".local" not in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 48 * 1024
-
-flags = {"_gelu_kernel": ["HAS_SCALE", "HAS_GAIN", "STORES", "ADDS"], "_gelu_dots_kernel": ["IS_NORM"],
-         "_gelu_grad_kernel": ["HAS_GAIN"]}
-for module in (map_triton, branch_triton):
-    for name, kernel in vars(module).items():
-        if name.endswith("_kernel") and name != "_statistics_kernel":
-            for is_planar, capability in ((False, 90), (True, 80)):
-                tokens, channels = (256, 8) if is_planar else (64, 32)
-                constants = {"PART": 512, "BLOCK_T": tokens, "BLOCK_C": channels}
-                constants |= dict.fromkeys(flags.get(name, ()), True)
-                check(kernel, constants, is_planar, capability)
-check(map_triton._statistics_kernel, {"ROWS": 896, "HAS_GIVEN": True, "BLOCK_R": 64, "BLOCK_C": 16}, False, 90)
-print("compiled")
-"""
-
-
-def test_compiles_for_gpus_without_one(tmp_path):
-    """To machine code of two generations, within the memory that a block has on the chip."""
-    if tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2])) < (3, 3):
-        pytest.skip("Triton's compiler is called otherwise before 3.3")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "compiled\n", done.stderr[-2000:]

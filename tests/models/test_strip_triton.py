@@ -1,8 +1,5 @@
-"""The Triton kernels: on the GPU where there is one, else in Triton's interpreter; compiled for GPUs in either case."""
+"""The strip operator's Triton kernels: on the GPU where there is one, else in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -12,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.strip_ops import strip_mix, strip_mix_into, strip_mix_plain
 from tests.models.test_strip_ops import AXES, draw
 from tests.nets import relative_error
-from tests.processes import ROOT
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,53 +142,3 @@ def test_operations_are_counted_as_in_the_other_forms(axis):
             strip_mix(x, weight, bias, axis, form).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] == 3 * 2 * x.numel() * weight.shape[1] * 3
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from models import strip_triton
-
-def check(kernel, tensors, constants, capability, config):
-    types = tensors | dict.fromkeys(["x_step", "y_step", "lines", "patches", "dim"], "i32")
-    types |= dict.fromkeys(constants, "constexpr")
-    arguments = {name: types[name] for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if name in tensors}
-    source = ASTSource(fn=kernel, signature=arguments, constexprs=constants, attrs=aligned)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert "wgmma" in compiled.asm["ptx"] or "mma.sync" in compiled.asm["ptx"]  # tensor cores
-    assert compiled.metadata.shared <= 99 * 1024, compiled.metadata.shared  # what every GPU since Ampere has
-    assert compiled.asm["cubin"]
-
-for capability, length, row in ((90, 56, True), (80, 56, False), (90, 14, False)):
-    constants = {"ACROSS": length, "LENGTH": length, "WIDTH": 3, "PRECISION": "ieee",
-                 "STEP_ACROSS": length if row else 1, "STEP_ALONG": 1 if row else length,
-                 "BLOCK_L": max(16, triton.next_power_of_2(length))}
-    for config in strip_triton.MIX_BLOCKS[-1:]:
-        check(strip_triton._mix_kernel,
-              {"x": "*bf16", "position": "*bf16", "weight": "*bf16", "bias": "*fp32", "y": "*bf16"},
-              constants | config.kwargs | {"HAS_POSITION": True, "HAS_BIAS": True}, capability, config)
-    for config in strip_triton.WEIGHT_GRAD_BLOCKS[-1:]:
-        check(strip_triton._weight_grad_kernel,
-              {"x": "*bf16", "position": "*bf16", "dy": "*bf16", "dw": "*fp32", "db": "*fp32"},
-              constants | config.kwargs | {"PART_LINES": 1792, "HAS_POSITION": True}, capability, config)
-# The smallest blocks fit everywhere, for the longest strips in TF32 too; larger ones that do not are passed over.
-constants |= {"ACROSS": 128, "LENGTH": 128, "STEP_ALONG": 128, "BLOCK_L": 128, "PRECISION": "tf32"}
-config = strip_triton.WEIGHT_GRAD_BLOCKS[0]
-check(strip_triton._weight_grad_kernel,
-      {"x": "*fp32", "position": "*fp32", "dy": "*fp32", "dw": "*fp32", "db": "*fp32"},
-      constants | config.kwargs | {"PART_LINES": 1792, "HAS_POSITION": True}, 80, config)
-print("compiled")
-"""
-
-
-@pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3),
-                    reason="Triton's compiler is called otherwise before 3.3")
-def test_compiles_for_gpus_without_one(tmp_path):
-    """To machine code of two generations, on tensor cores, within the memory that a block has on the chip."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "compiled\n", done.stderr[-2000:]
