@@ -81,7 +81,8 @@ def strip_kernels(target: GPUTarget, has_all: bool):
                     compiled = compile_kernel(getattr(strip_triton, name), constants | own | config.kwargs, target,
                                               halves, options)
                     yield report(f"{name} {axis} {length} {config}", compiled) | {
-                        "axis": axis, "loads": load_layouts(compiled), "is_smallest": config is blocks[name][0]}
+                        "axis": axis, "loads": load_layouts(compiled), "is_smallest": config is blocks[name][0],
+                        "is_square": config.kwargs["BLOCK_M"] == constants["BLOCK_L"]}
 
 
 def map_kernels(target: GPUTarget, has_all: bool):
