@@ -4,7 +4,7 @@ import argparse
 
 from config import flat_keys, load_config, nearest
 
-# Flags that are short for a config key.
+# Flags that set a config key.
 FLAG_KEYS = {
     "batch_size": "DATA.BATCH_SIZE",
     "data_path": "DATA.DATA_PATH",
@@ -32,7 +32,8 @@ def argument_parser(description: str | None = None, add_help: bool = True) -> ar
                         help="config keys to set, e.g. --opts TRAIN.EPOCHS 100 AUG.MIXUP 0; config.py lists them all")
     parser.add_argument("--data-path", metavar="DIR", help="the data set's folder")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per process and micro-batch")
-    parser.add_argument("--zip", action="store_true", default=None, help="read train.zip and val.zip, not folders")
+    parser.add_argument("--zip", action="store_true", default=None,
+                        help="read train.zip and val.zip instead of folders")
     parser.add_argument("--cache-mode", metavar="MODE",
                         help="what --zip keeps in memory: no (nothing), part (each process its share), full")
     parser.add_argument("--pretrained", metavar="CKPT",
@@ -48,7 +49,7 @@ def argument_parser(description: str | None = None, add_help: bool = True) -> ar
     parser.add_argument("--device", default="", metavar="TYPE",
                         help="cpu, cuda, mps or another that PyTorch finds; default: cuda where there is a GPU")
     parser.add_argument("--output", metavar="DIR", help="results go to DIR/<model name>/<tag>/; default: output")
-    parser.add_argument("--tag", metavar="NAME", help="names the run")
+    parser.add_argument("--tag", metavar="NAME", help="name of the run")
     parser.add_argument("--allow-changes", action="store_true",
                         help="resume a run although its settings changed, and record the changes in its run.yaml")
     mode = parser.add_mutually_exclusive_group()
@@ -70,11 +71,11 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = No
 
 
 def _as_option(flag: str) -> str:
-    """How to set the config keys of an unknown flag's name, for a message: ``--epochs`` is ``TRAIN.EPOCHS``."""
+    """How to set the config keys that an unknown flag may mean, for a message: ``--epochs`` is ``TRAIN.EPOCHS``."""
     name = flag.lstrip("-").replace("-", "_").upper()
     keys = [key for key in flat_keys(load_config()) if flag.startswith("--") and key.split(".")[-1] == name]
     keys = keys or [key for key in flat_keys(load_config()) if flag.startswith("--") and key.endswith(f"_{name}")]
-    return f"; set {' or '.join(keys)} by --opts {keys[0]} VALUE" if keys else ""
+    return f"; set {' or '.join(keys)} with --opts {keys[0]} VALUE" if keys else ""
 
 
 def config_overrides(args: argparse.Namespace) -> list:

@@ -100,6 +100,21 @@ def _init_process_group(device: torch.device, limit: datetime.timedelta) -> None
     _places, _store = gather_objects(f"process {os.getpid()} on {platform.node()}"), store
 
 
+def leave() -> None:
+    """Leaves the process group, if there is one."""
+    global _host_group, _patient_group
+    if not dist.is_initialized():
+        return
+    # When PyTorch 2.6 frees a group, it waits for gloo's threads and blocks Python meanwhile: a thread that must still
+    # free a tensor waits for ever. Freeing a backend does not block Python, so the backends are freed last.
+    groups = [group for group in (dist.group.WORLD, _host_group, _patient_group) if group and group.name() == "gloo"]
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    del groups
+    _host_group = _patient_group = None
+    dist.destroy_process_group()
+    del backends
+
+
 def silent_processes(error: RuntimeError) -> str:
     """The processes that do not answer, if ``error`` says that an operation timed out; else empty.
 

@@ -29,7 +29,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -64,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        The exit status: 0; 2 for what the user can put right; 1 for a training that failed; 74 for one whose last
-        checkpoint could not be saved into its folder; 75 for one that saved itself and stopped on a signal, to be
-        resumed by the same command; 130 for an interruption by Ctrl-C.
+        The exit status: 0; 2 for an error that the user can fix; 1 for a training that failed; 74 for one whose last
+        checkpoint could not be saved into its folder; 75 for one that saved itself and stopped on a signal, rerun
+        the same command to resume; 130 for an interruption by Ctrl-C.
     """
     args = parse_arguments(argument_parser(__doc__), argv)
     status = 0
@@ -106,8 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.error(errors.message(error))
         logger.debug("where it happened:", exc_info=True)  # for the log file
         return status  # without waiting for processes that wait for this one
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    distributed.leave()
     return status
 
 
@@ -115,8 +113,8 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
     """Trains, evaluating after every epoch; resumes from the newest checkpoint in ``folder``.
 
     Raises:
-        InputError: the config or the data cannot be used, or ``folder`` holds a run with other settings, which only
-            ``allow_changes`` resumes.
+        InputError: the config or the data cannot be used, or ``folder`` holds a run with other settings, and
+            ``allow_changes`` is not set.
     """
     with machine_failures(), Checkpointer(config, folder) as checkpointer:
         # 0. The run so far.
@@ -142,7 +140,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
             logger.warning("TRAIN.FREEZE_STAGES freezes newly initialised weights; load trained ones with --pretrained")
         if config.TRAIN.SYNC_BN:
             if device.type != "cuda":
-                raise InputError("TRAIN.SYNC_BN is True, but SyncBatchNorm needs CUDA; set it False on the CPU")
+                raise InputError("TRAIN.SYNC_BN is True, but SyncBatchNorm needs CUDA; set it to False on the CPU")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if config.TRAIN.USE_CHECKPOINT:
             count_batches_once(model)
@@ -174,7 +172,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         )
         if resume_path:
             resume(resume_path, resume_content, state, checkpointer, folder)
-        del resume_content  # as large as the whole state
+        del resume_content  # it is as large as the state
         metrics = None
         open_log(folder)
         if distributed.rank() == 0:
@@ -228,13 +226,13 @@ def throughput(config, device: torch.device) -> None:
 
 
 def _make_output_folder(config) -> Path:
-    """The run's output folder, made where it is not there yet."""
+    """The run's output folder, created if necessary."""
     folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
     try:
         str(folder).encode()
     except UnicodeEncodeError:  # TensorBoard would fail on it, late
         raise InputError(f"{folder} is not UTF-8; choose another --output, or set PYTHONUTF8=1 in the environment if "
-                         "the locale is to blame") from None
+                         "the locale is the cause") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -248,7 +246,7 @@ def _load_pretrained(config, model: nn.Module) -> None:
         skipped = load_pretrained(model, content)
     logger.info(f"loaded the weights of {config.MODEL.PRETRAINED}")
     if skipped:
-        logger.info(f"its head has another number of classes and is re-initialised: {', '.join(skipped)}")
+        logger.info(f"the class count differs, so the head is re-initialised: {', '.join(skipped)}")
 
 
 def _open_metrics(config, state: TrainState, batches: int, folder: Path) -> MetricsWriter:

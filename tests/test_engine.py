@@ -239,7 +239,7 @@ def test_train_mode_statistics_are_the_mean_over_processes(tmp_path):
     An update whose loss is bad on one of them changes nothing on either.
     """
     script = """
-import sys, torch, torch.distributed as dist
+import sys, torch
 sys.path.insert(0, sys.argv[1])
 import engine, distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -268,7 +268,7 @@ for seed in (0, 1):
 for key in ours:
     if "running" in key:
         torch.testing.assert_close(ours[key], (local[0][key] + local[1][key]) / 2, rtol=1e-6, atol=1e-7)
-dist.destroy_process_group()
+distributed.leave()
 """
     (tmp_path / "check.py").write_text(script)
     result = run([*torchrun(2), tmp_path / "check.py", main.__file__.rsplit(os.sep, 1)[0]])

@@ -125,6 +125,8 @@ def largest_difference(model: nn.Module, other: Callable, shape: tuple[int, ...]
 def _write_onnx(network: Network, path: Path) -> Callable:
     import onnxruntime
 
+    if torch.__version__ < (2, 8):  # 2.6 cannot convert a batched product whose batch may have any size
+        raise InputError(f"ONNX export needs PyTorch 2.8 or newer; this is {torch.__version__}")
     names = {"input_names": ["images"], "output_names": ["logits"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter's internals

@@ -98,7 +98,7 @@ def test_without_any_ablation_it_is_the_whole_network():
     assert whole.state_dict().keys() == ablated.state_dict().keys()
     whole.load_state_dict(ablated.state_dict())
     images = draw(2, 3, 32, 32)
-    assert torch.equal(whole(images), ablated(images))
+    torch.testing.assert_close(ablated(images), whole(images), rtol=1e-12, atol=1e-12)  # float64; the sums are split
 
 
 def test_parallel_strips_do_not_see_each_other():

@@ -132,7 +132,8 @@ def test_timm_kwargs():
             build(*opts, text)
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.skipif(
+    torch.__version__ < (2, 11), reason="older versions count a batch twice; compile_network does not compile there"))])
 def test_timm_checkpointing_counts_a_batch_once(backend):
     """Without ``count_batches_once`` timm's recomputation moves the running statistics a second time."""
 

@@ -68,7 +68,7 @@ for name, argv, *message in [
     ("config that is a folder", ["--cfg", "configs"], "configs is a folder; name one of the config files"),
     ("no config", ["--batch-size", "4"], "required: --cfg"),
     ("unknown flag", ["--cfg", DIGITS, "--batchsize", "3"], "--batchsize; did you mean --batch-size?"),
-    ("flag named like an option", ["--cfg", DIGITS, "--epochs", "3"], "--epochs; set TRAIN.EPOCHS by --opts"),
+    ("flag named like an option", ["--cfg", DIGITS, "--epochs", "3"], "--epochs; set TRAIN.EPOCHS with --opts"),
     ("flag named like several", ["--cfg", DIGITS, "--lr", "3"], "--lr; set TRAIN.BASE_LR or TRAIN.WARMUP_LR"),
     ("unknown flag with its value", ["--cfg", DIGITS, "--resum=x"], "argument --resum=x; did you mean --resume?"),
     ("abbreviated flag", ["--cfg", DIGITS, "--batch", "3"], "--batch; did you mean --batch-size?"),

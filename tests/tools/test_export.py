@@ -32,6 +32,7 @@ def logits(model, batch):
         return images, model(images)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 8), reason="PyTorch 2.6 cannot export the network to ONNX")
 def test_onnx(network, tmp_path, capsys):
     """onnxruntime gives the network's logits for any batch size; the file says how to prepare images."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -48,6 +49,14 @@ def test_onnx(network, tmp_path, capsys):
     assert json.loads(about["classes"]) == CLASSES
     assert about["preprocessing"] == repr(build_transform(config))
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]  # the weights too are in it
+
+
+def test_onnx_needs_a_newer_pytorch(network, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.6.0"))
+    assert export.main([str(network[0]), str(tmp_path / "a.onnx")]) == 2
+    assert "export.py: ONNX export needs PyTorch 2.8 or newer; this is 2.6.0\n" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("flags", "batch_norms"), [
