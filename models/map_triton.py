@@ -92,8 +92,9 @@ def _statistics_kernel(first_token, x_c, sums, weight, bias, given, mean, var, b
     tl.store(mean + c, old + momentum * (m - old), mask=is_channel)
     old = tl.load(var + c, mask=is_channel, other=0.0)
     tl.store(var + c, old + momentum * (v * count / (count - 1) - old), mask=is_channel)
-    if (tl.program_id(0) == 0) & (momentum > 0):
-        tl.store(batches, tl.load(batches) + 1)
+    if tl.program_id(0) == 0:
+        if momentum > 0:
+            tl.store(batches, tl.load(batches) + 1)
 
 
 @triton.jit

@@ -35,11 +35,13 @@ def _line_offsets(m, d, patches, dim, ACROSS: tl.constexpr, LENGTH: tl.constexpr
 def _load_strips(lines, is_line, along, is_token, STEP_ALONG: tl.constexpr):
     """(lines, tokens) from where the lines begin and how far along each the tokens lie; 0 where there is nothing."""
     if STEP_ALONG == 1:
-        return tl.load(lines[:, None] + along[None, :], mask=is_line[:, None] & is_token[None, :], other=0.0)
-    # Neighbouring lines lie side by side. A hint of no alignment, so that neighbouring threads read them and not each
-    # thread eight, which it could not read at once where they are shifted.
-    places = tl.multiple_of(lines[None, :] + along[:, None], [1, 1])
-    return tl.trans(tl.load(places, mask=is_line[None, :] & is_token[:, None], other=0.0))
+        strips = tl.load(lines[:, None] + along[None, :], mask=is_line[:, None] & is_token[None, :], other=0.0)
+    else:
+        # Neighbouring lines lie side by side. A hint of no alignment, so that neighbouring threads read them and not
+        # each thread eight, which it could not read at once where they are shifted.
+        places = tl.multiple_of(lines[None, :] + along[:, None], [1, 1])
+        strips = tl.trans(tl.load(places, mask=is_line[None, :] & is_token[:, None], other=0.0))
+    return strips
 
 
 @triton.jit

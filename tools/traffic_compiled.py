@@ -48,7 +48,7 @@ def count_compiled_step(
         RuntimeError: the network does not compile in one piece.
     """
     if not EARLY:
-        raise InputError(f"PyTorch {torch.__version__} cannot plan a compiled step without running it; use 2.8 or "
+        raise InputError(f"PyTorch {torch.__version__} cannot plan a compiled step without running it; use 2.11 or "
                          "newer")
     traffic = Traffic()
 

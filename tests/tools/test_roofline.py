@@ -106,7 +106,7 @@ def test_peak_memory():
     assert count_step(network, (1, 128, 32, 32), training=False, dtype=None).peak_bytes == 3 * size
 
 
-needs_early_planning = pytest.mark.skipif(not EARLY, reason="PyTorch older than 2.8 cannot plan a backward pass early")
+needs_early_planning = pytest.mark.skipif(not EARLY, reason="this PyTorch cannot plan a backward pass early")
 
 
 @needs_early_planning
@@ -160,7 +160,7 @@ def test_figures_of_the_inference_form_do_not_grow():
 
 def test_a_pytorch_that_cannot_plan_a_step_is_an_error(monkeypatch):
     monkeypatch.setattr(traffic_compiled, "EARLY", {})
-    with pytest.raises(InputError, match="cannot plan a compiled step without running it; use 2.8 or newer"):
+    with pytest.raises(InputError, match="cannot plan a compiled step without running it; use 2.11 or newer"):
         count_compiled_step(nn.Flatten(), (1, 3, 2, 2), training=True)
 
 
