@@ -119,7 +119,7 @@ def test_precision_elsewhere(machine):
     assert choose_precision(torch.device("cpu"))[0] == choose_precision(torch.device("mps"))[0] == "fp32"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
 def test_the_probe_passes_where_the_kernels_work(dtype):
     pytest.importorskip("triton")
     if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:

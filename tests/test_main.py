@@ -317,7 +317,7 @@ def test_released_checkpoint_cannot_be_resumed(trained, tmp_path, capsys):
 # ---- launchers -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("launcher, processes", [
-    pytest.param([], 1, id="none"),
+    pytest.param([], 1, id="none", marks=pytest.mark.slow),
     pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2], 2, id="torchrun"),
     pytest.param(["-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node", 2, "--master_port", 29517], 2,
                  id="torch.distributed.launch", marks=pytest.mark.slow),

@@ -69,7 +69,7 @@ def images_of(figures, dtype):
     return torch.from_numpy(np.random.RandomState(figures["image_seed"]).standard_normal(shape)).to(dtype)
 
 
-@pytest.mark.parametrize("name", ["eval_tiny_light_224", "eval_small_224"])
+@pytest.mark.parametrize("name", ["eval_tiny_light_224", pytest.param("eval_small_224", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
 def test_logits_and_stage_statistics(name, dtype, tolerance):
     figures = load_figures(name)

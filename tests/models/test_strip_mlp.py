@@ -402,7 +402,8 @@ def test_what_an_option_changes(kwargs, ends, change):
 
 # ---- whole steps ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "strip_mlp_tiny_light"))
+                                  for name in VARIANTS])
 def test_one_step_of_a_full_variant(name):
     """224x224, train mode: every parameter gets a finite gradient that is not zero throughout, and AdamW moves it."""
     torch.manual_seed(0)

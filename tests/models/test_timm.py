@@ -334,7 +334,7 @@ def test_reparameterize_model(source):
     assert len(fused.state_dict()) < len(source.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["classifier", "features"])
+@pytest.mark.parametrize("kind", ["classifier", pytest.param("features", marks=pytest.mark.slow)])
 def test_compiled_without_a_graph_break(kind):
     sizes = {"img_size": (32, 64), "depths": (1, 1, 1, 1)}
     net = created(**sizes, **({"features_only": True} if kind == "features" else {}))

@@ -56,7 +56,7 @@ def wait_until_gone(process, seconds):
     assert process.living() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_signal_to_a_whole_process_group(start, tmp_path, number):
     """Ctrl-C in a terminal, or a scheduler: the data workers get the signal too and must finish the update."""
     options = ("DATA.NUM_WORKERS", 2, "DATA.BATCH_SIZE", 10, "TRAIN.ACCUMULATION_STEPS", 28)
@@ -69,7 +69,7 @@ def test_signal_to_a_whole_process_group(start, tmp_path, number):
     assert "1 updates done" in (folder(tmp_path) / "log_rank0.txt").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signal_while_data_workers_start(start, tmp_path, number):
     process = start(tmp_path, "DATA.NUM_WORKERS", 2, fault=["slow_start_of_workers", 2])
     process.signal_all(number)
