@@ -11,7 +11,7 @@ import yaml
 
 from config import flat_keys, load_config, nearest, to_dict
 from models import build_model
-from tools.tables import read_tables
+from tools.lib.tables import read_tables
 from utils import count_macs
 
 ROOT = Path(__file__).parents[1]

@@ -24,9 +24,9 @@ import models  # noqa: F401  registers Strip-MLP with timm
 from engine import Precision
 from models.strip_mlp import VARIANTS
 from report import describe_environment
-from tools.network_times import Case, groups_of_cases, measure_groups, multiplication, speed_up
-from tools.operator_times import measure_device, measure_operator
-from tools.pipeline_times import measure_pipeline
+from tools.lib.network_times import Case, groups_of_cases, measure_groups, multiplication, speed_up
+from tools.lib.operator_times import measure_device, measure_operator
+from tools.lib.pipeline_times import measure_pipeline
 
 PARTS = ["networks", "operator", "pipeline"]
 PEERS = ["convnext_tiny", "swin_tiny_patch4_window7_224", "resnet50"]

@@ -32,7 +32,7 @@ from data import DeviceBatches, device_ops
 from data.datasets import open_images
 from data.transforms import TrainDraws, TrainSet
 from tools.convert_dataset import convert
-from tools.traffic import count_call
+from tools.lib.traffic import count_call
 
 BATCH = 32
 POLICY = "rand-m9-mstd0.5-inc1"

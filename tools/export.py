@@ -44,7 +44,7 @@ from errors import one_line_errors
 from hub import WEIGHTS
 from inference import image_shape, load_network
 from models import InputError, StripMLPNet, to_released_state_dict
-from tools.model_card import model_card, timm_config
+from tools.lib.model_card import model_card, timm_config
 from trust import architecture
 
 TOLERANCE = 1e-4  # of the outputs, relative to the largest logit or 1

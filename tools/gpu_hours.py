@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils
 from errors import one_line_errors
 from models import build_model
-from tools.tables import Row, read_tables
+from tools.lib.tables import Row, read_tables
 
 IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000, "caltech101": 6_900}  # of the training sets
 

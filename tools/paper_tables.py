@@ -32,7 +32,7 @@ from models import InputError, MissingFileError, build_model  # noqa: E402
 from report import describe_environment  # noqa: E402
 from safe_text import printable  # noqa: E402
 from same_run import FREE_KEYS  # noqa: E402
-from tools.tables import TABLES, Row, choose, final_results, read_tables  # noqa: E402
+from tools.lib.tables import TABLES, Row, choose, final_results, read_tables  # noqa: E402
 from yaml_file import read_yaml  # noqa: E402
 
 MISSING = "not measured yet"

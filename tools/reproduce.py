@@ -26,7 +26,7 @@ from config import load_config  # noqa: E402
 from errors import one_line_errors  # noqa: E402
 from models import InputError  # noqa: E402
 from same_run import changed_keys  # noqa: E402
-from tools.tables import ROOT, TABLES, choose, final_results, read_tables  # noqa: E402
+from tools.lib.tables import ROOT, TABLES, choose, final_results, read_tables  # noqa: E402
 from yaml_file import read_yaml  # noqa: E402
 
 

@@ -26,11 +26,11 @@ from config import load_config
 from errors import one_line_errors
 from models import build_model
 from report import describe_environment
-from tools.operator_times import measure_device
-from tools.published import published_formulation
-from tools.traffic import Traffic, count_step, floor
-from tools.traffic_compiled import count_compiled_step
-from tools.traffic_measured import time_step
+from tools.lib.operator_times import measure_device
+from tools.lib.published import published_formulation
+from tools.lib.traffic import Traffic, count_step, floor
+from tools.lib.traffic_compiled import count_compiled_step
+from tools.lib.traffic_measured import time_step
 
 # Data sheets: GB/s of memory, TFLOP/s of dense products in 16 bits summed in 32.
 GPUS = {

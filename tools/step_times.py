@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import one_line_errors
 from models import build_model
-from tools.tables import choose, read_tables
+from tools.lib.tables import choose, read_tables
 
 
 def step_seconds(configs: dict, images: int, turns: int) -> dict[str, list[float]]:

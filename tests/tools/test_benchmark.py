@@ -2,10 +2,10 @@
 
 import json
 
-from tests.tools.test_network_times import case
+from tests.tools.lib.test_network_times import case
 from tools import benchmark
 from tools.benchmark import report
-from tools.network_times import Case
+from tools.lib.network_times import Case
 
 
 def test_report_shows_the_cells():

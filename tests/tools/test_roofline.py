@@ -10,10 +10,11 @@ from torch import nn
 from compiling import EARLY
 from models import InputError
 from models.strip_mlp import Block
-from tools import roofline, traffic_compiled
-from tools.traffic import Traffic, count_step
-from tools.traffic_compiled import count_compiled_step
-from tools.traffic_measured import time_step
+from tools import roofline
+from tools.lib import traffic_compiled
+from tools.lib.traffic import Traffic, count_step
+from tools.lib.traffic_compiled import count_compiled_step
+from tools.lib.traffic_measured import time_step
 
 N, SIDE = 4, 8
 PIXELS = N * SIDE * SIDE

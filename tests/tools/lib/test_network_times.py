@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from tools import network_times
 from tools.benchmark import parse_arguments
-from tools.network_times import Case, groups_of_cases, seconds_of, speed_up
+from tools.lib import network_times
+from tools.lib.network_times import Case, groups_of_cases, seconds_of, speed_up
 
 
 def case(form="ours", seconds=(2.0, 1.0, 4.0), **changes):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.module_tracker import ModuleTracker
 
-from tools.traffic import Counter, Traffic
+from tools.lib.traffic import Counter, Traffic
 
 # The GPU spins for this long before each operation, so that its start and end are queued before it begins and what the
 # host takes is not measured: half a millisecond at 2 GHz.

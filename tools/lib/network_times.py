@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 from compiling import OPTIONS
 from engine import Precision
 from models.strip_mlp import VARIANTS
-from tools.published import published_formulation
+from tools.lib.published import published_formulation
 
 CLASSES = 1000
 

@@ -1,18 +1,15 @@
 """The tables of ``tables.yaml`` and the finished runs in folders, for reproduce.py and paper_tables.py."""
 
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from config import flat_keys, load_config, nearest
+from models import InputError, MissingFileError
+from plots import read_metrics
+from yaml_file import read_yaml
 
-from config import flat_keys, load_config, nearest  # noqa: E402
-from models import InputError, MissingFileError  # noqa: E402
-from plots import read_metrics  # noqa: E402
-from yaml_file import read_yaml  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "tools" / "tables.yaml"
 
 

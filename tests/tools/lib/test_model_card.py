@@ -21,7 +21,7 @@ from inference import load_network
 from models import InputError
 from tests.helpers import DIGITS, TINY, arguments, folder, save_network, tiny_network
 from tools import export, predict
-from tools.model_card import model_card
+from tools.lib.model_card import model_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -8,8 +8,8 @@ import torch
 
 from engine import Precision
 from models.strip_mlp import StripMLP
-from tools.network_times import seconds_of
-from tools.published import GroupedConvolution
+from tools.lib.network_times import seconds_of
+from tools.lib.published import GroupedConvolution
 
 STAGES = {"strip_mlp_tiny_light": (80, 2), "strip_mlp_base": (112, 4)}  # embed_dim, P of the operator's shapes
 

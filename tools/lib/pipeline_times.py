@@ -12,7 +12,7 @@ from PIL import Image
 
 from config import load_config
 from data import build_train_loader
-from tools.network_times import Case, build_step, seconds_of
+from tools.lib.network_times import Case, build_step, seconds_of
 
 
 def measure_pipeline(args, device: torch.device) -> dict:

@@ -10,7 +10,7 @@ from torch._inductor.graph import GraphLowering
 
 from compiling import EARLY, OPTIONS, take_maps_as_they_lie
 from models import InputError, strip_ops
-from tools.traffic import Operation, Traffic
+from tools.lib.traffic import Operation, Traffic
 
 
 class _Planned(Exception):
