@@ -120,6 +120,7 @@ class _Fuse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, first, second, weight, to_channels_last):
         ctx.save_for_backward(first, second, weight)
+        ctx.to_channels_last = to_channels_last
         n, c, h, w = first.shape
         a, b = first.flatten(2), second.flatten(2)  # (N, C1, H * W), (N, C2, H * W)
         u, v = (part.expand(n, -1, -1) for part in weight.tensor_split([c], dim=1))  # (N, C_out, C1), (N, C_out, C2)
@@ -133,25 +134,30 @@ class _Fuse(torch.autograd.Function):
         first, second, weight = ctx.saved_tensors
         n, c, h, w = first.shape
         dy = dy.flatten(2)
-        dmaps = []
+        dmaps, planar = [], 0 if ctx.to_channels_last else dy.numel()
         for x, part in zip((first, second), weight.tensor_split([c], dim=1), strict=True):
             part = part.expand(n, -1, -1)
             dx = torch.bmm(dy.mT, part).mT if _is_channels_last(x) else torch.bmm(part.mT, dy)
             dmaps.append(dx.unflatten(2, (h, w)))
-        return (*dmaps, _weight_grad(dy, (first.flatten(2), second.flatten(2))), None)
+            planar += 0 if _is_channels_last(x) else x.numel()
+        return (*dmaps, _weight_grad(dy, first.flatten(2), second.flatten(2), planar), None)
 
 
-def _weight_grad(dy: torch.Tensor, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Sums over images of ``dy @ x.mT``, side by side: (N, C_out, T), maps x (N, C, T) -> (C_out, C of all maps)
+def _weight_grad(dy: torch.Tensor, first: torch.Tensor, second: torch.Tensor, planar: int) -> torch.Tensor:
+    """Sums over images of ``dy @ x.mT`` for x the first and the second, side by side.
+
+    (N, C_out, T), (N, C1, T), (N, C2, T) -> (C_out, C1 + C2)
 
     As one product over all images, for which maps in plain order are copied, or as a product for each image, whose
     results are added up: whichever moves less.
+
+    Args:
+        planar: the elements of the maps that are in plain order.
     """
-    copied = sum(x.numel() for x in (dy, *maps) if not _is_channels_last(x))
-    if copied < len(dy) * dy.shape[1] * sum(x.shape[1] for x in maps):
-        dy, *maps = (x.transpose(0, 1).flatten(1) for x in (dy, *maps))  # (C, N * T)
-        return torch.cat([dy @ x.mT for x in maps], dim=1)
-    return torch.cat([torch.bmm(dy, x.mT).sum(0) for x in maps], dim=1)
+    if planar < len(dy) * dy.shape[1] * (first.shape[1] + second.shape[1]):
+        dy, first, second = (x.transpose(0, 1).flatten(1) for x in (dy, first, second))  # (C, N * T)
+        return torch.cat([dy @ first.mT, dy @ second.mT], dim=1)
+    return torch.cat([torch.bmm(dy, x.mT).sum(0) for x in (first, second)], dim=1)
 
 
 class _Planar(torch.autograd.Function):
