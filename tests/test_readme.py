@@ -23,7 +23,7 @@ def test_two_commands_set_everything_up():
     commands = [line for block in blocks("bash") for line in block.splitlines() if "-m venv" in line]
     assert len(commands) == 2
     assert "requirements.txt" in commands[0] and "digits.yaml" in commands[0]
-    assert "requirements-test.txt" in commands[1] and commands[1].endswith("python -m pytest -n 2 --dist worksteal")
+    assert "requirements-test.txt" in commands[1] and commands[1].endswith("python -m pytest -n 4 --dist worksteal")
     assert commands[1] == next(line for line in README.splitlines() if re.search("venv .*pytest", line))  # by .ci/run
 
 
