@@ -2,7 +2,7 @@
 
 import argparse
 
-from config import flat_keys, load_config, nearest
+from config import check_pairs, flat_keys, load_config, nearest
 
 # Flags that set a config key.
 FLAG_KEYS = {
@@ -79,6 +79,11 @@ def _as_option(flag: str) -> str:
 
 
 def config_overrides(args: argparse.Namespace) -> list:
-    """The config keys that the command line sets, as ``load_config`` takes them; flags win over ``--opts``."""
+    """The config keys that the command line sets, as ``load_config`` takes them; flags win over ``--opts``.
+
+    Raises:
+        InputError: a key of ``--opts`` has no value.
+    """
+    check_pairs(args.opts)
     flags = [(key, getattr(args, flag)) for flag, key in FLAG_KEYS.items() if getattr(args, flag) is not None]
     return [*args.opts, *(item for pair in flags for item in pair)]

@@ -176,11 +176,7 @@ def load_config(path: str | Path = "", opts=()) -> CfgNode:
     config = _C.clone()
     if path:
         _merge_file(config, Path(path), (), [])
-    for key in opts:
-        if "=" in str(key) and str(key).partition("=")[0] in flat_keys(_C):
-            raise InputError(f"--opts takes a space between key and value: {' '.join(str(key).split('=', 1))}")
-    if len(opts) % 2:
-        raise InputError(f"--opts takes pairs of KEY VALUE; {opts[-1]!r} has no value")
+    check_pairs(opts)
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         nested = value
         for part in reversed(key.split(".")):
@@ -191,6 +187,18 @@ def load_config(path: str | Path = "", opts=()) -> CfgNode:
     _check(config)
     config.freeze()
     return config
+
+
+def check_pairs(opts) -> None:
+    """Raises an InputError, which names the key, if ``[KEY, VALUE, ...]`` are not pairs."""
+    known = flat_keys(_C)
+    for key in map(str, opts):
+        if "=" in key and key.partition("=")[0] in known:
+            raise InputError(f"--opts takes a space between key and value: {' '.join(key.split('=', 1))}")
+    if len(opts) % 2:
+        # Where a key follows a key, the first one has no value; without such a place, the last word has none.
+        keys = (key for key, value in zip(opts[::2], opts[1::2], strict=False) if str(value) in known)
+        raise InputError(f"--opts takes pairs of KEY VALUE; {next(keys, opts[-1])!r} has no value")
 
 
 def from_dict(values: dict, source: str) -> CfgNode:
@@ -232,10 +240,16 @@ def to_dict(config: CfgNode) -> dict:
     return {key: to_dict(value) if isinstance(value, CfgNode) else copy.copy(value) for key, value in config.items()}
 
 
-def nearest(word: str, known) -> str:
-    """``"; did you mean X?"`` for the known word nearest to a mistyped one, else an empty string."""
+def nearest(word: str, known, cutoff: float = 0.5) -> str:
+    """``"; did you mean X?"`` for the known word nearest to a mistyped one, else an empty string.
+
+    Args:
+        word: what was typed.
+        known: the words that exist.
+        cutoff: how similar a word must be, from 0 to 1.
+    """
     lower = {name.lower(): name for name in known}
-    match = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=cutoff)
     return f"; did you mean {lower[match[0]]}?" if match else ""
 
 
@@ -246,10 +260,8 @@ def _merge_file(config: CfgNode, path: Path, parents: tuple, merged: list) -> No
     if not path.is_file():
         if path.is_dir():
             raise InputError(f"{path} is a folder; name one of the config files in it")
-        folders = (path.parent, Path(__file__).parent / "configs")
-        patterns = ("*.yaml", "*/*.yaml")
-        known = [str(other) for folder in folders for pattern in patterns for other in folder.glob(pattern)]
-        raise MissingFileError(f"config file {path} does not exist{nearest(str(path), known)}")
+        known = [*path.parent.glob("*.yaml"), *(Path(__file__).parent / "configs").rglob("*.yaml")]
+        raise MissingFileError(f"config file {path} does not exist{nearest(str(path), map(str, known))}")
     if len(merged) == _MAX_FILES:
         raise InputError(f"{path}: more than {_MAX_FILES} config files are merged through BASE")
     merged.append(path)
@@ -331,7 +343,7 @@ def _check(config: CfgNode) -> None:
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
             raise InputError(f"{key} is {values[key]!r}; it must be one of {', '.join(choices)}"
-                             f"{nearest(str(values[key]), choices)}")
+                             f"{nearest(str(values[key]), choices, cutoff=0.6)}")
     for key in _AT_LEAST_ONE:
         require(values[key] >= 1, key, "at least 1")
     for key in _AT_LEAST_ZERO:
@@ -342,11 +354,15 @@ def _check(config: CfgNode) -> None:
         require(values[key] < 1, key, "below 1")
     require(config.MODEL.TYPE != "timm" or config.MODEL.ARCH, "MODEL.ARCH",
             "the name of a timm model, e.g. resnet50, if MODEL.TYPE is timm")
+    for key in ("MODEL.ARCH", "MODEL.TIMM_KWARGS"):
+        require(config.MODEL.TYPE == "timm" or not values[key], key,
+                f"empty if MODEL.TYPE is {config.MODEL.TYPE}; to train a timm model, set MODEL.TYPE timm")
     depths = config.MODEL.STRIP_MLP.DEPTHS
     require(len(depths) == 4 and min(depths) >= 1, "MODEL.STRIP_MLP.DEPTHS", "four numbers, each at least 1")
     require(config.MODEL.STRIP_MLP.STRIP_WIDTH % 2 == 1, "MODEL.STRIP_MLP.STRIP_WIDTH", "odd")
     for key in ("MODEL.STRIP_MLP.MLP_RATIO", "TRAIN.BASE_LR", "HANG_MINUTES"):
         require(values[key] > 0, key, "above 0")
+    require(config.HANG_MINUTES <= 10080, "HANG_MINUTES", "at most 10080, a week")
     require(0 < config.TRAIN.LAYER_DECAY <= 1, "TRAIN.LAYER_DECAY", "above 0 and at most 1")
     for key in ("AUG.SCALE", "AUG.RATIO"):
         pair = values[key]
@@ -365,3 +381,4 @@ def _check(config: CfgNode) -> None:
     for key in ("TAG", "MODEL.NAME"):
         require("/" not in values[key] and values[key] not in (".", "..") and values[key].isprintable(), key,
                 "a plain folder name")
+    require(config.TAG.strip(), "TAG", "the name of a folder; it may not be empty")

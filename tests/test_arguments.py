@@ -31,3 +31,8 @@ def test_flags_reach_the_config():
 @pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
 def test_launcher_flags_are_ignored(flag):
     assert overrides(flag) == []
+
+
+def test_a_flag_is_not_taken_for_the_value_of_a_key():
+    with pytest.raises(ValueError, match="'TRAIN.EPOCHS' has no value"):
+        overrides("--opts", "TRAIN.EPOCHS", "--output", "out", "--tag", "x")

@@ -301,6 +301,11 @@ def test_values_of_files(text, key, expected, tmp_path):
     ("AUG.CUTMIX_MINMAX", "[0.8, 0.2]", "AUG.CUTMIX_MINMAX is [0.8, 0.2]"),
     ("AUG.CUTMIX_MINMAX", "[0.5]", "AUG.CUTMIX_MINMAX is [0.5]"),
     ("TAG", "a/b", "TAG is 'a/b'; it must be a plain folder name"),
+    ("TAG", "", "TAG is ''; it must be the name of a folder"),
+    ("TAG", " ", "TAG is ' '; it must be the name of a folder"),
+    ("HANG_MINUTES", "1e15", "HANG_MINUTES is 1000000000000000.0; it must be at most 10080, a week"),
+    ("MODEL.ARCH", "resnet50", "MODEL.ARCH is 'resnet50'; it must be empty if MODEL.TYPE is strip_mlp; to train"),
+    ("MODEL.TIMM_KWARGS", "{channels: [8]}", "it must be empty if MODEL.TYPE is strip_mlp"),
     ("MODEL.NAME", "..", "MODEL.NAME is '..'; it must be a plain folder name"),
     ("SEED", "-1", "SEED is -1; it must be at least 0"),
 ])
@@ -386,9 +391,25 @@ def test_opts_that_no_parser_takes(value):
         load_config("", ["SEED", value])
 
 
-def test_refused_calls(tmp_path):
+@pytest.mark.parametrize("opts", [["SEED", "1", "TRAIN.EPOCHS"], ["TRAIN.EPOCHS", "SEED", "1"]])
+def test_the_key_without_a_value_is_named(opts):
     with pytest.raises(ValueError, match=r"'TRAIN.EPOCHS' has no value"):
-        load_config("", ["SEED", "1", "TRAIN.EPOCHS"])
+        load_config("", opts)
+
+
+def test_no_guess_among_choices_that_are_unlike():
+    with pytest.raises(ValueError, match="one of auto, plain, matmul, triton$"):
+        load_config("", ["MODEL.STRIP_MLP.FORM", "fast"])
+
+
+def test_a_missing_config_is_looked_for_among_configs():
+    for folder in (ROOT, CONFIGS):
+        with pytest.raises(FileNotFoundError) as error:
+            load_config(folder / "tables.yaml")
+        assert "tools" not in str(error.value).partition("does not exist")[2]
+
+
+def test_refused_calls(tmp_path):
     path = tmp_path / "binary.yaml"
     path.write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(ValueError, match=r"binary\.yaml is not a YAML file"):
