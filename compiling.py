@@ -31,8 +31,10 @@ def take_maps_as_they_lie() -> None:
     """Has compiled convolutions' backward passes called with their maps as they lie, for this process.
 
     PyTorch 2.14 copies a depthwise convolution's maps there into an order that it reads off the weight's gradient,
-    which has one channel and so no order of its own. Older versions do not.
+    which has one channel and so no order of its own. PyTorch 2.11 and older versions do not.
     """
+    if torch.__version__ < (2, 12):
+        return
     from torch._inductor.lowering import fallback_handler, lowerings  # takes a second
 
     backward = torch.ops.aten.convolution_backward.default
@@ -47,7 +49,8 @@ def compile_network(model: nn.Module, setting: str, device: torch.device, determ
 
     Args:
         setting: COMPILE of the config. ``"auto"``: on CUDA GPUs of compute capability 7.0 or later with Triton, unless
-            ``deterministic``; if the compiler fails, training continues without it. ``"on"``: such a failure is an
+            ``deterministic``, and if PyTorch compiles the backward pass with the forward pass (2.11 and later); if
+            the compiler fails, training continues without it. ``"on"``: such a failure is an
             error. ``"off"``.
 
     Raises:
@@ -55,10 +58,15 @@ def compile_network(model: nn.Module, setting: str, device: torch.device, determ
     """
     if setting == "off" or setting == "auto" and (deterministic or not _can_compile(device)):
         return model
+    problem = ""
     if getattr(model, "grad_checkpointing", False) and torch.__version__ < (2, 11):
         problem = f"PyTorch {torch.__version__} counts BatchNorm's batches twice in a compiled, checkpointed network"
         if setting == "on":
             raise InputError(f"{problem}; use --compile off, or leave out --use-checkpoint")
+    elif setting == "auto" and not EARLY:
+        problem = (f"if the backward pass fails to compile, PyTorch {torch.__version__} cannot fall back; --compile on "
+                   "compiles the network all the same")
+    if problem:
         logger.info(f"not compiling the network: {problem}")
         return model
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strip_mlp"

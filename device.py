@@ -1,6 +1,5 @@
 """Where a run computes: the device, its precision, and whether Triton's kernels work there."""
 
-import contextlib
 import copy
 import logging
 import os
@@ -14,7 +13,7 @@ from torch import nn
 import distributed
 from models import InputError
 from models.strip_mlp import Block
-from models.strip_ops import allows_tf32, strip_mix, strip_mix_plain
+from models.strip_ops import allows_tf32, strip_mix, strip_mix_plain, strip_triton
 
 logger = logging.getLogger("strip_mlp")
 
@@ -175,6 +174,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < _TENSOR_CORES:
         version = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"compute capability {version} is below 8.0, where they would run without tensor cores"
+    if strip_triton is None:
+        return "the package triton, which comes with PyTorch's CUDA builds, is not installed"
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 4, 6, 5), (2, 5, 5, 3), (2, 5)  # x, weight, bias; no network has this size to be tuned by it
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -182,7 +183,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # of 16 bits; TF32 is rounded to 10
     expected = _results(strip_mix_plain, [t.double() for t in tensors], grad.double())
     try:
-        with _smallest_blocks():
+        with strip_triton.smallest_blocks():
             found = _results(lambda *args: strip_mix(*args, "triton"), [t.to(device) for t in tensors],
                              grad.to(device), dtype)
         for name, value, reference in zip(("result", "gradient of x", "of the weight", "of the bias"), found, expected,
@@ -190,7 +191,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
             error = float((value.cpu().double() - reference).norm() / reference.norm())
             if not error < tolerance:
                 return f"their {name} differs from the formula's by {error:.1e} (relative)"
-        with _smallest_blocks():
+        with strip_triton.smallest_blocks():
             of_blocks = [_error_of_block(size, device, dtype) for size in ((6, 5), (2, 3))]  # many and few tokens
     except Exception as error:  # compiler, driver and file system all fail in their own ways
         advice = "; TRITON_CACHE_DIR sets the folder for compiled kernels" if isinstance(error, OSError) else ""
@@ -226,17 +227,6 @@ def _results(mix, tensors, grad, dtype: torch.dtype | None = None) -> list[torch
     x, *parameters = (t.requires_grad_() for t in tensors)
     y = mix(x.to(dtype or x.dtype), *parameters, "row")
     return [y.detach(), *torch.autograd.grad(y, (x, *parameters), grad.to(y.dtype))]
-
-
-@contextlib.contextmanager
-def _smallest_blocks():
-    """Compiles one block size instead of several: the kernels' choice for deterministic runs."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ one matrix product per channel of a patch, on tensor cores, accumulated in float
 of dy with the weight transposed and flipped. Nothing is added atomically, so results repeat bit for bit.
 """
 
+import contextlib
 import functools
 import math
 
@@ -117,11 +118,27 @@ MIX_BLOCKS = [
 WEIGHT_GRAD_BLOCKS = MIX_BLOCKS[:3]
 
 
+_only_smallest = False
+
+
+@contextlib.contextmanager
+def smallest_blocks():
+    """Inside it, kernels are compiled in their smallest blocks alone, not tuned; in all threads, since gradients are
+    computed in one of their own."""
+    global _only_smallest
+    before, _only_smallest = _only_smallest, True
+    try:
+        yield
+    finally:
+        _only_smallest = before
+
+
 def worth_trying(configs: list[triton.Config], tensors: dict, PRECISION: str, **_) -> list[triton.Config]:
-    """The smallest blocks alone where runs must repeat, since the order of the sums goes with the blocks, and for
-    full 32-bit products, which use no tensor cores and whose larger blocks take minutes to compile."""
+    """The smallest blocks alone inside ``smallest_blocks``; where runs must repeat, since the order of the sums goes
+    with the blocks; and for full 32-bit products, which use no tensor cores and whose larger blocks take minutes to
+    compile."""
     is_full = tensors["x"].dtype == torch.float32 and PRECISION == "ieee"
-    return configs[:1] if is_full or torch.are_deterministic_algorithms_enabled() else configs
+    return configs[:1] if _only_smallest or is_full or torch.are_deterministic_algorithms_enabled() else configs
 
 
 @functools.cache

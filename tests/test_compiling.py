@@ -23,6 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def test_where_it_is_on(monkeypatch, setting, device, capability, deterministic, is_compiled):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(compiling, "strip_triton", object())
+    monkeypatch.setattr(compiling, "EARLY", {"as in PyTorch 2.11": True})
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     network = nn.Linear(2, 2)
     compiled = compile_network(network, setting, device, deterministic)
@@ -37,11 +38,24 @@ def test_auto_needs_triton(monkeypatch):
     assert compile_network(network, "auto", CUDA) is network
 
 
+def test_auto_needs_a_pytorch_that_can_fall_back(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(compiling, "strip_triton", object())
+    monkeypatch.setattr(compiling, "EARLY", {})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    network = nn.Linear(2, 2)
+    with caplog.at_level(logging.INFO, "strip_mlp"):
+        assert compile_network(network, "auto", CUDA) is network
+    assert "not compiling the network: if the backward pass fails to compile" in caplog.text
+    assert isinstance(compile_network(network, "on", CUDA), CompiledNetwork)
+
+
 @pytest.mark.parametrize("version, is_compiled", [("2.8.0", False), ("2.11.0+cu130", True), ("2.14.1", True)])
 def test_checkpointed_networks_need_a_newer_pytorch(monkeypatch, version, is_compiled):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(compiling, "strip_triton", object())
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(compiling, "EARLY", {"as in PyTorch 2.11": True})
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     network = nn.Linear(2, 2)
     network.grad_checkpointing = True

@@ -120,12 +120,22 @@ def test_precision_elsewhere(machine):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
-def test_the_probe_passes_where_the_kernels_work(dtype):
+def test_the_probe_passes_where_the_kernels_work(dtype, monkeypatch):
+    """Without PyTorch's deterministic mode, in which matrix products on CUDA need a variable of the environment."""
+    def refused(*args, **kwargs):
+        raise AssertionError("the probe changed a setting of the whole process")
+
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", refused)
     pytest.importorskip("triton")
     if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
         pytest.skip("needs a CUDA GPU or Triton's interpreter")
     assert why_not_triton(CUDA if torch.cuda.is_available() else torch.device("cpu"), dtype) == ""
-    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_probe_without_triton(monkeypatch):
+    monkeypatch.setattr(device, "strip_triton", None)
+    reason = why_not_triton(torch.device("cpu"), torch.float32)
+    assert reason == "the package triton, which comes with PyTorch's CUDA builds, is not installed"
 
 
 def build_with_triton():

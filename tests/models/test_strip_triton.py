@@ -122,12 +122,15 @@ def test_compiled_network_has_no_graph_break(monkeypatch):
 
 
 def test_full_precision_and_determinism_allow_the_smallest_blocks_alone(monkeypatch):
-    from models.strip_triton import MIX_BLOCKS, worth_trying
+    from models.strip_triton import MIX_BLOCKS, smallest_blocks, worth_trying
 
     configs = MIX_BLOCKS[:1] + ["larger"]
     tensors = {dtype: {"x": torch.zeros(1, dtype=dtype)} for dtype in (torch.float32, torch.bfloat16)}
     assert worth_trying(configs, tensors[torch.float32], PRECISION="ieee", grid=None) == configs[:1]
     assert worth_trying(configs, tensors[torch.float32], PRECISION="tf32") == configs
+    assert worth_trying(configs, tensors[torch.bfloat16], PRECISION="ieee") == configs
+    with smallest_blocks():
+        assert worth_trying(configs, tensors[torch.bfloat16], PRECISION="ieee") == configs[:1]
     assert worth_trying(configs, tensors[torch.bfloat16], PRECISION="ieee") == configs
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert worth_trying(configs, tensors[torch.bfloat16], PRECISION="ieee") == configs[:1]
