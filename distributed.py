@@ -29,6 +29,8 @@ def launcher_local_rank() -> int:
     Raises:
         InputError: some of the launcher's environment variables are missing or wrong.
     """
+    # torchrun sets it, other launchers may not; the data loaders read it.
+    _check_number("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_WORLD_SIZE") or "1", 1, 2**31 - 1)
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 0
     _check_launcher_variables()
@@ -71,16 +73,21 @@ def _check_launcher_variables() -> None:
     last = int(world_size) - 1 if world_size.isdecimal() else 0
     limits = {"WORLD_SIZE": (1, 2**31 - 1), "RANK": (0, last), "LOCAL_RANK": (0, last), "MASTER_PORT": (1, 2**16 - 1)}
     for name, (low, high) in limits.items():
-        if not (values[name].isdecimal() and low <= int(values[name]) <= high):
-            raise InputError(
-                f"the environment variable {name} is {values[name]!r}; it must be a number from {low} to {high} "
-                f"(WORLD_SIZE is {world_size}); start with torchrun, which sets it"
-            )
+        _check_number(name, values[name], low, high)
+
+
+def _check_number(name: str, value: str, low: int, high: int) -> None:
+    if not (value.isdecimal() and low <= int(value) <= high):
+        raise InputError(
+            f"the environment variable {name} is {value!r}; it must be a number from {low} to {high} (WORLD_SIZE is "
+            f"{os.environ.get('WORLD_SIZE') or 'not set'}); start with torchrun, which sets it, or unset it, RANK and "
+            "WORLD_SIZE to run as one process"
+        )
 
 
 def _init_process_group(device: torch.device, limit: datetime.timedelta) -> None:
     try:
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
     except RuntimeError as error:  # PyTorch 2.6's, where the port is in use
         raise dist.DistError(str(error)) from error
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:

@@ -112,7 +112,7 @@ def check_shared_memory(config, folder: str = "/dev/shm") -> None:
     """
     if not config.DATA.NUM_WORKERS or not os.path.isdir(folder):
         return
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, set by torchrun
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # of this machine, set by torchrun
     needed, free = processes * shared_memory_needed(config), shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(

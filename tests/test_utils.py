@@ -92,7 +92,7 @@ def test_seed_everything():
 @pytest.fixture
 def launcher(monkeypatch):
     """Sets launcher variables, after clearing the ones that are set."""
-    for name in LAUNCHER:
+    for name in (*LAUNCHER, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return lambda variables: [monkeypatch.setenv(*item) for item in variables.items()]
 
@@ -113,6 +113,21 @@ def test_half_a_launcher(missing, launcher):
 def test_empty_variable_counts_as_missing(launcher):
     launcher(LAUNCHER | {"MASTER_PORT": ""})
     with pytest.raises(ValueError, match="MASTER_PORT missing"):
+        distributed.launcher_local_rank()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("RANK", "1"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "x"), ("LOCAL_WORLD_SIZE", "abc"), ("LOCAL_WORLD_SIZE", "0"),
+])
+def test_variables_that_are_no_such_number(launcher, name, value):
+    launcher(LAUNCHER | {name: value})
+    with pytest.raises(InputError, match=f"variable {name} is '{value}'; it must be a number from .*torchrun"):
+        distributed.launcher_local_rank()
+
+
+def test_the_number_of_local_processes_is_checked_without_a_launcher_too(launcher):
+    launcher({"LOCAL_WORLD_SIZE": "abc"})
+    with pytest.raises(InputError, match="LOCAL_WORLD_SIZE is 'abc'.* .WORLD_SIZE is not set"):
         distributed.launcher_local_rank()
 
 
