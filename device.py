@@ -90,7 +90,10 @@ def _check_unused_gpu() -> None:
             advice += (f"That needs driver {oldest} or newer: update the driver, or install a build for an older CUDA "
                        f"({_BUILDS}; driver {_OLDEST_DRIVERS[12]} runs CUDA 12)")
         else:
-            advice += f"CUDA does not start: {_cuda_error()}. Check that nvidia-smi works here"
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            advice += f"CUDA does not start: {_cuda_error()}. " + (
+                f"CUDA_VISIBLE_DEVICES is {visible!r}: check that nvidia-smi lists this GPU, or unset the variable"
+                if visible else "Check that nvidia-smi works here")
     raise InputError(f"this machine has an NVIDIA GPU ({gpu}, driver {driver}), but PyTorch {torch.__version__} cannot "
                      f"use it; {advice}, or insist on the CPU with --device cpu")
 

@@ -89,6 +89,13 @@ def test_a_gpu_whose_tool_fails_counts_too(machine, monkeypatch, tmp_path):
         choose_device()
 
 
+def test_a_variable_that_may_hide_the_gpu_is_named(machine, monkeypatch):
+    machine(smi="Tesla T4, 580.65.06")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    with pytest.raises(InputError, match="not start: .*CUDA_VISIBLE_DEVICES is '5': check .*unset .*--device cpu$"):
+        choose_device()
+
+
 def test_a_gpu_that_was_hidden_on_purpose_is_no_error(machine, monkeypatch):
     machine(smi="Tesla T4, 470.1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
