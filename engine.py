@@ -67,7 +67,7 @@ def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, prec
 
     for images, targets in progress.watch(loader):
         # 1. Forward and backward. The gradients of an update's micro-batches add up and are all-reduced with the last;
-        # the    last update of an epoch may have fewer of them.
+        # the last update of an epoch may have fewer of them.
         micro_batches = min(accumulation, len(loader) - state.batch // accumulation * accumulation)
         state.batch += 1
         is_last = state.batch % accumulation == 0 or state.batch == len(loader)

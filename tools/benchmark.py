@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import models  # noqa: F401  registers Strip-MLP with timm
 from engine import Precision
+from errors import one_line_errors
+from models import InputError
 from models.strip_mlp import VARIANTS
 from report import describe_environment
 from tools.lib.network_times import Case, groups_of_cases, measure_groups, multiplication, speed_up
@@ -76,9 +77,12 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints Markdown, writes JSON."""
     args = parse_arguments(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
     result = {

@@ -31,6 +31,7 @@ from config import load_config
 from data import DeviceBatches, device_ops
 from data.datasets import open_images
 from data.transforms import TrainDraws, TrainSet
+from errors import one_line_errors
 from tools.convert_dataset import convert
 from tools.lib.traffic import count_call
 
@@ -123,6 +124,7 @@ class _Empty:
     dataset = batch_sampler = None
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Measures and prints Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import timm
 import torch
 
-from config import load_config
+from config import load_config, nearest
 from errors import one_line_errors
-from models import build_model
+from models import InputError, StripMLPNet, build_model
 from report import describe_environment
 from tools.lib.operator_times import measure_device
 from tools.lib.published import published_formulation
@@ -40,13 +40,23 @@ GPUS = {
 
 
 def build_network(args) -> tuple[torch.nn.Module, int]:
-    """The network that the command line asks for and the side of its images."""
+    """The network that the command line asks for and the side of its images.
+
+    Raises:
+        InputError: there is no such network, or it has no such form.
+    """
     if args.cfg:
         config = load_config(args.cfg, args.opts)
         network, side = build_model(config), config.DATA.IMG_SIZE
     else:
+        if not timm.is_model(args.model):
+            raise InputError(f"--model {args.model!r} is not a timm model{nearest(args.model, timm.list_models())}")
         network = timm.create_model(args.model, drop_path_rate=0.1)
         side = network.pretrained_cfg["input_size"][-1]
+    if args.form == "fused" and not hasattr(network, "fuse"):
+        raise InputError(f"--form fused: {args.model or args.cfg} has no inference form; use --form ours")
+    if args.form == "published" and not isinstance(network, StripMLPNet):
+        raise InputError(f"--form published: {args.model or args.cfg} is no Strip-MLP; use --form ours")
     if args.form == "published":
         network = published_formulation(network)
     else:
@@ -162,6 +172,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--opts changes a config; give --cfg")
     if args.form == "fused" and args.mode == "training":
         parser.error("--form fused is for inference; give --mode inference")
+    if args.batch_size < 1:
+        parser.error(f"--batch-size is {args.batch_size}; it must be at least 1")
     return args
 
 

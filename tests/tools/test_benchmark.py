@@ -2,6 +2,8 @@
 
 import json
 
+import torch
+
 from tests.tools.lib.test_network_times import case
 from tools import benchmark
 from tools.benchmark import report
@@ -45,3 +47,10 @@ def test_command(tmp_path, capsys):
     assert 0 <= result["pipeline"]["share_of_step_waiting"] < 1
     printed = capsys.readouterr().out
     assert "| resnet18 | timm | fp32 |" in printed and f"--json {file}" in printed
+
+
+def test_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark.main(["--device", "cuda", "--json", str(tmp_path / "b.json")]) == 2
+    assert capsys.readouterr().err == (
+        "benchmark.py: --device cuda: PyTorch finds no CUDA GPU here; use --device cpu\n")

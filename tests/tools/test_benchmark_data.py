@@ -35,3 +35,8 @@ def test_the_pipelines_make_training_batches(tmp_path):
     assert all(
         shape == [3, 224, 224] for shape, _ in shapes.values())
     assert [kind for _, kind in shapes.values()] == ["torch.uint8"] * 3 + ["torch.float32"]
+
+
+def test_a_missing_folder_is_an_error_of_one_line(tmp_path, capsys):
+    assert benchmark_data.main(["--data-path", str(tmp_path / "nowhere")]) == 2
+    assert re.fullmatch(r"benchmark_data\.py: .*nowhere.*\n", capsys.readouterr().err)

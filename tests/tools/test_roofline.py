@@ -182,6 +182,21 @@ def test_command(tmp_path, capsys):
     assert "| stages.token_mixing.lsmm.reweight_fc1 |" in printed and "| H200 | 4800 | 989 |" in printed
 
 
-def test_fused_form_does_not_train():
+@pytest.mark.parametrize("words, message", [
+    ("strip_mlp_tiny --form fused", "--form fused is for inference"),
+    ("strip_mlp_tiny --batch-size 0", "--batch-size is 0; it must be at least 1"),
+])
+def test_refused_flags(words, message, capsys):
     with pytest.raises(SystemExit):
-        roofline.main(["--model", "strip_mlp_tiny", "--form", "fused"])
+        roofline.main(["--model", *words.split()])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, message", [
+    ("strip_mlp_tyni", "--model 'strip_mlp_tyni' is not a timm model; did you mean strip_mlp_tiny?"),
+    ("test_resnet --mode inference --form fused", "--form fused: test_resnet has no inference form"),
+    ("test_resnet --form published", "--form published: test_resnet is no Strip-MLP"),
+])
+def test_refused_networks(words, message, capsys):
+    assert roofline.main(["--model", *words.split()]) == 2
+    assert message in capsys.readouterr().err
