@@ -122,19 +122,18 @@ def leave() -> None:
     del backends
 
 
-def silent_processes(error: RuntimeError) -> str:
-    """The processes that do not answer, if ``error`` says that an operation timed out; else empty.
+def silent_processes(error: RuntimeError) -> list[str] | None:
+    """The processes that do not answer, if ``error`` says that an operation timed out, which may be none; else None.
 
     The remaining processes report to one another through the store in which they met.
     """
     if not dist.is_initialized() or not re.search("timed? ?out", str(error), re.IGNORECASE):
-        return ""
+        return None
     answers = []
     caller = threading.Thread(target=_call_roll, args=(answers,), daemon=True)  # the store may not answer either
     caller.start()
     caller.join(2 * _ROLL_CALL)
-    silent = [f"rank {other} ({_places[other]})" for other in range(world_size()) if other not in answers]
-    return ", ".join(silent) or "a process that answers again"
+    return [f"rank {other} ({_places[other]})" for other in range(world_size()) if other not in answers]
 
 
 def _call_roll(answers: list[int]) -> None:

@@ -66,9 +66,10 @@ def machine_failures():
     except (RuntimeError, MemoryError) as error:
         text = str(error) or type(error).__name__
         silent = distributed.silent_processes(error)
-        if silent:
-            raise RunError(f"no answer within HANG_MINUTES from {silent}; it hangs, or its network is down. Rerun the "
-                           "same command to resume, or use torchrun --max-restarts") from error
+        if silent is not None:
+            cause = (f"no answer within HANG_MINUTES from {', '.join(silent)}; it hangs, or its network is down"
+                     if silent else "a process answered later than HANG_MINUTES; it or its network was slow")
+            raise RunError(f"{cause}. Rerun the same command to resume, or use torchrun --max-restarts") from error
         if isinstance(error, torch.OutOfMemoryError):
             advice = "Lower --batch-size and raise --accumulation-steps to compensate, or add --use-checkpoint."
         elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:

@@ -51,4 +51,4 @@ def test_the_process_that_hangs_is_named():
     finally:
         stopped.signal(signal.SIGKILL)
     *_, named = waiting.stdout.splitlines()  # some versions of gloo print before it
-    assert named.startswith("rank 1 (process ") and named.count("rank") == 1, waiting.stderr
+    assert named.startswith("['rank 1 (process ") and named.count("rank") == 1, waiting.stderr

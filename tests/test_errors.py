@@ -64,6 +64,16 @@ def test_failures_of_the_machine_say_what_helps(failure, advice):
     assert advice in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("silent, message", [
+    (["rank 1 (process 7 on a)"], r"no answer within HANG_MINUTES from rank 1 \(process 7 on a\); it hangs, or its"),
+    ([], "^a process answered later than HANG_MINUTES; it or its network was slow. Rerun the same command"),
+])
+def test_a_process_that_answers_late_is_not_said_to_hang(silent, message, monkeypatch):
+    monkeypatch.setattr(errors.distributed, "silent_processes", lambda error: silent)
+    with pytest.raises(RunError, match=message), machine_failures():
+        raise RuntimeError("Timed out waiting 1000ms for recv operation to complete")
+
+
 def test_what_a_worker_raises_is_no_failure_of_the_machine():
     text = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\nx"
     with pytest.raises(RuntimeError) as raised, machine_failures():
