@@ -114,7 +114,7 @@ def leave() -> None:
         return
     # When PyTorch 2.6 frees a group, it waits for gloo's threads and blocks Python meanwhile: a thread that must still
     # free a tensor waits for ever. Freeing a backend does not block Python, so the backends are freed last.
-    groups = [group for group in (dist.group.WORLD, _host_group, _patient_group) if group and group.name() == "gloo"]
+    groups = [g for g in (dist.group.WORLD, _host_group, _patient_group) if g and dist.get_backend(g) == "gloo"]
     backends = [group._get_backend(torch.device("cpu")) for group in groups]
     del groups
     _host_group = _patient_group = None
