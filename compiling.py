@@ -28,10 +28,10 @@ if not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
 
 
 def take_maps_as_they_lie() -> None:
-    """Has compiled convolutions' backward passes called with their maps as they lie, for this process.
+    """Keeps the compiler from copying the maps for a convolution's backward pass; holds for the whole process.
 
-    PyTorch 2.14 copies a depthwise convolution's maps there into an order that it reads off the weight's gradient,
-    which has one channel and so no order of its own. PyTorch 2.11 and older versions do not.
+    PyTorch 2.14 copies a depthwise convolution's maps into the memory layout of its weight's gradient, which has one
+    channel and so fits any layout. PyTorch 2.11 and older versions do not copy.
     """
     if torch.__version__ < (2, 12):
         return
@@ -49,9 +49,9 @@ def compile_network(model: nn.Module, setting: str, device: torch.device, determ
 
     Args:
         setting: COMPILE of the config. ``"auto"``: on CUDA GPUs of compute capability 7.0 or later with Triton, unless
-            ``deterministic``, and if PyTorch compiles the backward pass with the forward pass (2.11 and later); if
-            the compiler fails, training continues without it. ``"on"``: such a failure is an
-            error. ``"off"``.
+            ``deterministic``, and if PyTorch compiles the backward pass with the forward pass (2.11 does, 2.8 does
+            not); if the compiler fails, training continues without it. ``"on"``: such a failure is an error.
+            ``"off"``.
 
     Raises:
         InputError: ``"on"`` with gradient checkpointing, where PyTorch then counts BatchNorm's batches twice.
