@@ -6,6 +6,7 @@
     python tools/export.py best.pth released_keys.pth --format released               # for the released code
     python tools/export.py released.pth ours.pth --format native --cfg configs/X.yaml # released -> ours
     python tools/export.py output/NAME/TAG/best.pth DIR --format hub                  # a folder to share
+    python tools/export.py output/NAME/TAG/best.pth DIR --format hub --half           # of half the size
 
 ONNX and torch.export files take batches of any size: images (N, 3, S, S), float32, resized and normalised as in
 evaluation (their metadata describes this and names the classes), and return logits (N, classes). If the checkpoint has
@@ -58,9 +59,12 @@ class Network(NamedTuple):
     config: CfgNode
     classes: list[str]
     source: Path
+    half: bool
 
 
-def export(source: Path, target: Path, format: str, config=None, fuse: bool = False) -> float:
+def export(
+    source: Path, target: Path, format: str, config=None, fuse: bool = False, half: bool = False
+) -> float:
     """Writes the network of a checkpoint to ``target``, which is created only if it passes the check.
 
     Args:
@@ -69,6 +73,7 @@ def export(source: Path, target: Path, format: str, config=None, fuse: bool = Fa
         format: a key of ``FORMATS``.
         config: the network's config; needed if the checkpoint has none.
         fuse: write the network's inference form, see ``StripMLPNet.fuse``.
+        half: round the weights to 16 bits (float16) and store them so, except for one-dimensional ones.
 
     Returns:
         The largest difference of an output from the network's, see ``largest_difference``.
@@ -82,6 +87,8 @@ def export(source: Path, target: Path, format: str, config=None, fuse: bool = Fa
         raise InputError(f"{target}: the name of a file in the format {format} must end in {suffix}")
     if fuse and has_weights_only:
         raise InputError(f"--fuse is for onnx and torch-export; {format} stores the weights as trained")
+    if half and format not in ("safetensors", "hub"):
+        raise InputError(f"--half is for safetensors and hub, not for {format}")
     if target.exists():
         raise InputError(f"{target} already exists; remove it or choose another name")
     if not os.access(target.parent, os.W_OK):
@@ -91,8 +98,10 @@ def export(source: Path, target: Path, format: str, config=None, fuse: bool = Fa
             importlib.import_module(package)
         except ImportError as error:
             raise InputError(f"{format} needs more packages ({error}): pip install {' '.join(packages)}") from None
-    network = Network(*load_network(source, config), source)
+    network = Network(*load_network(source, config), source, half)
     model, written = network.model, network
+    if half:
+        model.load_state_dict(_halved(model))
     if fuse:
         if not isinstance(model, StripMLPNet):
             raise InputError(f"--fuse is for Strip-MLP only; this network is a {type(model).__name__}")
@@ -146,7 +155,8 @@ def _write_torch_export(network: Network, path: Path) -> Callable:
 
 def _write_safetensors(network: Network, path: Path) -> Callable:
     about = {"config": json.dumps(to_dict(network.config)), "classes": json.dumps(network.classes)}
-    path.write_bytes(safetensors.torch.save(network.model.state_dict(), about | {"format": "pt"}))
+    weights = _halved(network.model) if network.half else network.model.state_dict()
+    path.write_bytes(safetensors.torch.save(weights, about | {"format": "pt"}))
     return load_network(path)[0]
 
 
@@ -160,7 +170,7 @@ def _write_hub(network: Network, path: Path) -> Callable:
 
 
 def _write_released(network: Network, path: Path) -> Callable:
-    model, config, classes, _ = network
+    model, config, classes = network[:3]
     if not isinstance(model, StripMLPNet):
         raise InputError(f"the released code supports Strip-MLP only; this network is a {type(model).__name__}")
     content = {"model": to_released_state_dict(model.state_dict()), "config": to_dict(config), "classes": classes}
@@ -169,9 +179,14 @@ def _write_released(network: Network, path: Path) -> Callable:
 
 
 def _write_native(network: Network, path: Path) -> Callable:
-    model, config, classes, _ = network
+    model, config, classes = network[:3]
     checkpoint.save_file({"model": model.state_dict(), "config": to_dict(config), "classes": classes}, path)
     return load_network(path)[0]
+
+
+def _halved(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, those of two and more dimensions rounded to 16 bits."""
+    return {key: value.half() if value.ndim > 1 else value for key, value in model.state_dict().items()}
 
 
 def _trace(network: Network) -> torch.export.ExportedProgram:
@@ -217,10 +232,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cfg", metavar="FILE",
                         help="the network's config; for a released checkpoint, or another image size")
     parser.add_argument("--fuse", action="store_true", help="onnx, torch-export: export the faster inference form")
+    parser.add_argument("--half", action="store_true", help="safetensors, hub: store the weights in 16 bits")
     args = parser.parse_args(argv)
     format = args.format or _format_of(args.target)
     config = load_config(args.cfg) if args.cfg else None
-    difference = export(args.checkpoint, args.target, format, config, args.fuse)
+    difference = export(args.checkpoint, args.target, format, config, args.fuse, args.half)
     print(f"{args.target} written ({format}); read back, its outputs differ by at most {difference:.1e}")
     return 0
 

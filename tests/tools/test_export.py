@@ -90,6 +90,19 @@ def test_safetensors_hold_plain_weights(network, tmp_path):
     assert differences(weights, dict(network[2].state_dict())) == []
 
 
+def test_in_16_bits(network, tmp_path):
+    """Every weight is stored in float16 if it has several dimensions, and used in float32, rounded."""
+    path, _, model = network
+    assert export.main([str(path), str(tmp_path / "a.safetensors"), "--half"]) == 0
+    stored = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    expected = {key: value.half() if value.ndim > 1 else value for key, value in model.state_dict().items()}
+    assert differences(stored, expected) == [] and stored["head.weight"].dtype == torch.float16
+    loaded, _, _ = load_network(tmp_path / "a.safetensors")
+    assert loaded.head.weight.dtype == torch.float32 and torch.equal(loaded.head.weight.half(), stored["head.weight"])
+    images, found = logits(loaded, 7)
+    assert_close(found, model(images), rtol=1e-2, atol=1e-2)
+
+
 def test_to_the_released_format_and_back(network, tmp_path):
     path, config, model = network
     assert export.main([str(path), str(tmp_path / "released.pth"), "--format", "released"]) == 0
@@ -152,6 +165,7 @@ def test_a_file_with_other_outputs_is_not_written(error, network, tmp_path, monk
         (["NETWORK", "a.pth"], "a.pth: its extension does not determine the format; add --format released or native"),
         (["NETWORK", "a.pth", "--format", "onnx"], "must end in .onnx"),
         (["NETWORK", "a.safetensors", "--fuse"], "--fuse is for onnx and torch-export; safetensors stores the weights"),
+        (["NETWORK", "a.pt2", "--half"], "--half is for safetensors and hub, not for torch-export"),
         (["NETWORK", "here.pt2"], "here.pt2 already exists; remove it or choose another name"),
         (["NETWORK", "gone/a.pt2"], "gone is not a writable folder"),
         (["gone.pth", "a.pt2"], "checkpoint gone.pth does not exist"),
