@@ -1,10 +1,9 @@
 """Checkpoint files: save, verify, load safely, find the newest good one.
 
 A checkpoint is a PyTorch file, a zip archive with a CRC-32 for every record. Saving is atomic. Loading verifies the
-checksums first and then admits only tensors and plain containers (see trust.py), so that no file can run code.
+checksums first and then admits only tensors and plain containers, so that no file can run code.
 """
 
-import contextlib
 import errno
 import json
 import logging
@@ -19,11 +18,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open  # which timm requires
+from torch import nn
 
-from files import check_place, move, replacing
-from models import InputError, MissingFileError
-from safe_text import printable
-from trust import plain
+from utils import InputError, MissingFileError, check_place, move, printable, replacing
 
 try:
     import fcntl
@@ -36,6 +33,10 @@ BEST = "best.pth"
 SAFETENSORS_ABOUT = ("config", "classes")  # entries of a checkpoint that a safetensors file stores as JSON
 _ENCODE = b"c_codecs\nencode\n"  # PyTorch's unpickler creates bytes with it; the Punycode codec takes quadratic time
 _NAME = re.compile(r"ckpt_step_(\d+)\.pth")
+MAX_DEPTH = 32  # of containers in containers
+MAX_ENTRIES = 1_000_000  # a training on 1,000 processes, mostly their random states, has fewer
+MAX_TEXT = 500  # characters of a key, a config value or a class name
+_SCALARS = (type(None), bool, float, complex, str, torch.dtype, torch.device)
 
 
 class CheckpointError(InputError):
@@ -75,15 +76,6 @@ def load_file(path: str | Path) -> dict:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file can fail in any way inside the reader
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {_first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def naming(path: str | Path):
-    """Puts the name of a checkpoint before an error about its content."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def save_file(content: dict, path: str | Path) -> None:
@@ -193,6 +185,59 @@ def lock_folder(folder: str | Path):
     return file
 
 
+def plain(content, tensor_bytes: int):
+    """The same content in plain containers, its tensors reduced to their numbers.
+
+    Args:
+        content: the content of a file.
+        tensor_bytes: the most memory that its tensors may take.
+
+    Raises:
+        InputError: it is nested too deep, has too many entries or too large tensors, a tensor that is not dense and on
+            the CPU, or a value other than tensors, numbers and text.
+    """
+    entries = 0
+
+    def visit(value, depth: int):
+        nonlocal entries, tensor_bytes
+        entries += 1
+        if entries > MAX_ENTRIES:
+            raise InputError(f"it has more than {MAX_ENTRIES} entries")
+        if depth > MAX_DEPTH:
+            raise InputError(f"its entries are nested more than {MAX_DEPTH} deep")
+        if isinstance(value, dict):
+            return {_plain_key(key): visit(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return (list if isinstance(value, list) else tuple)(visit(item, depth + 1) for item in value)
+        if isinstance(value, torch.Tensor):
+            _check_tensor(value)
+            tensor_bytes -= value.numel() * value.element_size()
+            if tensor_bytes < 0:
+                raise InputError("its tensors are larger than the file that holds them")
+            return value.detach().clone()  # in memory of its own
+        if type(value) in _SCALARS or type(value) is int and abs(value) < 2**64:
+            return value
+        raise InputError(f"it holds an entry of the type {type(value).__name__}, which no checkpoint needs")
+
+    return visit(content, 0)
+
+
+def _plain_key(key) -> str | int:
+    if isinstance(key, str) and len(key) <= MAX_TEXT and key.isprintable():
+        return key
+    if type(key) is int and abs(key) < 2**64:
+        return key
+    raise InputError(f"it holds an entry named {short(key)}")
+
+
+def _check_tensor(tensor: torch.Tensor) -> None:
+    is_dense = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or not is_dense or tensor.device.type != "cpu":
+        raise InputError("it holds a tensor that is not dense and on the CPU (sparse, quantised, nested, meta)")
+    if tensor.is_conj() or tensor.is_neg():
+        raise InputError("it holds a tensor that is a conjugate or negative view of another one")
+
+
 def _load_torch(path: Path):
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data.find(_ENCODE) >= 0:
@@ -223,3 +268,10 @@ def _load_safetensors(path: Path) -> dict:
 
 def _first_line(error: Exception) -> str:
     return printable(next(iter(str(error).splitlines()), type(error).__name__))[:300]
+
+
+def short(value) -> str:
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."

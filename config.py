@@ -8,11 +8,10 @@ import difflib
 import math
 from pathlib import Path
 
-from timm.optim import list_optimizers
+import yaml
 from yacs.config import CfgNode
 
-from models import InputError, MissingFileError
-from yaml_file import read_yaml
+from utils import InputError, MissingFileError
 
 _C = CfgNode()
 
@@ -159,6 +158,8 @@ _SHARES = (
 ).split()
 
 _MAX_FILES = 64  # that may be merged for one config
+MAX_YAML_BYTES = 2**20
+MAX_YAML_DEPTH = 20
 
 
 def load_config(path: str | Path = "", opts=()) -> CfgNode:
@@ -371,8 +372,11 @@ def _check(config: CfgNode) -> None:
     minmax = config.AUG.CUTMIX_MINMAX
     require(not minmax or (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1), "AUG.CUTMIX_MINMAX",
             "empty or two numbers between 0 and 1, the smaller first")
-    require(config.TRAIN.OPTIMIZER.NAME in list_optimizers(), "TRAIN.OPTIMIZER.NAME",
-            "adamw, sgd or another of timm's" + nearest(config.TRAIN.OPTIMIZER.NAME, list_optimizers()))
+    if config.TRAIN.OPTIMIZER.NAME not in ("adamw", "sgd"):
+        from timm.optim import list_optimizers  # imports PyTorch, for which --help should not wait
+
+        require(config.TRAIN.OPTIMIZER.NAME in list_optimizers(), "TRAIN.OPTIMIZER.NAME",
+                "adamw, sgd or another of timm's" + nearest(config.TRAIN.OPTIMIZER.NAME, list_optimizers()))
     betas = config.TRAIN.OPTIMIZER.BETAS
     require(len(betas) == 2 and 0 <= min(betas) and max(betas) < 1, "TRAIN.OPTIMIZER.BETAS", "two numbers in [0, 1)")
     require(0 < config.TRAIN.OPTIMIZER.MOMENTUM < 1, "TRAIN.OPTIMIZER.MOMENTUM", "above 0 and below 1")
@@ -382,3 +386,50 @@ def _check(config: CfgNode) -> None:
         require("/" not in values[key] and values[key] not in (".", "..") and values[key].isprintable(), key,
                 "a plain folder name")
     require(config.TAG.strip(), "TAG", "the name of a folder; it may not be empty")
+
+
+# ---- YAML ------------------------------------------------------------------------------------------
+
+class _Loader(yaml.SafeLoader):
+    depth = 0
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for billions of values
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported; repeat the value",
+                                       problem_mark=self.peek_event().start_mark)
+        if self.depth == MAX_YAML_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"values are nested more than {MAX_YAML_DEPTH} deep",
+                                       problem_mark=self.peek_event().start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        names = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            name = (key.tag, str(key.value))
+            if name in names:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} occurs twice", problem_mark=key.start_mark)
+            names.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path):
+    """The content of a YAML file.
+
+    Raises:
+        MissingFileError: there is no such file.
+        InputError: it is not YAML, repeats a key, uses aliases, or is too large or too deep; the line is named.
+        OSError: it cannot be read.
+    """
+    if not path.is_file():  # opening a pipe could block forever
+        raise MissingFileError(f"{path} does not exist or is not a regular file")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise InputError(f"{path} has over {MAX_YAML_BYTES} bytes, too many for a file of settings")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a date or number out of range
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise InputError(f"{path} is not a YAML file that can be read: {where}{problem.splitlines()[0]}") from None

@@ -1,144 +1,20 @@
-"""Where a run computes: the device, its precision, and whether Triton's kernels work there."""
+"""Whether Triton's kernels work on this process's device."""
 
 import copy
 import logging
-import os
-import re
-import subprocess
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import distributed
-from models import InputError
 from models.strip_mlp import Block
 from models.strip_ops import allows_tf32, strip_mix, strip_mix_plain, strip_triton
+from utils import InputError
 
 logger = logging.getLogger("strip_mlp")
 
-_OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}  # NVIDIA's, for each CUDA major version; newer ones run all of these
-_BUILDS = "https://pytorch.org/get-started/locally lists the builds"
-_GPU_FILE = Path("/dev/nvidia0")
-_TENSOR_CORES = (8, 0)  # the lowest compute capability with bf16 products, and with tensor cores in Triton
+_TENSOR_CORES = (8, 0)  # the lowest compute capability with tensor cores in Triton
 
-
-# ---- the device ----------------------------------------------------------------------------------
-
-def choose_device(name: str = "", index: int = 0) -> torch.device:
-    """The device of this process.
-
-    Args:
-        name: ``"cpu"``, ``"cuda"``, ``"mps"`` or another that ``torch.accelerator`` reports; if empty, a CUDA GPU if
-            there is one, else the CPU.
-        index: which of several CUDA GPUs.
-
-    Raises:
-        InputError: there is no such device; PyTorch cannot use the machine's NVIDIA GPU and ``name`` is not ``"cpu"``.
-    """
-    if name == "cpu":
-        return torch.device("cpu")
-    if name in ("", "cuda") and torch.cuda.is_available():
-        if index >= torch.cuda.device_count():
-            raise InputError(f"process {index} of this machine has no GPU: {torch.cuda.device_count()} found; lower "
-                             "--nproc_per_node")
-        _check_machine_code(index)
-        return torch.device("cuda", index)
-    if name in ("", "cuda"):
-        _check_unused_gpu()
-    accelerator = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else ""
-    if name in ("", accelerator):
-        if not name and accelerator:
-            logger.info(f"running on the CPU; --device {accelerator} selects this machine's accelerator, on which this "
-                        "code has not been tested")
-        return torch.device(name or "cpu")
-    raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no such device here; it finds "
-                     f"{' and '.join(filter(None, ['cpu', accelerator]))}")
-
-
-def _check_machine_code(index: int) -> None:
-    """Raises InputError if this build of PyTorch has no code for the GPU, so that every operation would fail."""
-    if torch.version.hip:
-        return
-    major, minor = torch.cuda.get_device_capability(index)
-    built_for = torch.cuda.get_arch_list()
-    for kind, digits in (re.match(r"(sm|compute)_(\d+)", name).groups() for name in built_for):
-        version = divmod(int(digits), 10)
-        # Machine code runs on later GPUs of its generation; PTX, named "compute", on all later GPUs.
-        if version <= (major, minor) and (kind == "compute" or version[0] == major):
-            return
-    raise InputError(
-        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, for which PyTorch "
-        f"{torch.__version__} has no code (only {', '.join(built_for)}); install a build for another CUDA version "
-        f"({_BUILDS}; CUDA 12.6 covers 5.0 to 9.0), or use --device cpu"
-    )
-
-
-def _check_unused_gpu() -> None:
-    """Raises InputError if there is an NVIDIA GPU that is not hidden and that PyTorch cannot use."""
-    found = _find_nvidia_gpu()
-    if not found or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return
-    gpu, driver = found
-    built_for = torch.version.cuda
-    if not built_for:
-        advice = f"it is built without CUDA. Install a CUDA build ({_BUILDS})"
-    else:
-        oldest = _OLDEST_DRIVERS.get(int(built_for.split(".")[0]))
-        advice = f"it is built for CUDA {built_for}. "
-        if oldest and driver.split(".")[0].isdecimal() and int(driver.split(".")[0]) < oldest:
-            advice += (f"That needs driver {oldest} or newer: update the driver, or install a build for an older CUDA "
-                       f"({_BUILDS}; driver {_OLDEST_DRIVERS[12]} runs CUDA 12)")
-        else:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            advice += f"CUDA does not start: {_cuda_error()}. " + (
-                f"CUDA_VISIBLE_DEVICES is {visible!r}: check that nvidia-smi lists this GPU, or unset the variable"
-                if visible else "Check that nvidia-smi works here")
-    raise InputError(f"this machine has an NVIDIA GPU ({gpu}, driver {driver}), but PyTorch {torch.__version__} cannot "
-                     f"use it; {advice}, or insist on the CPU with --device cpu")
-
-
-def _find_nvidia_gpu() -> tuple[str, str] | None:
-    """Name and driver version of the machine's first NVIDIA GPU, whether or not PyTorch can use it."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-        name, _, driver = listed[0].rpartition(", ")
-        return name, driver
-    except (OSError, subprocess.SubprocessError, IndexError):
-        if not _GPU_FILE.exists():
-            return None
-    version = Path("/proc/driver/nvidia/version")
-    match = re.search(r"Module\D*(\d[\d.]*)", version.read_text()) if version.is_file() else None
-    return "nvidia-smi fails", match[1] if match else "unknown"
-
-
-def _cuda_error() -> str:
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return _first_line(error)
-    return "PyTorch finds no GPU"
-
-
-# ---- the precision -------------------------------------------------------------------------------
-
-def choose_precision(device: torch.device) -> tuple[str, str]:
-    """``"bf16"``, ``"fp16"`` or ``"fp32"`` for the forward pass, and why."""
-    if device.type == "cpu":
-        return "fp32", "lower precision is not faster on a CPU"
-    if device.type != "cuda":
-        return "fp32", f"16-bit precision has not been tested on {device.type}"
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if torch.version.hip or capability >= _TENSOR_CORES:
-        return "bf16", f"{name} supports it"
-    version = ".".join(map(str, capability))
-    if capability >= (7, 0):
-        return "fp16", f"{name}, compute capability {version}, has no bf16; gradients are scaled"
-    return "fp32", f"{name}, compute capability {version}, has no tensor cores"
-
-
-# ---- the form of the strip layers ----------------------------------------------------------------
 
 def settle_form(config, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Makes the network compute without Triton's kernels on all processes if they do not work on one of them.

@@ -1,19 +1,27 @@
-"""The process group: joining it, ranks, and communication between processes."""
+"""This process's device and its peers: choosing the device, the process group, and what to do when either fails."""
 
 import contextlib
 import datetime
+import logging
 import os
 import platform
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from models import InputError
+from utils import InputError, RunError
 
+logger = logging.getLogger("strip_mlp")
+
+_OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}  # NVIDIA's, for each CUDA major version; newer ones run all of these
+_BUILDS = "https://pytorch.org/get-started/locally lists the builds"
+_GPU_FILE = Path("/dev/nvidia0")
 _host_group: dist.ProcessGroup | None = None  # connects the CPUs if the main group connects GPUs, else None
 _patient_group: dist.ProcessGroup | None = None  # for waits that may take long
 _PATIENCE = datetime.timedelta(hours=1)  # while another process downloads or caches data
@@ -22,6 +30,106 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTE
 _places: list[str] = []  # of every rank: its process and machine
 _store: dist.Store | None = None  # the store in which the processes met
 
+
+# ---- the device ----------------------------------------------------------------------------------
+
+def choose_device(name: str = "", index: int = 0) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"mps"`` or another that ``torch.accelerator`` reports; if empty, a CUDA GPU if
+            there is one, else the CPU.
+        index: which of several CUDA GPUs.
+
+    Raises:
+        InputError: there is no such device; PyTorch cannot use the machine's NVIDIA GPU and ``name`` is not ``"cpu"``.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if name in ("", "cuda") and torch.cuda.is_available():
+        if index >= torch.cuda.device_count():
+            raise InputError(f"process {index} of this machine has no GPU: {torch.cuda.device_count()} found; lower "
+                             "--nproc_per_node")
+        _check_machine_code(index)
+        return torch.device("cuda", index)
+    if name in ("", "cuda"):
+        _check_unused_gpu()
+    accelerator = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else ""
+    if name in ("", accelerator):
+        if not name and accelerator:
+            logger.info(f"running on the CPU; --device {accelerator} selects this machine's accelerator, on which this "
+                        "code has not been tested")
+        return torch.device(name or "cpu")
+    raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no such device here; it finds "
+                     f"{' and '.join(filter(None, ['cpu', accelerator]))}")
+
+
+def _check_machine_code(index: int) -> None:
+    """Raises InputError if this build of PyTorch has no code for the GPU, so that every operation would fail."""
+    if torch.version.hip:
+        return
+    major, minor = torch.cuda.get_device_capability(index)
+    built_for = torch.cuda.get_arch_list()
+    for kind, digits in (re.match(r"(sm|compute)_(\d+)", name).groups() for name in built_for):
+        version = divmod(int(digits), 10)
+        # Machine code runs on later GPUs of its generation; PTX, named "compute", on all later GPUs.
+        if version <= (major, minor) and (kind == "compute" or version[0] == major):
+            return
+    raise InputError(
+        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, for which PyTorch "
+        f"{torch.__version__} has no code (only {', '.join(built_for)}); install a build for another CUDA version "
+        f"({_BUILDS}; CUDA 12.6 covers 5.0 to 9.0), or use --device cpu"
+    )
+
+
+def _check_unused_gpu() -> None:
+    """Raises InputError if there is an NVIDIA GPU that is not hidden and that PyTorch cannot use."""
+    found = _find_nvidia_gpu()
+    if not found or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    gpu, driver = found
+    built_for = torch.version.cuda
+    if not built_for:
+        advice = f"it is built without CUDA. Install a CUDA build ({_BUILDS})"
+    else:
+        oldest = _OLDEST_DRIVERS.get(int(built_for.split(".")[0]))
+        advice = f"it is built for CUDA {built_for}. "
+        if oldest and driver.split(".")[0].isdecimal() and int(driver.split(".")[0]) < oldest:
+            advice += (f"That needs driver {oldest} or newer: update the driver, or install a build for an older CUDA "
+                       f"({_BUILDS}; driver {_OLDEST_DRIVERS[12]} runs CUDA 12)")
+        else:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            advice += f"CUDA does not start: {_cuda_error()}. " + (
+                f"CUDA_VISIBLE_DEVICES is {visible!r}: check that nvidia-smi lists this GPU, or unset the variable"
+                if visible else "Check that nvidia-smi works here")
+    raise InputError(f"this machine has an NVIDIA GPU ({gpu}, driver {driver}), but PyTorch {torch.__version__} cannot "
+                     f"use it; {advice}, or insist on the CPU with --device cpu")
+
+
+def _find_nvidia_gpu() -> tuple[str, str] | None:
+    """Name and driver version of the machine's first NVIDIA GPU, whether or not PyTorch can use it."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+        name, _, driver = listed[0].rpartition(", ")
+        return name, driver
+    except (OSError, subprocess.SubprocessError, IndexError):
+        if not _GPU_FILE.exists():
+            return None
+    version = Path("/proc/driver/nvidia/version")
+    match = re.search(r"Module\D*(\d[\d.]*)", version.read_text()) if version.is_file() else None
+    return "nvidia-smi fails", match[1] if match else "unknown"
+
+
+def _cuda_error() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    return "PyTorch finds no GPU"
+
+
+# ---- the process group ---------------------------------------------------------------------------
 
 def launcher_local_rank() -> int:
     """This process's number on its machine, as set by the launcher; 0 without a launcher.
@@ -224,3 +332,37 @@ def broadcast_object(value):
     if dist.is_initialized():
         dist.broadcast_object_list(values, group=_host_group)
     return values[0]
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def machine_failures():
+    """Turns failures of the machine into a RunError with advice.
+
+    PyTorch reports most of them as a plain RuntimeError, which only its message tells from a bug.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error) or type(error).__name__
+        silent = silent_processes(error)
+        if silent is not None:
+            cause = (f"no answer within HANG_MINUTES from {', '.join(silent)}; it hangs, or its network is down"
+                     if silent else "a process answered later than HANG_MINUTES; it or its network was slow")
+            raise RunError(f"{cause}. Rerun the same command to resume, or use torchrun --max-restarts") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = "Lower --batch-size and raise --accumulation-steps to compensate, or add --use-checkpoint."
+        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+            advice = "Lower --batch-size and raise --accumulation-steps to compensate, or lower DATA.NUM_WORKERS."
+        elif "Too many open files" in text:
+            advice = "Raise the limit (ulimit -n), or lower DATA.NUM_WORKERS."
+        elif "DataLoader worker" in text and "Original Traceback" not in text:  # one that died
+            advice = "Memory is often the reason: lower DATA.NUM_WORKERS, or cache less (--cache-mode)."
+        elif isinstance(error, dist.DistError) or "gloo/transport" in text:
+            advice = "Another process of this run has ended; see its error message."
+        elif "deterministic" in text and torch.are_deterministic_algorithms_enabled():
+            advice = "Set DETERMINISTIC False, or use a network without this operation."
+        else:
+            raise
+        raise RunError(f"{text.splitlines()[0].rstrip('. ')}. {advice}") from error

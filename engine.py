@@ -1,26 +1,46 @@
-"""The loops: one epoch of training, evaluation, throughput."""
+"""The loops: one epoch of training, evaluation, throughput; the precision and torch.compile."""
 
 import contextlib
 import datetime
 import logging
+import os
 import sys
 import time
+from pathlib import Path
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distributed
 from data import DeviceBatches
-from device import choose_precision
 from models import set_train_mode
+from models.strip_ops import strip_triton
 from optimizer import skips_on_device
-from train_state import TrainState
+from resume import TrainState
+from utils import InputError
 
 logger = logging.getLogger("strip_mlp")
 
+# Inductor's defaults write a normalised map to memory because two kernels read it; computing it twice moves less.
+# tools/roofline.py --compiled counts the difference. The layout is already chosen: the network is channels last.
+OPTIONS = {
+    "realize_opcount_threshold": 300,
+    "realize_reads_threshold": 20,
+    "realize_acc_reads_threshold": 40,
+    "layout_optimization": False,
+}
+EARLY = {"force_non_lazy_backward_lowering": True}  # PyTorch 2.11 has it, 2.8 does not
+if not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+    EARLY = {}
+
+
+# ---- precision and determinism ---------------------------------------------------------------------
 
 class Precision:
     """The precision of the forward pass: autocast to bf16 or fp16, or plain fp32; ``auto`` depends on the hardware."""
@@ -41,6 +61,32 @@ class Precision:
         """Loss scaling, which only fp16's narrow range needs; disabled otherwise."""
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
+
+def choose_precision(device: torch.device) -> tuple[str, str]:
+    """``"bf16"``, ``"fp16"`` or ``"fp32"`` for the forward pass, and why."""
+    if device.type == "cpu":
+        return "fp32", "lower precision is not faster on a CPU"
+    if device.type != "cuda":
+        return "fp32", f"16-bit precision has not been tested on {device.type}"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if torch.version.hip or capability >= (8, 0):
+        return "bf16", f"{name} supports it"
+    version = ".".join(map(str, capability))
+    if capability >= (7, 0):
+        return "fp16", f"{name}, compute capability {version}, has no bf16; gradients are scaled"
+    return "fp32", f"{name}, compute capability {version}, has no tensor cores"
+
+
+def make_deterministic() -> None:
+    """Makes every operation bitwise reproducible, also on a GPU; one that cannot be raises RuntimeError.
+
+    Call it before CUDA starts, because cuBLAS reads its environment variable then.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+# ---- training --------------------------------------------------------------------------------------
 
 def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, precision, metrics, checkpointer):
     """Trains the rest of the epoch that ``state`` is in.
@@ -95,64 +141,6 @@ def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, prec
             checkpointer.save(state)
 
     state.epoch, state.batch = state.epoch + 1, 0
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, predictions: list | None = None) -> dict:
-    """Top-1 and top-5 accuracy (percent) and mean cross entropy over all images of a validation set.
-
-    Every process evaluates its own share of the images; one all-reduce at the end adds up the sums.
-
-    Args:
-        model: the network.
-        loader: batches of this process's share.
-        precision: the precision of the forward pass.
-        predictions: a list to which ``(target, prediction, probability)`` of each image of this process's share is
-            added.
-
-    Returns:
-        ``{"acc1", "acc5", "loss", "images"}``. The loss is rounded to 6 decimals, so that it does not depend on how the
-        images were batched; with fewer than five classes ``acc5`` counts all of them.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    hits1 = hits5 = torch.zeros((), dtype=torch.int64, device=device)
-    losses = [torch.zeros(0, device=device)]  # of every image; the CPU sums them in 64 bits, which MPS does not support
-    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=not _shows_progress()):
-        with precision.autocast():
-            logits = model(images)
-        losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        hits1 = hits1 + hits[:, 0].sum()
-        hits5 = hits5 + hits.sum()
-        if predictions is not None:
-            probabilities, classes = logits.float().softmax(dim=1).max(dim=1)
-            predictions += zip(targets.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
-    losses = torch.cat(losses).cpu().double()
-    sums = torch.tensor([hits1, hits5, losses.sum(), len(losses)], dtype=torch.float64)
-    hits1, hits5, loss, count = distributed.all_reduce_sum(sums).tolist()
-    if count != len(loader.dataset):
-        raise RuntimeError(f"{count:.0f} images were evaluated, but the validation set has {len(loader.dataset)}")
-    return {"acc1": 100 * hits1 / count, "acc5": 100 * hits5 / count, "loss": round(loss / count, 6),
-            "images": int(count)}
-
-
-@torch.inference_mode()
-def measure_throughput(model: nn.Module, images: torch.Tensor, precision: Precision, repeats: int = 30) -> float:
-    """Images per second of the forward pass, measured on one batch (N, C, H, W) repeatedly, after a warm-up."""
-    model.eval()
-
-    def seconds(runs: int) -> float:
-        _synchronize(images.device)
-        start = time.perf_counter()
-        for _ in range(runs):
-            with precision.autocast():
-                model(images)
-        _synchronize(images.device)
-        return time.perf_counter() - start
-
-    seconds(max(repeats // 3, 1))
-    return repeats * len(images) / seconds(repeats)
 
 
 class _Updater:
@@ -282,6 +270,94 @@ class _Progress:
         self.skipped, self.longest_row = torch.zeros(2, dtype=torch.int64, device=self.device)
 
 
+# ---- evaluation ------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, predictions: list | None = None) -> dict:
+    """Top-1 and top-5 accuracy (percent) and mean cross entropy over all images of a validation set.
+
+    Every process evaluates its own share of the images; one all-reduce at the end adds up the sums.
+
+    Args:
+        model: the network.
+        loader: batches of this process's share.
+        precision: the precision of the forward pass.
+        predictions: a list to which ``(target, prediction, probability)`` of each image of this process's share is
+            added.
+
+    Returns:
+        ``{"acc1", "acc5", "loss", "images"}``. The loss is rounded to 6 decimals, so that it does not depend on how the
+        images were batched; with fewer than five classes ``acc5`` counts all of them.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    hits1 = hits5 = torch.zeros((), dtype=torch.int64, device=device)
+    losses = [torch.zeros(0, device=device)]  # of every image; the CPU sums them in 64 bits, which MPS does not support
+    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=not _shows_progress()):
+        with precision.autocast():
+            logits = model(images)
+        losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        hits1 = hits1 + hits[:, 0].sum()
+        hits5 = hits5 + hits.sum()
+        if predictions is not None:
+            probabilities, classes = logits.float().softmax(dim=1).max(dim=1)
+            predictions += zip(targets.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
+    losses = torch.cat(losses).cpu().double()
+    sums = torch.tensor([hits1, hits5, losses.sum(), len(losses)], dtype=torch.float64)
+    hits1, hits5, loss, count = distributed.all_reduce_sum(sums).tolist()
+    if count != len(loader.dataset):
+        raise RuntimeError(f"{count:.0f} images were evaluated, but the validation set has {len(loader.dataset)}")
+    return {"acc1": 100 * hits1 / count, "acc5": 100 * hits5 / count, "loss": round(loss / count, 6),
+            "images": int(count)}
+
+
+def evaluate_all(model: nn.Module, ema: ModelEmaV3 | None, loader, precision: Precision, predictions=None) -> dict:
+    """The results of the network and, last, of its average if there is one; the predictions are those of the last."""
+    if ema is None:
+        return {"eval": evaluate(model, loader, precision, predictions)}
+    return {
+        "eval": evaluate(model, loader, precision),
+        "eval_ema": evaluate(ema.module, loader, precision, predictions),
+    }
+
+
+def log_results(results: dict, before: str = "", after: str = "") -> None:
+    """A log line for each network evaluated."""
+    for name, result in results.items():
+        logger.info(f"{name}: {before}top-1 {result['acc1']:.3f}  top-5 {result['acc5']:.3f}  "
+                    f"loss {result['loss']:.4f}  ({result['images']} images){after}")
+
+
+def inference_form(config, model: nn.Module) -> nn.Module:
+    """The network, fused (TEST.FUSE) and compiled (COMPILE on; auto compiles only for training)."""
+    if config.TEST.FUSE:
+        if not hasattr(model, "fuse"):
+            raise InputError(f"TEST.FUSE is True, but {config.MODEL.NAME} has no inference form; set it False")
+        model.fuse()
+    if config.COMPILE == "on":
+        model.compile(options=OPTIONS)
+    return model
+
+
+@torch.inference_mode()
+def measure_throughput(model: nn.Module, images: torch.Tensor, precision: Precision, repeats: int = 30) -> float:
+    """Images per second of the forward pass, measured on one batch (N, C, H, W) repeatedly, after a warm-up."""
+    model.eval()
+
+    def seconds(runs: int) -> float:
+        _synchronize(images.device)
+        start = time.perf_counter()
+        for _ in range(runs):
+            with precision.autocast():
+                model(images)
+        _synchronize(images.device)
+        return time.perf_counter() - start
+
+    seconds(max(repeats // 3, 1))
+    return repeats * len(images) / seconds(repeats)
+
+
 def _shows_progress() -> bool:
     return distributed.rank() == 0 and sys.stderr.isatty()
 
@@ -289,3 +365,86 @@ def _shows_progress() -> bool:
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------
+
+def take_maps_as_they_lie() -> None:
+    """Keeps the compiler from copying the maps for a convolution's backward pass; holds for the whole process.
+
+    PyTorch 2.14 copies a depthwise convolution's maps into the memory layout of its weight's gradient, which has one
+    channel and so fits any layout. PyTorch 2.11 and older versions do not copy.
+    """
+    if torch.__version__ < (2, 12):
+        return
+    from torch._inductor.lowering import fallback_handler, lowerings  # takes a second
+
+    backward = torch.ops.aten.convolution_backward.default
+    lowerings[backward] = fallback_handler(backward)
+
+
+def compile_network(model: nn.Module, setting: str, device: torch.device, deterministic: bool = False) -> nn.Module:
+    """The network for the training loop: compiled at its first batch, or ``model`` itself.
+
+    The compiled code is cached in ~/.cache/strip_mlp, or in TORCHINDUCTOR_CACHE_DIR if it is set, so that a resumed run
+    finds it. ``model`` itself is not changed: evaluation and checkpoints use it.
+
+    Args:
+        setting: COMPILE of the config. ``"auto"``: on CUDA GPUs of compute capability 7.0 or later with Triton, unless
+            ``deterministic``, and if PyTorch compiles the backward pass with the forward pass (2.11 does, 2.8 does
+            not); if the compiler fails, training continues without it. ``"on"``: such a failure is an error.
+            ``"off"``.
+
+    Raises:
+        InputError: ``"on"`` with gradient checkpointing, where PyTorch then counts BatchNorm's batches twice.
+    """
+    if setting == "off" or setting == "auto" and (deterministic or not _can_compile(device)):
+        return model
+    problem = ""
+    if getattr(model, "grad_checkpointing", False) and torch.__version__ < (2, 11):
+        problem = f"PyTorch {torch.__version__} counts BatchNorm's batches twice in a compiled, checkpointed network"
+        if setting == "on":
+            raise InputError(f"{problem}; use --compile off, or leave out --use-checkpoint")
+    elif setting == "auto" and not EARLY:
+        problem = (f"if the backward pass fails to compile, PyTorch {torch.__version__} cannot fall back; --compile on "
+                   "compiles the network all the same")
+    if problem:
+        logger.info(f"not compiling the network: {problem}")
+        return model
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strip_mlp"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    logger.info(f"compiling the network at the first batch, which takes minutes the first time (COMPILE {setting}); "
+                f"results are kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']}")
+    return CompiledNetwork(model, may_fail=setting == "auto")
+
+
+def _can_compile(device: torch.device) -> bool:
+    is_recent = device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (7, 0))
+    return is_recent and strip_triton is not None  # None without Triton, which compiled code needs
+
+
+class CompiledNetwork(nn.Module):
+    """A network whose forward and backward passes are compiled, or the network itself if that fails."""
+
+    def __init__(self, network: nn.Module, may_fail: bool):
+        super().__init__()
+        self.network = network
+        self.may_fail = may_fail
+        take_maps_as_they_lie()
+        self.run = torch.compile(network.forward, options=OPTIONS)
+
+    def forward(self, x):
+        """(N, C, H, W) -> (N, num_classes)"""
+        try:
+            # The backward pass is compiled with the forward pass, so that it fails before anything has run.
+            with torch._functorch.config.patch(EARLY):
+                return self.run(x)
+        except TorchDynamoException as error:
+            if not self.may_fail:
+                raise
+            reason = next(iter(str(error).splitlines()), "")
+            logger.warning(f"THE NETWORK COULD NOT BE COMPILED ({type(error).__name__}: {reason}); training continues "
+                           "without torch.compile, more slowly. Use --compile off to skip compiling, or --compile on "
+                           "to see the whole error")
+            self.run = self.network
+            return self.run(x)

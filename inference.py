@@ -1,19 +1,77 @@
 """From a checkpoint alone to a network that is ready to use.
 
     net, config, classes = load_network("output/.../best.pth")
+
+The checkpoint need not be trusted. Its config determines the network and the preparation of its images. It cannot name
+a file, an address or weights, and the bounds below limit every loop and allocation that depends on it.
 """
 
+import logging
+import re
 from pathlib import Path
 
+import huggingface_hub  # which timm requires
 import torch
+import yaml
 from torch import nn
 from yacs.config import CfgNode
 
-from checkpoint import load_file
-from hub import weights_file
-from models import InputError, adapt_size, build_model, check_fit, load_strict, model_state_dict
-from safe_text import printable
-from trust import architecture, check_size, class_names
+from checkpoint import MAX_TEXT, load_file, short
+from config import from_dict
+from models import adapt_size, build_model, check_fit, load_strict, model_state_dict
+from utils import InputError, input_errors, printable
+
+logger = logging.getLogger("strip_mlp")
+
+WEIGHTS = "model.safetensors"  # the name that timm looks for, in a folder and on the Hub
+PREFIX = "hf-hub:"
+MAX_ELEMENTS = 2_000_000_000  # of a network's parameters and buffers
+
+_SIZES = {  # of other numbers: 65,536
+    "DATA.IMG_SIZE": 4096, "MODEL.STRIP_MLP.TRAINED_IMG_SIZE": 4096, "MODEL.NUM_CLASSES": 10**6,
+}
+_CHOSEN_BY_CHECKPOINTS = {"DATA": ("DATASET", "IMG_SIZE", "INTERPOLATION"), "TEST": ("CROP",)}
+_CHOSEN_BY_USERS = ("PRETRAINED", "RESUME")  # of MODEL; its other keys, except STRIP_MLP.FORM, are the architecture
+_TIMM_ARGUMENTS = {  # the arguments of timm's networks that a checkpoint may set, and the largest number in each
+    **dict.fromkeys("depth depths layers".split(), 256),
+    **dict.fromkeys("img_size patch_size window_size in_chans output_stride".split(), 4096),
+    **dict.fromkeys("embed_dim embed_dims dims channels stem_width stem_chs width base_width".split(), 65536),
+    **dict.fromkeys("cardinality num_heads num_features head_dim mlp_ratio mlp_ratios expand_ratio".split(), 65536),
+    **dict.fromkeys("drop_rate drop_path_rate proj_drop_rate attn_drop_rate".split(), 1),
+    **dict.fromkeys("init_values ls_init_value qkv_bias class_token avg_down conv_mlp reduce_first".split(), 1),
+    **dict.fromkeys("stem_type global_pool act_layer norm_layer".split(), 0),
+}
+_WORD = re.compile(r"\w{0,40}", re.ASCII)
+
+
+def weights_file(source: str | Path) -> Path:
+    """The file of a trained network. Every name of a network that a user gives goes through here; nothing else
+    downloads.
+
+    Args:
+        source: a checkpoint file, which need not exist; a run's folder, for its ``best.pth``; a folder with
+            ``model.safetensors``; or ``hf-hub:USER/NAME``, optionally with ``@REVISION``, for a repository on Hugging
+            Face's Hub, which is downloaded once.
+
+    Raises:
+        InputError: the repository or its file cannot be downloaded.
+    """
+    name = str(source)
+    if name.startswith(PREFIX):
+        repository, _, revision = name.removeprefix(PREFIX).partition("@")
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, WEIGHTS, revision=revision or None))
+        except Exception as error:  # many causes: the name, the network, access, the disk
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise InputError(f"{name} cannot be downloaded ({reason[0]}); check the name and the network") from error
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    for name in (WEIGHTS, "best.pth"):
+        if (path / name).is_file():
+            logger.warning("%s is a folder; using its %s", path, name)
+            return path / name
+    raise InputError(f"{path} is a folder without {WEIGHTS} or best.pth; name a checkpoint file")
 
 
 def load_network(
@@ -25,7 +83,7 @@ def load_network(
     else in the returned config has its default.
 
     Args:
-        checkpoint: a file of this project or a released one, or anything else that ``hub.weights_file`` takes.
+        checkpoint: a file of this project or a released one, or anything else that ``weights_file`` takes.
         config: for a checkpoint without a config, such as a released one, or for another input size, to which the
             weights are then resized; by default the checkpoint's own.
         device: the network's device.
@@ -52,14 +110,20 @@ def load_network(
         if not is_own:  # its own must fit unchanged, so that a small file cannot request a huge network
             state_dict = adapt_size(state_dict, outline)
         check_fit(outline, state_dict)
-        model = build_model(config)
+        model = build_network(config)
         load_strict(model, state_dict)
-    except InputError as error:
+    except ValueError as error:
         lines = [printable(line)[:300] for line in str(error).splitlines()]
         if len(lines) > 10:
             lines[10:] = [f"  ... and {len(lines) - 10} more"]
         raise InputError(f"{checkpoint}: " + "\n".join(lines)) from error
     return model.to(device).eval(), config, classes
+
+
+def build_network(config: CfgNode) -> nn.Module:
+    """``models.build_model`` for a config that a user wrote; a network that cannot be built is an InputError."""
+    with input_errors():
+        return build_model(config)
 
 
 def _own_config(content: dict) -> CfgNode:
@@ -75,7 +139,7 @@ def _outline(config: CfgNode) -> nn.Module:
     """The network on the meta device, where it takes no memory, so that a network that does not fit is never built."""
     try:
         with torch.device("meta"):
-            outline = build_model(config)
+            outline = build_network(config)
     except InputError:
         raise
     except Exception as error:  # wrong sizes can fail anywhere in a timm model
@@ -87,3 +151,111 @@ def _outline(config: CfgNode) -> nn.Module:
 def image_shape(config) -> tuple[int, int, int]:
     """Channels, height and width of the images that the network takes."""
     return config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE
+
+
+def check_classes(saved, found: list[str]) -> None:
+    """Raises InputError if the data set's classes have other names than those that the network was trained on."""
+    labels = [str(label) for label in range(len(found))]  # the names of a data set without class names
+    if saved is None:
+        return
+    saved = class_names(saved, len(found))
+    if saved not in (labels, list(found)) and list(found) != labels:
+        label = next(i for i, (one, other) in enumerate(zip(saved, found, strict=True)) if one != other)
+        raise InputError(
+            f"its classes differ from the data set's: label {label} is {saved[label]!r} in the checkpoint "
+            f"and {found[label]!r} in the data set; check --data-path, or rename the class folders"
+        )
+
+
+# ---- what a checkpoint's config may say ------------------------------------------------------------
+
+def architecture(values: dict, source: str):
+    """The config with the architecture of a checkpoint's config and defaults for everything else.
+
+    Args:
+        values: nested dictionaries, as ``plain`` gives them.
+        source: what error messages call them.
+
+    Raises:
+        InputError: an unknown key, or a value that is out of range or that a checkpoint may not set; the key is named.
+    """
+    model = values.get("MODEL")
+    if not isinstance(model, dict):
+        raise InputError(f"{source} does not describe a network: it has no group MODEL")
+    chosen = {"MODEL": {key: value for key, value in model.items() if key not in _CHOSEN_BY_USERS}}
+    for group, keys in _CHOSEN_BY_CHECKPOINTS.items():
+        found = values.get(group, {})
+        if not isinstance(found, dict):
+            raise InputError(f"{source}: {group} is {short(found)}, not a group of keys")
+        chosen[group] = {key: found[key] for key in keys if key in found}
+    if isinstance(model.get("STRIP_MLP"), dict):  # the best form depends on the machine
+        chosen["MODEL"]["STRIP_MLP"] = {key: value for key, value in model["STRIP_MLP"].items() if key != "FORM"}
+    _check_bounds(chosen, source)
+    config = from_dict(chosen, source)
+    _check_timm_arguments(config.MODEL.TIMM_KWARGS, source)
+    return config
+
+
+def class_names(names, count: int) -> list[str]:
+    """The names of a checkpoint's classes by label; if it has none, they are the labels.
+
+    Raises:
+        InputError: they are not ``count`` strings.
+    """
+    if names is None:
+        return [str(label) for label in range(count)]
+    if not isinstance(names, list) or not all(isinstance(name, str) and len(name) <= MAX_TEXT for name in names):
+        raise InputError(f"its classes are {short(names)}, not a list of names of up to {MAX_TEXT} characters")
+    if len(names) != count:
+        raise InputError(f"it has {len(names)} classes but MODEL.NUM_CLASSES is {count}")
+    return names
+
+
+def check_size(outline: nn.Module) -> None:
+    """Raises InputError if a network, built on the meta device, is too large to be built from a checkpoint."""
+    elements = sum(tensor.numel() for tensors in (outline.parameters(), outline.buffers()) for tensor in tensors)
+    if elements > MAX_ELEMENTS:
+        raise InputError(f"its config describes a network of {elements:,} parameters and buffers; a checkpoint may "
+                         f"have up to {MAX_ELEMENTS:,}")
+
+
+def _check_bounds(value, source: str, name: str = "") -> None:
+    """Checks the bounds of every value of a config before the config is built from them."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_bounds(item, source, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        if len(value) > 16:
+            raise InputError(f"{source}: {name} has {len(value)} entries; a checkpoint may set up to 16")
+        for item in value:
+            _check_bounds(item, source, name)
+    elif type(value) in (int, float):
+        limit = 256 if name.endswith(".DEPTHS") else _SIZES.get(name, 65536)
+        if not abs(value) <= limit:  # which is false for nan
+            raise InputError(f"{source}: {name} is {value}; a checkpoint may set numbers up to {limit}")
+    elif isinstance(value, str):
+        if len(value) > MAX_TEXT or not value.isprintable():
+            raise InputError(f"{source}: {name} is {short(value)}; a checkpoint may set up to {MAX_TEXT} printable "
+                             "characters")
+    elif not (value is None or type(value) is bool):
+        raise InputError(f"{source}: {name} is {short(value)}, which is not a config value")
+
+
+def _check_timm_arguments(text: str, source: str) -> None:
+    """A checkpoint's MODEL.TIMM_KWARGS may hold the sizes and choices of an architecture: numbers and plain words."""
+    key = f"{source}: MODEL.TIMM_KWARGS"
+    try:
+        arguments = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InputError(f"{key} is {short(text)}, which does not name arguments")
+    for name, value in arguments.items():
+        if name not in _TIMM_ARGUMENTS:
+            raise InputError(f"{key} sets {short(name)}, which a checkpoint may not set")
+        values = value if isinstance(value, list) else [value]
+        for item in values:
+            is_word = isinstance(item, str) and _WORD.fullmatch(item)
+            is_number = isinstance(item, (bool, int, float)) and abs(item) <= _TIMM_ARGUMENTS[name]
+            if not (is_word or is_number or item is None) or len(values) > 16:
+                raise InputError(f"{key} sets {name} to {short(value)}, which a checkpoint may not do")

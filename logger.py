@@ -1,19 +1,36 @@
-"""The log of a run, on the console and in a file."""
+"""What a run writes beside its checkpoints: the log, the metrics, its description and its curves."""
 
+import contextlib
+import json
 import logging
+import math
 import os
+import platform
+import re
+import subprocess
 import sys
 import threading
+import uuid
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+import timm
+import torch
+import torchvision
+import yaml
 from termcolor import colored
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import checkpoint
 import distributed
-from files import check_place
-from models import InputError
-from safe_text import printable
+import plots
+from config import to_dict
+from inference import image_shape
+from resume import TrainState
+from utils import InputError, check_place, printable, write_text
 
 logger = logging.getLogger("strip_mlp")
 
@@ -119,3 +136,227 @@ def _thread_failed(failure) -> None:
         logger.error("a thread ended: %s", failure.exc_value)
     else:
         threading.__excepthook__(failure)
+
+
+# ---- metrics ---------------------------------------------------------------------------------------
+
+def start_wandb(project: str, name: str, config: dict, folder: Path):
+    """Starts the Weights & Biases run of an output folder, or resumes it.
+
+    Its id is kept in ``wandb_id.txt``. Logging in and ``WANDB_MODE=offline`` work as Weights & Biases documents them;
+    an offline run is uploaded with ``wandb sync``.
+
+    Raises:
+        InputError: wandb is not installed or cannot start, or the run's id or folder is invalid.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(f"WANDB_PROJECT is {project!r} but wandb is not installed ({error}); pip install wandb, or "
+                         "leave WANDB_PROJECT empty") from error
+    id_file = folder / "wandb_id.txt"
+    check_place(id_file)
+    check_place(folder / "wandb", is_folder=True)
+    if not id_file.exists():
+        write_text(id_file, uuid.uuid4().hex + "\n")
+    id = id_file.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,64}", id, re.ASCII):
+        raise InputError(f"{id_file} holds {id!r:.80}, not the id of a run; delete the file to start a new one")
+    try:
+        return wandb.init(project=project, name=name, config=config, dir=str(folder), id=id, resume="allow",
+                          settings=wandb.Settings(console="off"))
+    except wandb.errors.Error as error:
+        raise InputError(f"Weights & Biases cannot start: {str(error).rstrip('.')}; or set WANDB_MODE=offline in the "
+                         "environment, or leave WANDB_PROJECT empty") from error
+
+
+class MetricsWriter:
+    """``metrics.jsonl``, one record per line, and the same figures in TensorBoard and Weights & Biases.
+
+    A record's ``epochs`` are the epochs done, with fractions: an axis that does not depend on the batch size, while
+    steps count updates of the batch size at that time.
+
+    Args:
+        folder: the run's output folder.
+        epochs: the epochs done where the run resumes, with fractions. Later records, written by an interrupted run, are
+            dropped.
+        step: the updates done there.
+        wandb_run: what ``start_wandb`` returned, or None. Weights & Biases itself drops what it already has.
+    """
+
+    def __init__(self, folder: Path, epochs: float, step: int, wandb_run=None):
+        path = folder / "metrics.jsonl"
+        check_place(folder / "tensorboard", is_folder=True)
+        write_text(path, "".join(line for line, done in _read_records(path) if done <= epochs))
+        self.file = open(path, "a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.wandb_run = wandb_run
+        self.failing = set()
+
+    def write(self, kind: str, step: int, epoch: int, epochs: float, **figures: float) -> None:
+        """Records figures of ``kind`` (``train``, ``eval``, ``eval_ema``) after update ``step``, in epoch ``epoch``."""
+        record = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        with self._going_on("metrics.jsonl"):
+            self.file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, "epochs": epochs, **record}) + "\n")
+            self.file.flush()
+        with self._going_on("TensorBoard's events"):
+            for name, value in figures.items():
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self.wandb_run:
+            with self._going_on("Weights & Biases' log", Exception):
+                self.wandb_run.log({f"{kind}/{name}": value for name, value in figures.items()}, step=step)
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        with self._going_on("metrics.jsonl"):
+            self.file.close()
+        with self._going_on("TensorBoard's events"):
+            self.tensorboard.close()
+        if self.wandb_run:
+            with self._going_on("Weights & Biases' log", Exception):
+                self.wandb_run.finish()
+
+    @contextlib.contextmanager
+    def _going_on(self, name: str, failures: type[Exception] = OSError):
+        """Reports once that something cannot be written, for example on a full disk, and lets the run continue."""
+        try:
+            yield
+        except failures as error:
+            if name not in self.failing:
+                self.failing.add(name)
+                logger.error("cannot write %s: %s; the run continues", name, error)
+
+
+def _read_records(path: Path) -> list[tuple[str, float]]:
+    """The lines of a run's metrics and the epochs done at each; other lines are skipped with a warning."""
+    records, odd = [], []
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            figures = record["step"], record["epoch"], record["epochs"]
+            if not isinstance(record["kind"], str) or not all(type(figure) in (int, float) for figure in figures):
+                raise TypeError
+            records.append((line.decode(), record["epochs"]))
+        except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill, or not written by a run
+            odd.append(number)
+    if odd:
+        logger.warning("%s: skipped %d lines that are not records of a run, the first of them line %d", path, len(odd),
+                       odd[0])
+    return records
+
+
+# ---- the description of a run ----------------------------------------------------------------------
+
+def git_commit() -> str:
+    """The commit of this code, with ``-dirty`` after it if files differ from it; ``unknown`` outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe_environment(device: torch.device) -> dict:
+    """The versions of the packages that a run depends on, and its machine."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "timm": timm.__version__,
+        "git_commit": git_commit(),
+        "device": _device_name(device),
+        "world_size": distributed.world_size(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores" if device.type == "cpu" else device.type
+
+
+def describe_run(config, state: TrainState, device: torch.device, precision: str, about: dict) -> dict:
+    """The content of ``run.yaml``.
+
+    Args:
+        config, state, device: the run's.
+        precision: the name of the forward pass's precision.
+        about: what the run's checkpoints record: classes, and changes of its settings on the way.
+
+    Raises:
+        InputError: the network does not take images of the config's size.
+    """
+    layout = state.layout
+    try:
+        macs = count_macs(state.model, image_shape(config))
+    except AssertionError as error:  # a timm model's, about its input
+        size = config.DATA.IMG_SIZE
+        raise InputError(f"{config.MODEL.ARCH} does not take a DATA.IMG_SIZE of {size}: {error}") from error
+    parameters = list(state.model.parameters())
+    return describe_environment(device) | {
+        "command": " ".join(sys.argv),
+        "effective_batch": layout.images_per_batch * layout.accumulation_steps,
+        "base_lr": config.TRAIN.BASE_LR,
+        "updates_per_epoch": state.lr_scheduler.steps_per_epoch,
+        "training_images": layout.training_images,
+        "parameters": sum(p.numel() for p in parameters),
+        "frozen_parameters": sum(p.numel() for p in parameters if not p.requires_grad),
+        "macs": macs,
+        "amp_dtype": precision,
+        "augment_on": layout.augment_on,
+        "changes": about["changes"],
+        "classes": about["classes"],
+    }
+
+
+def save_description(config, run: dict, folder: Path) -> None:
+    """Saves the config and the description of a run as YAML, and logs it; ``--cfg`` accepts ``config.yaml``."""
+    write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_text(folder / "run.yaml", yaml.safe_dump(run, sort_keys=False))
+    logger.info(f"config: {folder / 'config.yaml'}")
+    for key, value in run.items():
+        if key not in ("classes", "changes"):
+            logger.info(f"{key}: {value}")
+    frozen = f", {run['frozen_parameters'] / 1e6:.2f} M of them frozen" if run["frozen_parameters"] else ""
+    logger.info(f"{run['parameters'] / 1e6:.2f} M parameters{frozen}; "
+                f"{run['macs'] / 1e9:.3f} G multiply-accumulates per image")
+
+
+def draw_curves(folder: Path) -> None:
+    """Draws the run's curves into its folder; an error in drawing does not fail the training."""
+    try:
+        figure = plots.draw_curves({folder.name: plots.read_metrics(folder)})
+        path = folder / "curves.png"
+        path.unlink(missing_ok=True)  # a link of that name is not followed
+        plots.save_figure(figure, path)
+    except Exception as error:
+        logger.warning(f"the curves were not drawn: {error}")
+        logger.debug("where it happened:", exc_info=True)
+
+
+def whereabouts(folder: Path) -> str:
+    """A line for each file that a run has written."""
+    places = [
+        ("best checkpoint", folder / checkpoint.BEST),
+        *(("newest checkpoint", path) for path in checkpoint.list_checkpoints(folder)[:1]),
+        ("log", folder / "log_rank0.txt"),
+        ("metrics", folder / "metrics.jsonl"),
+        ("curves", folder / "curves.png"),
+        ("TensorBoard events", folder / "tensorboard"),
+        ("Weights & Biases", folder / "wandb"),
+    ]
+    return "\n".join(f"  {what:<18}  {path}" for what, path in places if path.exists())
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image of ``shape`` (C, H, W): convolutions, strip layers and linear layers."""
+    training, parameter = model.training, next(model.parameters())
+    model.eval()
+    # PyTorch's counter lacks this in-place product of (N, M, K) and (N, K, P), which fused strip layers use.
+    in_place = {torch.ops.aten.baddbmm_: lambda total, a, b, **other: 2 * math.prod(a) * b[-1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        model(torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype))
+    model.train(training)
+    return counter.get_total_flops() // 2  # the counter counts a multiply-accumulate as two operations

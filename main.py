@@ -23,7 +23,11 @@ if __name__ == "__main__":
         raise SystemExit(f"main.py: {error}") from None
 
 import contextlib
+import csv
+import hashlib
+import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -35,26 +39,60 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import distributed
-import errors
-import report
-import utils
 from arguments import argument_parser, config_overrides, parse_arguments
-from compiling import compile_network
 from config import load_config, to_dict
 from data import augment_on, build_train_loader, build_val_loader, prepare_data
-from device import choose_device, settle_form
-from engine import Precision, measure_throughput, train_one_epoch
-from errors import machine_failures
-from evaluation import evaluate_all, evaluate_checkpoint, inference_form, log_results
-from hub import weights_file
-from inference import image_shape
-from logger import open_log, setup_console
+from device import settle_form
+from distributed import choose_device, machine_failures
+from engine import (
+    Precision,
+    compile_network,
+    evaluate_all,
+    inference_form,
+    log_results,
+    make_deterministic,
+    measure_throughput,
+    train_one_epoch,
+)
+from inference import build_network, check_classes, image_shape, weights_file
+from logger import (
+    MetricsWriter,
+    describe_environment,
+    describe_run,
+    draw_curves,
+    open_log,
+    save_description,
+    setup_console,
+    start_wandb,
+    whereabouts,
+)
 from lr_scheduler import LRScheduler
-from metrics import MetricsWriter, start_wandb
-from models import InputError, build_model, count_batches_once, load_pretrained
+from models import adapt_size, count_batches_once, load_pretrained, load_strict, model_state_dict
 from optimizer import build_optimizer
-from resume import find_resume, is_finished, report_finished, resume
-from train_state import NOT_SAVED, PREEMPTED, Checkpointer, Layout, NotSavedError, Preempted, TrainState
+from resume import (
+    NOT_SAVED,
+    PREEMPTED,
+    Checkpointer,
+    Layout,
+    NotSavedError,
+    Preempted,
+    TrainState,
+    find_resume,
+    is_finished,
+    resume,
+    seed_everything,
+)
+from utils import (
+    InputError,
+    MissingFileError,
+    csv_cell,
+    error_message,
+    exit_status,
+    input_errors,
+    printable,
+    replacing,
+    write_text,
+)
 
 logger = logging.getLogger("strip_mlp")
 
@@ -75,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.amp_opt_level:
             logger.warning("--amp-opt-level belongs to apex and is ignored; use --amp-dtype {bf16,fp16,fp32}")
         if config.DETERMINISTIC:
-            utils.make_deterministic()
+            make_deterministic()
         torch.backends.cudnn.benchmark = not config.DETERMINISTIC  # the fastest algorithms: every batch has one shape
         device = choose_device(args.device, distributed.launcher_local_rank())
         distributed.init_distributed(device, config.HANG_MINUTES)
@@ -99,10 +137,10 @@ def main(argv: list[str] | None = None) -> int:
         logger.error("interrupted")
         return 130
     except Exception as error:
-        status = errors.exit_status(error)
+        status = exit_status(error)
         if status is None:
             raise
-        logger.error(errors.message(error))
+        logger.error(error_message(error))
         logger.debug("where it happened:", exc_info=True)  # for the log file
         return status  # without waiting for processes that wait for this one
     distributed.leave()
@@ -127,10 +165,10 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         classes = list(train_loader.dataset.classes)
         checkpointer.about["classes"] = classes
         if distributed.broadcast_object(is_finished(resume_content, config, len(train_loader.dataset))):
-            report_finished(resume_content, folder)
+            _report_finished(resume_content, folder)
             return
-        utils.seed_everything(config.SEED)
-        model = build_model(config).to(device, memory_format=torch.channels_last)
+        seed_everything(config.SEED)
+        model = build_network(config).to(device, memory_format=torch.channels_last)
         if config.MODEL.PRETRAINED and not resume_path:
             _load_pretrained(config, model)
         if config.TRAIN.WARMUP_EPOCHS == config.TRAIN.EPOCHS:
@@ -146,7 +184,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
             count_batches_once(model)
 
         # 2. The state of the training; from here on every process draws its own random numbers.
-        utils.seed_everything(config.SEED + distributed.rank())
+        seed_everything(config.SEED + distributed.rank())
         precision = Precision(config.AMP_DTYPE, device)
         logger.info(f"precision: {precision.name} ({precision.reason})")
         settle_form(config, model, device, precision.dtype)
@@ -176,8 +214,8 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         metrics = None
         open_log(folder)
         if distributed.rank() == 0:
-            run = report.describe_run(config, state, device, precision.name, checkpointer.about)
-            report.save_description(config, run, folder)
+            run = describe_run(config, state, device, precision.name, checkpointer.about)
+            save_description(config, run, folder)
             metrics = _open_metrics(config, state, len(train_loader), folder)
         if resume_path:
             best = "none yet" if state.max_accuracy < 0 else f"{state.max_accuracy:.3f}"
@@ -206,23 +244,99 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
             checkpointer.save(state, is_last=True)
         if metrics:
             metrics.close()
-            report.draw_curves(folder)
+            draw_curves(folder)
     logger.info(f"Best top-1 {state.max_accuracy:.3f} % in {state.epoch} epochs ({state.step} updates).\n"
-                f"{report.whereabouts(folder)}")
+                f"{whereabouts(folder)}")
+
+
+@machine_failures()
+def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
+    """Evaluates a checkpoint on the validation set and writes ``eval.json`` into ``folder``.
+
+    Raises:
+        InputError: there is no checkpoint, it does not fit the config or the data set, or its network overflows.
+    """
+    path = weights_file(config.MODEL.RESUME or config.MODEL.PRETRAINED or folder / checkpoint.BEST)
+    if not path.is_file():
+        raise MissingFileError(f"no checkpoint to evaluate at {path}; name one with --resume")
+    logger.info(f"evaluating {path}")
+    content = checkpoint.load_file(path)
+    _warn_of_other_data(content, config, path)
+    distributed.once_per_machine(lambda: prepare_data(config))
+    loader = build_val_loader(config, distributed.rank(), distributed.world_size(), device)
+    precision = Precision(config.AMP_DTYPE, device)
+    logger.info(f"precision: {precision.name} ({precision.reason})")
+    model, ema = build_network(config).to(device, memory_format=torch.channels_last), None
+    settle_form(config, model, device, precision.dtype)
+    with input_errors(path):
+        check_classes(content.get("classes"), loader.dataset.classes)
+        load_strict(model, adapt_size(model_state_dict(content), model))
+        if content.get("model_ema") is not None:
+            ema = ModelEmaV3(model)
+            average = model_state_dict({"model": content["model_ema"]})
+            load_strict(ema.module, adapt_size(average, model, warn=False))
+            inference_form(config, ema.module)
+    inference_form(config, model)
+    open_log(folder)
+    predictions = [] if config.TEST.PREDICTIONS else None
+    results = evaluate_all(model, ema, loader, precision, predictions)
+    log_results(results)
+    if not all(math.isfinite(result["loss"]) for result in results.values()):
+        hint = "" if precision.name == "fp32" else "try --amp-dtype fp32, or "
+        raise InputError(f"{path}: the network's outputs overflow in {precision.name}, so its accuracy is meaningless; "
+                         f"{hint}use an earlier checkpoint")
+    if distributed.rank() == 0:
+        report = results | {
+            "checkpoint": str(path),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "environment": describe_environment(device),
+            "config": to_dict(config),
+        }
+        write_text(folder / "eval.json", json.dumps(report, indent=2) + "\n")
+        logger.info(f"results written to {folder / 'eval.json'}")
+    if config.TEST.PREDICTIONS:
+        _write_predictions(folder / "predictions.csv", loader.dataset, predictions)
 
 
 @machine_failures()
 def throughput(config, device: torch.device) -> None:
     """Logs images per second of the forward pass, on random images of the config's size and batch size."""
     precision = Precision(config.AMP_DTYPE, device)
-    model = build_model(config).to(device, memory_format=torch.channels_last)
+    model = build_network(config).to(device, memory_format=torch.channels_last)
     settle_form(config, model, device, precision.dtype)
     model = inference_form(config, model)
     images = torch.randn(config.DATA.BATCH_SIZE, *image_shape(config), device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     speed = measure_throughput(model, images, precision)
     logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s, batch size {len(images)}, {precision.name}, "
-                f"{report.describe_environment(device)['device']}")
+                f"{describe_environment(device)['device']}")
+
+
+def _warn_of_other_data(content: dict, config, path: Path) -> None:
+    """Warns, before any data is read, if a checkpoint names another kind of data set than the config."""
+    saved = content.get("config")
+    group = saved.get("DATA") if isinstance(saved, dict) else None
+    name = group.get("DATASET") if isinstance(group, dict) else None
+    if isinstance(name, str) and name != config.DATA.DATASET:
+        logger.warning(f"{path} was trained with DATA.DATASET {printable(name)[:60]}, but --cfg sets "
+                       f"{config.DATA.DATASET}; is this the right --cfg?")
+
+
+def _write_predictions(path: Path, dataset, predictions: list) -> None:
+    """Writes a line per validation image, in the data set's order, from every process's share of the predictions."""
+    shares = distributed.gather_objects(predictions)
+    if distributed.rank() != 0:
+        return
+    classes = dataset.classes
+    with replacing(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "image", "target", "prediction", "probability", "target_label", "prediction_label"])
+        for index in range(len(dataset)):
+            target, prediction, probability = shares[index % len(shares)][index // len(shares)]
+            image = dataset.images.name(index)
+            names = classes[target], classes[prediction]
+            writer.writerow([index, *map(csv_cell, (image, *names)), f"{probability:.6f}", target, prediction])
+    logger.info(f"predictions written to {path}")
 
 
 def _make_output_folder(config) -> Path:
@@ -242,11 +356,21 @@ def _make_output_folder(config) -> Path:
 
 def _load_pretrained(config, model: nn.Module) -> None:
     content = checkpoint.load_file(weights_file(config.MODEL.PRETRAINED))
-    with checkpoint.naming(config.MODEL.PRETRAINED):
+    with input_errors(config.MODEL.PRETRAINED):
         skipped = load_pretrained(model, content)
     logger.info(f"loaded the weights of {config.MODEL.PRETRAINED}")
     if skipped:
         logger.info(f"the class count differs, so the head is re-initialised: {', '.join(skipped)}")
+
+
+def _report_finished(content: dict | None, folder: Path) -> None:
+    """Logs the result of a finished run, on the first process, which has read its last checkpoint."""
+    if distributed.rank() == 0:
+        if not (folder / "curves.png").is_file():  # the run was killed after its last checkpoint
+            draw_curves(folder)
+        logger.info(f"this run is finished, nothing was trained: best top-1 {content['max_accuracy']:.3f} % in "
+                    f"{content['epoch']} epochs ({content['step']} updates). To continue training, raise TRAIN.EPOCHS "
+                    f"and add --allow-changes.\n{whereabouts(folder)}")
 
 
 def _open_metrics(config, state: TrainState, batches: int, folder: Path) -> MetricsWriter:

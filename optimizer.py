@@ -5,7 +5,7 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import nn
 
-from models import InputError
+from utils import InputError
 
 
 def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:

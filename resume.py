@@ -1,19 +1,314 @@
-"""Resuming a run: the checkpoint that it resumes from, whether it is finished, and restoring it."""
+"""What a run saves and when, and whether a checkpoint may go on as this run."""
 
+import copy
 import logging
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
 
 import checkpoint
 import distributed
-import report
-from hub import weights_file
-from models import InputError
-from resume_checks import check_run
-from same_run import accept_changes
-from train_state import Checkpointer, TrainState
+from config import flat_config, flat_keys, to_dict
+from inference import weights_file
+from lr_scheduler import LRScheduler
+from models import check_fit, load_strict, model_state_dict
+from utils import InputError, input_errors
 
 logger = logging.getLogger("strip_mlp")
 
+NOT_SAVED = 74  # exit status (EX_IOERR) of a run whose last checkpoint is not in its folder
+PREEMPTED = 75  # exit status (EX_TEMPFAIL) of a run that a signal stopped after it saved itself
+NO_ACCURACY = -1.0  # below any accuracy, so that the first evaluation is the best so far even at 0 %
+SECONDS_WHEN_STOPPED = 20  # seconds to retry on a full disk after a signal; torchrun kills the processes after 30
+SECONDS_BETWEEN = 10  # two such tries
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+_SAME_SIGNAL = 1  # seconds
+_SAME_SIGNAL_FROM_LAUNCHER = 5  # a launcher passes on signals that its processes may already have received
+_NOTHING, _SAVE, _STOP = 0, 1, 2
+MAX_EPOCHS = 1_000_000
+MAX_SETTING = 4096  # characters
+# Keys that change neither the network nor what it learns: where, how fast and in what portions a run computes.
+# TrainState explains how a run resumes with another batch size.
+FREE_KEYS = {
+    "BASE", "MODEL.NAME", "OUTPUT", "TAG", "PRINT_FREQ", "SAVE_FREQ", "SAVE_STEPS", "SAVE_MINUTES",
+    "KEEP_CHECKPOINTS", "AMP_DTYPE", "COMPILE", "DETERMINISTIC", "DATA.DATA_PATH", "DATA.BATCH_SIZE",
+    "DATA.ZIP_MODE", "DATA.CACHE_MODE", "DATA.NUM_WORKERS", "DATA.MIRROR", "DATA.SKIP_BAD_IMAGES", "HANG_MINUTES",
+    "MODEL.RESUME", "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_RESUME", "TRAIN.USE_CHECKPOINT", "TRAIN.MAX_SKIPPED",
+    "TEST.PREDICTIONS", "TEST.FUSE", "WANDB_PROJECT", "MODEL.STRIP_MLP.FORM",
+}
+# Keys that a run cannot change on resume, because its weights or its classes would not fit.
+_FIXED = ("MODEL.TYPE", "MODEL.ARCH", "MODEL.TIMM_KWARGS", "MODEL.NUM_CLASSES", "MODEL.STRIP_MLP.", "DATA.DATASET",
+          "DATA.IMG_SIZE", "DATA.HOLD_OUT")
+
+
+# ---- what is saved and restored --------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Layout:
+    """Which images an epoch has, in what order, and how it is cut into updates."""
+
+    dataset: str
+    training_images: int
+    num_classes: int
+    seed: int
+    is_sharded: bool  # every process draws from its own shard of the images
+    batch_size: int  # images per process and micro-batch
+    world_size: int
+    accumulation_steps: int
+    augment_on: str = "worker"  # or "device"; older checkpoints, without this choice, lack it
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of a micro-batch over all processes."""
+        return self.batch_size * self.world_size
+
+
+@dataclass
+class TrainState:
+    """A training between two updates."""
+
+    layout: Layout
+    model: nn.Module  # not wrapped in DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LRScheduler
+    scaler: torch.amp.GradScaler  # only enabled for fp16
+    ema: ModelEmaV3 | None
+    epoch: int = 0  # the epoch in progress, or next
+    batch: int = 0  # micro-batches of that epoch already trained, per process
+    step: int = 0  # updates done
+    max_accuracy: float = NO_ACCURACY  # best top-1 so far, in percent
+    skipped_in_row: torch.Tensor | int = 0  # updates skipped since the last good one; on the device while training
+
+    def state_dict(self) -> dict:
+        """Plain containers and tensors, for ``load_state_dict``. Called by all processes together."""
+        return {
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),  # for Swin-Transformer's code; here the step suffices
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "max_accuracy": self.max_accuracy,
+            "skipped_in_row": int(self.skipped_in_row),
+            "rng": distributed.gather_objects(get_rng_state()),
+            "layout": vars(self.layout),
+        }
+
+    def load_state_dict(self, content: dict) -> None:
+        """Restores the result of ``state_dict``, bit for bit if the layout is the same.
+
+        With another world size, batch size, accumulation or seed the position in the epoch is recomputed from the
+        images seen, and the run continues with other random numbers. Hyperparameters follow this run's config.
+
+        Raises:
+            InputError: as ``check_training``; then nothing is changed.
+        """
+        changed = check_training(content, self)
+        load_strict(self.model, model_state_dict(content))
+        if self.ema:
+            load_strict(self.ema.module, model_state_dict({"model": content["model_ema"]}))
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, saved in zip(groups, content["optimizer"]["param_groups"], strict=True):
+            group |= {"step": saved["step"]} if "step" in saved else {}  # counted here by some of timm's
+        self.optimizer.load_state_dict({"state": self._moments(content["optimizer"]["state"]), "param_groups": groups})
+        if content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
+        self.epoch, self.batch, self.step = content["epoch"], content["batch"], content["step"]
+        self.max_accuracy, self.skipped_in_row = content["max_accuracy"], content["skipped_in_row"]
+        if changed.keys() - {"augment_on"}:  # the others determine the order of the images
+            self._move_to(self.batch * Layout(**content["layout"]).images_per_batch)
+        else:
+            set_rng_state(content["rng"][distributed.rank()])
+        if changed:
+            logger.warning(
+                "resumed with %s: the run continues after the same number of images, at epoch %s batch %s, but not bit "
+                "for bit like an uninterrupted run", ", ".join(changed.values()), self.epoch, self.batch,
+            )
+        self.lr_scheduler.step_update(self.step)
+
+    def _moments(self, saved: dict) -> dict:
+        """The optimiser's state with the memory layout of the parameters, which its fused form requires."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+        def laid_out(value, parameter):
+            is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.ndim > 0
+            return torch.empty_like(parameter).copy_(value) if is_moment else value
+
+        return {
+            index: {key: laid_out(value, parameters[index]) for key, value in entry.items()}
+            for index, entry in saved.items()
+        }
+
+    def _move_to(self, images_seen: int) -> None:
+        """Goes to the last update of this layout at or before an image of the epoch."""
+        accumulation = self.layout.accumulation_steps
+        batches = self.layout.training_images // self.layout.images_per_batch
+        updates = images_seen // self.layout.images_per_batch // accumulation
+        self.batch = updates * accumulation
+        self.step = self.epoch * -(-batches // accumulation) + updates
+        seed_everything(torch.initial_seed() + self.step)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and PyTorch on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def get_rng_state() -> dict:
+    """This process's random states, in plain containers and tensors."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Restores the result of ``get_rng_state``."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ---- when ------------------------------------------------------------------------------------------
+
+class Preempted(Exception):
+    """The run has saved a checkpoint and stops because of a signal."""
+
+
+class NotSavedError(Exception):
+    """The run is over and its last checkpoint is not in its folder."""
+
+
+class Checkpointer:
+    """Saves a run into its folder. All processes call every method together; rank 0 writes.
+
+    Used as a context manager, the first SIGTERM, SIGUSR1 or SIGINT to reach any process makes all of them finish their
+    update, save and stop. Another signal more than a second later (5 seconds under a launcher) has its usual effect; an
+    earlier one is taken for the same signal, passed on by a launcher.
+
+    Args:
+        config: the run's config, saved along.
+        folder: where the checkpoints go.
+
+    ``about`` holds entries that describe the network to readers of a checkpoint; resume does not restore them.
+    """
+
+    def __init__(self, config, folder: Path):
+        self.config, self.folder = config, folder
+        self.about = {"config": to_dict(config), "changes": []}
+        self.signal: signal.Signals | None = None
+        self.saved_at = time.monotonic()
+        self.agreement = None  # started at the previous update
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def is_due(self, state: TrainState) -> bool:
+        """Whether to save after this update, the same answer on all processes.
+
+        One process may see a signal or the time before the others. Several processes agree during the next update, and
+        so save one update later.
+        """
+        steps, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
+        is_step = bool(steps) and state.step % steps == 0
+        overdue = minutes and time.monotonic() - self.saved_at > 60 * minutes
+        wish = _STOP if self.signal else _SAVE if overdue else _NOTHING
+        if not distributed.is_distributed():
+            return is_step or wish != _NOTHING
+        is_due = is_step or self.agreement is not None and self.agreement() != _NOTHING
+        self.agreement = None if is_due else distributed.begin_to_agree_on_largest(wish)
+        return is_due
+
+    def save(self, state: TrainState, is_best: bool = False, is_last: bool = False) -> bool:
+        """Saves the run. If writing fails, the error is logged and the run continues; older checkpoints stay intact.
+
+        For the last checkpoint of a finished or stopped run, it retries for half of HANG_MINUTES and then writes to
+        SAVE_ELSEWHERE.
+
+        Returns:
+            Whether it was saved.
+
+        Raises:
+            Preempted: a signal has reached one of the processes.
+            NotSavedError: the last checkpoint is not in the run's folder.
+        """
+        patience = 30 * self.config.HANG_MINUTES  # seconds: half as long as the other processes wait for this one
+        content = state.state_dict() | self.about
+        is_saved = distributed.rank() != 0 or self._write(content, self.folder, is_best)
+        is_stopping = distributed.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP
+        if not is_saved and (is_last or is_stopping):
+            is_saved = self._insist(content, is_best, SECONDS_WHEN_STOPPED if is_stopping else patience)
+        is_saved = distributed.broadcast_object(is_saved)
+        self.saved_at = time.monotonic()
+        if not is_saved and (is_last or is_stopping):
+            raise NotSavedError(f"the last checkpoint is not in {self.folder}; the log says why")
+        if is_stopping:
+            raise Preempted(self.signal.name if self.signal else "signal to another process")
+        return is_saved
+
+    def _write(self, content: dict, folder: Path, is_best: bool) -> bool:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = checkpoint.save_checkpoint(content, folder, is_best, self.config.KEEP_CHECKPOINTS)
+            logger.info(f"saved {path}{' (best)' if is_best else ''}")
+            return True
+        except OSError as error:
+            logger.error("COULD NOT SAVE A CHECKPOINT: %s. Older ones are intact; free space, or later progress "
+                         "may be lost", error)
+            return False
+
+    def _insist(self, content: dict, is_best: bool, seconds: float) -> bool:
+        """Retries until it succeeds, time is up or a signal comes; then saves elsewhere, which counts as not saved."""
+        logger.warning("this is the run's last checkpoint: retrying for %.0f seconds", seconds)
+        deadline, signal_before = time.monotonic() + seconds, self.signal
+        while time.monotonic() < deadline and self.signal is signal_before:
+            time.sleep(SECONDS_BETWEEN)
+            if self._write(content, self.folder, is_best):
+                return True
+        if self.config.SAVE_ELSEWHERE:
+            other = Path(self.config.SAVE_ELSEWHERE, self.config.MODEL.NAME, self.config.TAG)
+            if self._write(content, other, is_best):
+                logger.warning("the last checkpoint is in %s; move it to %s to resume from it", other, self.folder)
+        return False
+
+    def _receive(self, number: int, frame) -> None:
+        if self.signal is None:
+            self.signal, self.received_at = signal.Signals(number), time.monotonic()
+            if distributed.rank() == 0:  # the log may be in the middle of a line
+                last = "the next" if distributed.is_distributed() else "this"  # see is_due
+                again = "; Ctrl-C again stops now, without saving" if number == signal.SIGINT else ""
+                os.write(2, f"{self.signal.name}: stopping after {last} update{again}\n".encode())
+        elif time.monotonic() - self.received_at > (
+            _SAME_SIGNAL_FROM_LAUNCHER if distributed.is_distributed() else _SAME_SIGNAL
+        ):
+            signal.signal(number, self.handlers[number])
+            signal.raise_signal(number)
+
+
+# ---- which checkpoint, and whether it is of this run -----------------------------------------------
 
 def find_resume(config, folder: Path, allow_changes: bool) -> tuple[Path | None, dict | None, list[dict]]:
     """The newest good checkpoint in ``folder``, else the one that the config names, else None.
@@ -37,7 +332,7 @@ def find_resume(config, folder: Path, allow_changes: bool) -> tuple[Path | None,
             path = weights_file(config.MODEL.RESUME)
             content = checkpoint.load_file(path)
         if content:
-            with checkpoint.naming(path):
+            with input_errors(path):
                 check_run(content)
         if content and content.keys() >= {"config", "layout"}:  # a training; anything else cannot be resumed
             changes = accept_changes(content, path, config, allow_changes)
@@ -51,20 +346,10 @@ def is_finished(content: dict | None, config, training_images: int) -> bool:
         config.TRAIN.EPOCHS, training_images)
 
 
-def report_finished(content: dict | None, folder: Path) -> None:
-    """Logs the result of a finished run, on the first process, which has read its last checkpoint."""
-    if distributed.rank() == 0:
-        if not (folder / "curves.png").is_file():  # the run was killed after its last checkpoint
-            report.draw_curves(folder)
-        logger.info(f"this run is finished, nothing was trained: best top-1 {content['max_accuracy']:.3f} % in "
-                    f"{content['epoch']} epochs ({content['step']} updates). To continue training, raise TRAIN.EPOCHS "
-                    f"and add --allow-changes.\n{report.whereabouts(folder)}")
-
-
 def resume(path: Path, content: dict | None, state: TrainState, checkpointer: Checkpointer, folder: Path) -> None:
     """Restores a checkpoint and sets aside those in ``folder`` that would seem newer."""
     content = content or checkpoint.load_file(path)
-    with checkpoint.naming(path):
+    with input_errors(path):
         state.load_state_dict(content)
     if state.step != content["step"]:  # updates are counted differently now, so first save the run under its new step
         if not checkpointer.save(state):
@@ -72,3 +357,262 @@ def resume(path: Path, content: dict | None, state: TrainState, checkpointer: Ch
                              f"updates could not be written to {folder}; free space and rerun the same command")
     if distributed.rank() == 0:
         checkpoint.set_aside_after(state.step, folder)
+
+
+def changed_keys(saved: dict, config) -> dict[str, str]:
+    """``{"TRAIN.EPOCHS": "2 -> 4"}``: the keys that affect what is learnt and differ from a saved config."""
+    before, now = flat_config(saved), flat_keys(config)
+    return {key: f"{before[key]!r} -> {now[key]!r}" for key in now if key not in FREE_KEYS and before[key] != now[key]}
+
+
+def accept_changes(content: dict, path: Path, config, allow_changes: bool) -> list[dict]:
+    """All changes of a run's settings, ``[{"step": 7, "keys": {"TRAIN.EPOCHS": "2 -> 4"}}]``, those of this start last.
+
+    Args:
+        content: the checkpoint to resume.
+        path: its path.
+        config: the config to resume with.
+        allow_changes: whether keys that the weights do not depend on may change.
+
+    Raises:
+        InputError: the config differs from the one that the checkpoint was trained with, and may not.
+    """
+    keys, changes = changed_keys(content["config"], config), content.get("changes", [])
+    named = ", ".join(f"{key} {change}" for key, change in keys.items())
+    if any(key.startswith(_FIXED) for key in keys):
+        raise InputError(f"{path} is from a run with another network or data set: {named}. Give the new run another "
+                         "--tag; to start it from these weights, use --pretrained")
+    if keys and not allow_changes:
+        raise InputError(f"{path} is from a run with other settings: {named}. Give the new run another --tag, or add "
+                         "--allow-changes to resume this run with the new settings; run.yaml records the change")
+    return changes + [{"step": content["step"], "keys": keys}] if keys else changes
+
+
+# ---- checks of what a checkpoint holds -------------------------------------------------------------
+
+def check_run(content: dict) -> None:
+    """Checks the entries that are read before the training is set up: its settings and its progress.
+
+    Raises:
+        InputError: an entry has the wrong type, or a setting is not one that a config could hold.
+    """
+    if "layout" not in content:  # not a training's checkpoint
+        return
+    kinds = {"layout": dict, "config": dict, "changes": list, "epoch": int, "step": int, "max_accuracy": int | float}
+    for key, kind in kinds.items():
+        if key not in content:
+            if key in ("epoch", "step", "max_accuracy"):
+                raise InputError(f"the checkpoint cannot be resumed: it lacks {key}")
+        elif not isinstance(content[key], kind):
+            raise InputError(f"its {key} is {content[key]!r:.60}")
+    _check_settings(content.get("config", {}), "config")
+    for change in content.get("changes", []):
+        if not isinstance(change, dict) or change.keys() != {"step", "keys"} or not isinstance(change["keys"], dict):
+            raise InputError(f"its changes hold {change!r:.60}")
+        _check_settings(change, "changes")
+
+
+def _check_settings(value, name: str) -> None:
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, item in value.items():
+            _check_settings(item, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_settings(item, name)
+    elif not isinstance(value, (type(None), bool, int, float, str)) or len(str(value)) > MAX_SETTING:
+        raise InputError(f"its {name:.60} is {value!r:.60}, which is not a setting")
+
+
+def check_training(content: dict, state) -> dict[str, str]:
+    """Checks every entry that ``TrainState.load_state_dict`` restores: types, shapes, lengths, ranges, and the run.
+
+    Args:
+        content: a checkpoint, with any values.
+        state: the TrainState to restore.
+
+    Returns:
+        The changes of the layout, ``{"batch_size": "batch_size 128 -> 64"}``.
+
+    Raises:
+        InputError: the checkpoint lacks entries of a training, as released ones do, has an entry that
+            ``TrainState.state_dict`` would not write, or is of another data set, network or optimiser.
+    """
+    missing = state.state_dict().keys() - content.keys()
+    if missing:
+        raise InputError(
+            f"the checkpoint cannot be resumed: it lacks {', '.join(sorted(missing))}; use --pretrained to start a new "
+            "training from its weights, or --eval to evaluate it"
+        )
+    changed = _check_layout(content["layout"], vars(state.layout))
+    _check_position(content, content["layout"])
+    moved = changed.keys() - {"augment_on"}  # the others determine the order of the images
+    if moved and content["batch"] and (content["layout"]["is_sharded"] or state.layout.is_sharded):
+        raise InputError(
+            f"the checkpoint is from the middle of an epoch over shards of the images, and the shards changed "
+            f"({', '.join(changed.values())}), so the rest of the epoch is not defined; resume with the old settings, "
+            "or from a checkpoint at the end of an epoch"
+        )
+    if state.ema and content["model_ema"] is None:
+        raise InputError("TRAIN.EMA.ENABLED is True but the checkpoint holds no average; resume with it False")
+    check_fit(state.model, model_state_dict(content))
+    if state.ema:
+        check_fit(state.ema.module, model_state_dict({"model": content["model_ema"]}))
+    check_optimizer(content["optimizer"], state.optimizer)
+    check_scaler(content["scaler"], state.scaler)
+    _check_rng(content["rng"], content["layout"]["world_size"])
+    return changed
+
+
+def _check_layout(saved, own: dict) -> dict[str, str]:
+    if isinstance(saved, dict):
+        saved = {"augment_on": "worker"} | saved  # the setting of checkpoints without the key
+    if not isinstance(saved, dict) or saved.keys() != own.keys():
+        raise InputError("the checkpoint was written by another version of this code (layout); use --pretrained")
+    for key, value in own.items():
+        fits = type(saved[key]) is type(value)
+        if fits and type(value) is int:
+            fits = (0 if key == "seed" else 1) <= saved[key] < 2**63
+        if not fits:
+            raise InputError(f"its layout's {key} is {saved[key]!r:.60}")
+    changed = {key: f"{key} {str(saved[key])[:60]} -> {own[key]}" for key in own if saved[key] != own[key]}
+    if changed.keys() & {"dataset", "training_images", "num_classes"}:
+        raise InputError(
+            f"the checkpoint was trained on another data set ({', '.join(changed.values())}); to train its weights "
+            "on this one, use --pretrained and another --tag"
+        )
+    if saved["training_images"] < saved["batch_size"] * saved["world_size"]:
+        raise InputError("its layout has fewer training_images than a batch over all processes")
+    return changed
+
+
+def _check_position(content: dict, layout: dict) -> None:
+    """Epoch, batch and step must be a point between two updates of that layout."""
+    batches = layout["training_images"] // (layout["batch_size"] * layout["world_size"])
+    accumulation = layout["accumulation_steps"]
+    for key, highest in (("epoch", MAX_EPOCHS), ("batch", batches), ("step", 2**62), ("skipped_in_row", 2**62)):
+        if type(content[key]) is not int or not 0 <= content[key] <= highest:
+            raise InputError(f"its {key} is {content[key]!r:.60}; it must be a number from 0 to {highest}")
+    epoch, batch, step = content["epoch"], content["batch"], content["step"]
+    if batch % accumulation and batch != batches:
+        raise InputError(f"its batch is {batch}, in the middle of an update of {accumulation} micro-batches")
+    expected = epoch * -(-batches // accumulation) + -(-batch // accumulation)
+    if step != expected:
+        raise InputError(f"its step is {step}, but epoch {epoch} and batch {batch} come after {expected} updates")
+    best = content["max_accuracy"]
+    if type(best) not in (int, float) or not -1 <= best <= 100:
+        raise InputError(f"its max_accuracy is {best!r:.60}; it must be a percentage, or -1 for none yet")
+
+
+def check_scaler(saved, scaler: torch.amp.GradScaler) -> None:
+    """Raises InputError if a saved state is not a GradScaler's; an empty one was saved without fp16."""
+    if not isinstance(saved, dict):
+        raise InputError(f"its scaler is {type(saved).__name__}, not a mapping")
+    for key, own in scaler.state_dict().items() if saved else ():
+        value = saved.get(key)
+        limit = 2**31 if type(own) is int else 1e38
+        if type(value) is not type(own) or not 0 <= value < limit or own > 0 and value == 0:
+            raise InputError(f"its scaler's {key} is {value!r:.60}")
+
+
+def _check_rng(states, world_size: int) -> None:
+    """Tries the random states of all processes on separate generators."""
+    if not isinstance(states, list) or len(states) != world_size:
+        raise InputError(f"its rng is not a list of {world_size} random states, one for each process")
+    try:
+        for state in states:
+            random.Random().setstate(state["python"])
+            if not isinstance(state["python"][2], float | None):  # which Python does not check
+                raise TypeError("Python's is not one")
+            name, keys, position, *rest = state["numpy"]
+            if not 0 <= int(keys.min()) <= int(keys.max()) < 2**32 or not 0 <= position <= 624:  # nor NumPy
+                raise ValueError("NumPy's is out of range")
+            np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), position, *rest))
+            torch.Generator().set_state(state["torch"])
+            if state["cuda"] is not None and torch.cuda.is_initialized():
+                torch.Generator("cuda").set_state(state["cuda"])
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise InputError(f"its rng holds an invalid random state ({str(error).splitlines()[0]:.100})") from error
+
+
+def check_optimizer(saved, optimizer: torch.optim.Optimizer) -> None:
+    """Checks a saved state of an optimiser: the same parameter groups, and for each parameter the entries after a step.
+
+    Entries that this optimiser already has must be in it too: Adagrad, for example, creates them before any step.
+    PyTorch's fused optimisers trust the shapes, and write beyond the end of an entry that is too short.
+
+    Raises:
+        InputError: the state is of another optimiser, of other parameters, or damaged.
+    """
+    _check_groups(saved, optimizer)
+    entries, parameters = saved.get("state"), [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(entries, dict) or not entries.keys() <= set(range(len(parameters))):
+        raise InputError("its optimizer's state is not a mapping from the numbers of its parameters")
+    twin = _after_a_step(optimizer)
+    for index, entry in entries.items():
+        _check_like(entry, twin["state"].get(index, {}), f"its optimizer's state of parameter {index}")
+    missing = optimizer.state_dict()["state"].keys() - entries.keys()
+    if missing:
+        raise InputError(f"its optimizer's state lacks parameter {min(missing)}")
+    for number, (group, own) in enumerate(zip(saved["param_groups"], twin["param_groups"], strict=True)):
+        if "step" in group and "step" in own:
+            _check_like(group["step"], own["step"], f"its optimizer's group {number}: step")
+
+
+def _check_groups(saved, optimizer: torch.optim.Optimizer) -> None:
+    groups = saved.get("param_groups") if isinstance(saved, dict) else None
+    if not isinstance(groups, list) or not all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    ):
+        raise InputError("its optimizer has no param_groups")
+    own = optimizer.param_groups[0].keys() | {"step"}  # some of timm's count it here, from the first update on
+    if any(group.keys() | {"step"} != own for group in groups):
+        raise InputError(
+            "the checkpoint was written with another optimiser, or by another version of this code; set "
+            "TRAIN.OPTIMIZER.NAME to it, or start from its weights with --pretrained"
+        )
+    counts = [len(group["params"]) for group in optimizer.param_groups]
+    if counts != [len(group["params"]) for group in groups]:
+        raise InputError(
+            "the checkpoint was written with other parameter groups; set TRAIN.FREEZE_STAGES to its old "
+            "value, and TRAIN.LAYER_DECAY to 1 if it was 1, and below 1 if it was below"
+        )
+    if [index for group in groups for index in group["params"]] != list(range(sum(counts))):
+        raise InputError("its optimizer numbers the parameters in another order")
+
+
+def _after_a_step(optimizer: torch.optim.Optimizer) -> dict:
+    """The state dict of a copy of the optimiser after a step on gradients of zero."""
+    twin = copy.deepcopy(optimizer)
+    for group in twin.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    twin.step()
+    return twin.state_dict()
+
+
+def _check_like(value, own, where: str) -> None:
+    """A value is of the same kind as this optimiser's own, a tensor also of its shape and type, and a sane number."""
+    if isinstance(own, dict):
+        if not isinstance(value, dict):
+            raise InputError(f"{where} is not a mapping")
+        if value.keys() != own.keys():
+            raise InputError(f"{where} does not hold {', '.join(sorted(own)) or 'nothing'}")
+        for key in own:
+            _check_like(value[key], own[key], f"{where}: {key}")
+        return
+    if isinstance(own, (list, tuple)):
+        if type(value) is not type(own) or len(value) != len(own):
+            raise InputError(f"{where} is not a {type(own).__name__} of {len(own)}")
+        for one, other in zip(value, own, strict=True):
+            _check_like(one, other, where)
+        return
+    is_tensor = isinstance(own, torch.Tensor)
+    if type(value) is not type(own) or is_tensor and (value.shape, value.dtype) != (own.shape, own.dtype):
+        found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+        wanted = f"{tuple(own.shape)} of {own.dtype}" if is_tensor else type(own).__name__
+        raise InputError(f"{where} is {found}, but must be {wanted}")
+    if is_tensor or type(own) in (int, float):
+        key, number = where.rpartition(" ")[2], torch.as_tensor(value, dtype=None if is_tensor else torch.float64)
+        is_sane = number >= 0 if key == "step" or "sq" in key else number.isfinite()  # squares overflow first
+        if not is_sane.all():
+            raise InputError(f"{where} is not finite or is below 0")

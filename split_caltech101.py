@@ -16,8 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from errors import one_line_errors
-from models import InputError, MissingFileError
+from utils import InputError, MissingFileError, one_line_errors
 
 SEED = 1024
 LEFT_OUT = "BACKGROUND_Google"

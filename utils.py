@@ -1,59 +1,136 @@
-"""Small helpers: random states, deterministic algorithms, and the count of operations."""
+"""Errors that a user can fix, atomic writing, text for terminals. Imports nothing of this repository, nor PyTorch."""
 
-import math
+import contextlib
+import errno
+import functools
 import os
-import random
+import sys
+from pathlib import Path
 
-import numpy as np
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+# ---- errors --------------------------------------------------------------------------------------
 
-
-def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and PyTorch on all devices."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+class InputError(ValueError):
+    """An argument, a config value, an environment or a file that cannot be used; the message says what to do."""
 
 
-def make_deterministic() -> None:
-    """Makes every operation bitwise reproducible, also on a GPU; one that cannot be raises RuntimeError.
+class MissingFileError(InputError, FileNotFoundError):
+    """A file or folder that does not exist."""
 
-    Call it before CUDA starts, because cuBLAS reads its environment variable then.
+
+class RunError(RuntimeError):
+    """A run that cannot continue although its command is right: too little memory, a dead process."""
+
+
+# Disks, permissions and limits, which the user can fix. Other OSErrors are bugs: problems with a path that a user names
+# are turned into an InputError.
+_USERS_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE,
+                 errno.EMFILE, errno.ENFILE, errno.EISDIR}
+
+
+def exit_status(error: BaseException) -> int | None:
+    """2 for an error that the user can fix, 1 for a run that cannot continue, None for a bug (with traceback)."""
+    if isinstance(error, InputError):
+        return 2
+    if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
+        return 2
+    return 1 if isinstance(error, (RunError, FloatingPointError)) else None
+
+
+def error_message(error: BaseException) -> str:
+    """An error's message; one from a data worker arrives with the worker's traceback and the class before it."""
+    text = str(error)
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+
+
+@contextlib.contextmanager
+def input_errors(source: object = ""):
+    """Turns a ValueError about what the user gave into an InputError, with the name of its source before the message.
+
+    The networks and libraries raise ValueError; only the caller knows that the values came from the user.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{source}: {error}" if source else str(error)) from error
 
 
-def get_rng_state() -> dict:
-    """This process's random states, in plain containers and tensors."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-    }
+def one_line_errors(main):
+    """Makes a tool's ``main`` print an error that the user can fix as one line, ``tool.py: message``, and return 2."""
+    tool = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def ending_in_one_line(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except Exception as error:
+            status = exit_status(error)
+            if status is None:
+                raise
+            print(f"{tool}: {error_message(error)}", file=sys.stderr)
+            return status
+
+    return ending_in_one_line
 
 
-def set_rng_state(state: dict) -> None:
-    """Restores the result of ``get_rng_state``."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
+# ---- files: a reader finds the complete old file or the complete new one, and links are not followed -------------
 
-@torch.no_grad()
-def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image of ``shape`` (C, H, W): convolutions, strip layers and linear layers."""
-    training, parameter = model.training, next(model.parameters())
-    model.eval()
-    # PyTorch's counter lacks this in-place product of (N, M, K) and (N, K, P), which fused strip layers use.
-    in_place = {torch.ops.aten.baddbmm_: lambda total, a, b, **other: 2 * math.prod(a) * b[-1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        model(torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype))
-    model.train(training)
-    return counter.get_total_flops() // 2  # the counter counts a multiply-accumulate as two operations
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "wb", **options):
+    """Opens a new file, as ``open`` does, that replaces ``path`` on disk if the block ends without an error.
+
+    Raises:
+        OSError: it could not be written; ``path`` is unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, mode.replace("w", "x"), **options) as file:  # x: never through an existing link
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        move(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file with a text in UTF-8."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def check_place(path: Path, is_folder: bool = False) -> None:
+    """Checks a path in a run's folder that is opened for writing, not replaced, so that no link or pipe is written to.
+
+    Raises:
+        InputError: the path exists and is not a regular file, or with ``is_folder`` not a folder.
+    """
+    fits = path.is_dir() if is_folder else path.is_file()
+    if path.is_symlink() or path.exists() and not fits:
+        kind = "a link" if path.is_symlink() else "not a folder" if is_folder else "not a regular file"
+        raise InputError(f"{path} is {kind}, so the run does not write to it; move it away")
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a file within its folder, replacing a file that has the new name."""
+    os.replace(source, target)
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders
+        return
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # so that the renaming itself reaches the disk
+    finally:
+        os.close(folder)
+
+
+# ---- names of classes and files from others, made safe for a terminal and a spreadsheet --------------------------
+
+def printable(text: str) -> str:
+    r"""The text on one line; control characters, terminal escapes and invalid UTF-8 are written as ``\x1b``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def csv_cell(text: str) -> str:
+    """The text as ``printable`` gives it, with an apostrophe before what a spreadsheet would read as a formula."""
+    text = printable(text)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text

@@ -12,7 +12,7 @@ import numpy as np
 from PIL.Image import Resampling
 from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment
 
-from models import InputError
+from utils import InputError
 
 FILL = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)  # for pixels outside the image
 

@@ -9,7 +9,7 @@ import torch
 from timm.data import Mixup
 from torch.utils.data import DataLoader
 
-from models import InputError
+from utils import InputError
 
 from . import resident
 from .cifar import CIFAR, download_cifar

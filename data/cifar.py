@@ -8,7 +8,7 @@ import numpy as np
 from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 
-from models import InputError, MissingFileError
+from utils import InputError, MissingFileError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from models import InputError
+from utils import InputError
 
 from .cifar import read_cifar
 from .folders import FolderDataset, class_folders

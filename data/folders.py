@@ -5,7 +5,7 @@ from pathlib import Path, PureWindowsPath
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from models import InputError, MissingFileError
+from utils import InputError, MissingFileError
 
 from .images import EncodedImages, ImageError, read_file
 from .listing import list_images

@@ -6,7 +6,7 @@ own cache, which takes as much disk space as the files; the output of ``save_to_
 
 from pathlib import Path
 
-from models import InputError, MissingFileError
+from utils import InputError, MissingFileError
 
 from .images import EncodedImages, ImageError
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision.io import decode_jpeg
 
-from models import InputError, MissingFileError
+from utils import InputError, MissingFileError
 
 
 class ImageError(InputError):

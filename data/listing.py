@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from models import InputError
+from utils import InputError
 
 logger = logging.getLogger("strip_mlp")
 

@@ -3,7 +3,7 @@
 import numpy as np
 from torch.utils.data import Sampler
 
-from models import InputError
+from utils import InputError
 
 
 class TrainBatchSampler(Sampler):

@@ -13,7 +13,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from models import InputError, MissingFileError
+from utils import InputError, MissingFileError
 
 from . import listing
 from .images import EncodedImages, ImageError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from models import InputError, MissingFileError
+from utils import InputError, MissingFileError
 
 from .images import EncodedImages, ImageError
 from .samplers import eval_order

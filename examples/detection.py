@@ -36,15 +36,14 @@ from detection_score import draw_found, evaluate
 
 import checkpoint
 import distributed
-import errors
 from config import load_config
-from device import choose_device
+from distributed import choose_device
 from engine import Precision
-from files import replacing
-from hub import weights_file
+from inference import build_network, weights_file
 from logger import setup_console
-from models import InputError, build_model, check_fit, load_pretrained, model_state_dict
-from resume_checks import MAX_EPOCHS, check_optimizer, check_scaler
+from models import check_fit, load_pretrained, model_state_dict
+from resume import MAX_EPOCHS, check_optimizer, check_scaler
+from utils import InputError, error_message, exit_status, input_errors, replacing
 
 logger = logging.getLogger("strip_mlp")
 STAGES = [1, 2, 3]  # stages 2 to 4 feed the pyramid
@@ -55,14 +54,14 @@ STAGES = [1, 2, 3]  # stages 2 to 4 feed the pyramid
 class Backbone(nn.Module):
     """Strip-MLP's stages 2 to 4, each with a norm, and a feature pyramid with two further levels.
 
-    ``weights`` is any name that ``hub.weights_file`` accepts; the number of classes does not matter. ``freeze_norm``
-    keeps the BatchNorms as loaded, for small batches. ``any_size`` accepts images of any size, in windows; without it
-    they must have DATA.IMG_SIZE.
+    ``weights`` is any name that ``inference.weights_file`` accepts; the number of classes does not matter.
+    ``freeze_norm`` keeps the BatchNorms as loaded, for small batches. ``any_size`` accepts images of any size, in
+    windows; without it they must have DATA.IMG_SIZE.
     """
 
     def __init__(self, config, weights: str = "", channels: int = 256, freeze_norm=False, any_size=True):
         super().__init__()
-        self.net = build_model(config)
+        self.net = build_network(config)
         if weights:
             load_pretrained(self.net, checkpoint.load_file(weights_file(weights)))
         self.net.dynamic_img_size = any_size
@@ -175,7 +174,7 @@ def run(args) -> None:
     first, output = 0, Path(args.output)
     if (output / "last.pth").is_file():
         content = checkpoint.load_file(output / "last.pth")
-        with checkpoint.naming(output / "last.pth"):
+        with input_errors(output / "last.pth"):
             first = restore(content, state)
         schedule.last_epoch = first * len(train_loader)
         for group, lr in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
@@ -230,10 +229,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
     except Exception as error:
-        status = errors.exit_status(error)
+        status = exit_status(error)
         if status is None:
             raise
-        logger.error(errors.message(error))
+        logger.error(error_message(error))
         return status
     return 0
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distributed
 from data.datasets import read_digits
-from models import InputError, MissingFileError
+from utils import InputError, MissingFileError
 
 
 class DigitScenes(Dataset):

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import main
-import report
 from tests.helpers import arguments, folder
 
 torch.set_num_threads(1)
-draw_curves = report.draw_curves
-report.draw_curves = lambda folder: None  # matplotlib would take half of the time of a tiny training
+draw_curves = main.draw_curves
+main.draw_curves = lambda folder: None  # matplotlib would take half of the time of a tiny training
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +22,7 @@ def trained(tmp_path_factory):
     """The output folder of a finished training, which tests read and may evaluate."""
     output = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw_curves", draw_curves)
+        patch.setattr(main, "draw_curves", draw_curves)
         folder(output).mkdir(parents=True)
         (folder(output) / "curves.png").symlink_to("elsewhere.png")
         assert main.main(arguments(output)) == 0

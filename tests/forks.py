@@ -22,8 +22,8 @@ import numpy as np
 import torch
 import torch.distributed.launcher  # noqa: F401  what torchrun imports
 
+import logger
 import main  # noqa: F401
-import report
 
 
 def serve(requests, answers) -> dict:
@@ -74,7 +74,7 @@ def forget_the_launcher() -> None:
 
 if __name__ == "__main__":
     os.register_at_fork(after_in_child=forget_the_launcher)
-    report.draw_curves = lambda folder: None  # matplotlib would take half of the time of a tiny training
+    logger.draw_curves = lambda folder: None  # matplotlib would take half of the time of a tiny training
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads; a fork would only have one of them"
     answers = os.fdopen(os.dup(1), "w")

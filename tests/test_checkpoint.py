@@ -13,9 +13,10 @@ import torch
 from yacs.config import CfgNode
 
 import checkpoint
-from models import InputError, model_state_dict
+from models import model_state_dict
 from tests.helpers import another_run
 from tests.processes import run
+from utils import InputError
 
 
 def content(step=1):

@@ -8,11 +8,15 @@ import pytest
 import torch
 
 import device
+import distributed
 from config import load_config
-from device import choose_device, choose_precision, settle_form, why_not_triton
-from models import InputError, build_model
+from device import settle_form, why_not_triton
+from distributed import choose_device
+from engine import choose_precision
+from models import build_model
 from models.strip_mlp import StripMLP
 from tests.helpers import DIGITS, TINY
+from utils import InputError
 
 CUDA = torch.device("cuda", 0)
 
@@ -29,7 +33,7 @@ def machine(monkeypatch, tmp_path):
             (folder / "nvidia-smi").chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/bin")
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        monkeypatch.setattr(device, "_GPU_FILE", tmp_path / "no gpu")
+        monkeypatch.setattr(distributed, "_GPU_FILE", tmp_path / "no gpu")
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found))

@@ -9,10 +9,10 @@ import torch
 
 from config import load_config
 from engine import _Updater
-from models import InputError
 from optimizer import build_optimizer
 from tests.helpers import differences
 from tests.nets import tiny_net
+from utils import InputError
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import plots
-from metrics import MetricsWriter
-from models import InputError
+from logger import MetricsWriter
+from utils import InputError
 
 
 def train(step, epoch, loss=1.0, lr=0.1):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from models import InputError
 from split_caltech101 import plan_split, split_class, write_split
 from tests.processes import run
+from utils import InputError
 
 
 def write_source(root: Path, **counts: int) -> Path:

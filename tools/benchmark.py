@@ -21,13 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from engine import Precision
-from errors import one_line_errors
-from models import InputError
+from logger import describe_environment
 from models.strip_mlp import VARIANTS
-from report import describe_environment
 from tools.lib.network_times import Case, groups_of_cases, measure_groups, multiplication, speed_up
 from tools.lib.operator_times import measure_device, measure_operator
 from tools.lib.pipeline_times import measure_pipeline
+from utils import InputError, one_line_errors
 
 PARTS = ["networks", "operator", "pipeline"]
 PEERS = ["convnext_tiny", "swin_tiny_patch4_window7_224", "resnet50"]

@@ -31,9 +31,9 @@ from config import load_config
 from data import DeviceBatches, device_ops
 from data.datasets import open_images
 from data.transforms import TrainDraws, TrainSet
-from errors import one_line_errors
 from tools.convert_dataset import convert
 from tools.lib.traffic import count_call
+from utils import one_line_errors
 
 BATCH = 32
 POLICY = "rand-m9-mstd0.5-inc1"

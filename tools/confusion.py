@@ -20,10 +20,8 @@ from matplotlib.colors import PowerNorm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from errors import one_line_errors
-from models import InputError, MissingFileError
 from plots import COLOURS, new_figure, save_figure
-from safe_text import csv_cell
+from utils import InputError, MissingFileError, csv_cell, one_line_errors
 
 _COLUMNS = ("target", "prediction", "target_label", "prediction_label")
 _NUMBERED = 20  # most classes for which the numbers fit into the cells

@@ -35,9 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data.datasets import check_same_classes, open_images
 from data.images import decode_image
 from data.zipped import ZipDataset
-from errors import one_line_errors
-from models import InputError
-from safe_text import printable
+from utils import InputError, one_line_errors, printable
 
 SPLITS = ("train", "val")
 SHARD = 1000  # images in a tar

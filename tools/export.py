@@ -41,12 +41,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import checkpoint
 from config import load_config, to_dict
 from data.transforms import build_transform
-from errors import one_line_errors
-from hub import WEIGHTS
-from inference import image_shape, load_network
-from models import InputError, StripMLPNet, to_released_state_dict
+from inference import WEIGHTS, architecture, image_shape, load_network
+from models import StripMLPNet, to_released_state_dict
 from tools.lib.model_card import model_card, timm_config
-from trust import architecture
+from utils import InputError, one_line_errors
 
 TOLERANCE = 1e-4  # of the outputs, relative to the largest logit or 1
 BATCH = torch.export.Dim("batch", max=2**31 - 1)  # PyTorch 2.6 needs an upper limit

@@ -15,10 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import utils
-from errors import one_line_errors
-from models import build_model
+from inference import build_network
+from logger import count_macs
 from tools.lib.tables import Row, read_tables
+from utils import one_line_errors
 
 IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000, "caltech101": 6_900}  # of the training sets
 
@@ -28,7 +28,7 @@ def gpu_hours(rows: list[Row], rate: float) -> float:
     hours = 0.0
     for config in [row.config() for row in rows]:
         with torch.device("meta"):
-            macs = utils.count_macs(build_model(config), (3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
+            macs = count_macs(build_network(config), (3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
         hours += 6 * macs * IMAGES[config.DATA.DATASET] * config.TRAIN.EPOCHS / rate / 3600
     return hours
 

@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from errors import one_line_errors
-from models import InputError
-from report import describe_environment
+from logger import describe_environment
+from utils import InputError, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 

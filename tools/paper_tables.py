@@ -24,16 +24,24 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import utils  # noqa: E402
-from config import flat_config  # noqa: E402
+from config import (
+    flat_config,  # noqa: E402
+    read_yaml,  # noqa: E402
+)
 from engine import Precision, measure_throughput  # noqa: E402
-from errors import one_line_errors  # noqa: E402
-from models import InputError, MissingFileError, build_model  # noqa: E402
-from report import describe_environment  # noqa: E402
-from safe_text import printable  # noqa: E402
-from same_run import FREE_KEYS  # noqa: E402
+from inference import build_network  # noqa: E402
+from logger import (
+    count_macs,  # noqa: E402
+    describe_environment,  # noqa: E402
+)
+from resume import FREE_KEYS  # noqa: E402
 from tools.lib.tables import TABLES, Row, choose, final_results, read_tables  # noqa: E402
-from yaml_file import read_yaml  # noqa: E402
+from utils import (  # noqa: E402
+    InputError,
+    MissingFileError,
+    one_line_errors,  # noqa: E402
+    printable,  # noqa: E402
+)
 
 MISSING = "not measured yet"
 METRICS = {"acc1": "top-1", "acc5": "top-5"}
@@ -202,8 +210,8 @@ def describe(row: Row, speeds: dict[str, dict[str, str]]) -> dict[str, str]:
     """The cells on the network itself."""
     config = row.config()
     with torch.device("meta"):
-        model = build_model(config)
-    macs = utils.count_macs(model, (3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
+        model = build_network(config)
+    macs = count_macs(model, (3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
     parameters = sum(p.numel() for p in model.parameters())
     return {"params (M)": f"{parameters / 1e6:.2f}", "MACs (G)": f"{macs / 1e9:#.3g}"} | speeds.get(row.key, {})
 
@@ -246,7 +254,7 @@ def measure_rows(rows: list[Row], batch_size: int) -> dict[str, dict[str, str]]:
         config = row.config()
         images = torch.randn(batch_size, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
-        model = build_model(config).to(device, memory_format=torch.channels_last)
+        model = build_network(config).to(device, memory_format=torch.channels_last)
         cells[row.key][column] = f"{measure_throughput(model, images, precision, repeats=5):.0f}"
     return cells
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from errors import one_line_errors
 from plots import best_accuracy, draw_curves, read_metrics, run_names, save_figure
+from utils import one_line_errors
 
 
 @one_line_errors

@@ -22,11 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import load_config
 from data.images import ImageError, load_image
 from data.transforms import build_transform
-from errors import one_line_errors
 from inference import load_network
-from models import InputError, MissingFileError
 from plots import run_names
-from safe_text import printable
+from utils import InputError, MissingFileError, one_line_errors, printable
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:

@@ -23,10 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import load_config
 from data import build_val_loader
 from data.transforms import build_transform
-from errors import one_line_errors
-from inference import load_network
-from models import InputError, build_model
+from inference import build_network, load_network
 from plots import new_figure, save_figure
+from utils import InputError, one_line_errors
 
 SHARES = (0.2, 0.5, 0.9, 0.99)
 _DECADES = 4  # of the colour scale
@@ -152,7 +151,7 @@ def _prepare(args) -> tuple[torch.nn.Module, torch.Tensor]:
     if args.checkpoint:
         model, config, _ = load_network(args.checkpoint, config)
     else:
-        model = build_model(config).eval()
+        model = build_network(config).eval()
     if not hasattr(model, "forward_intermediates"):
         raise InputError(f"{config.MODEL.NAME} does not return its stages' outputs (forward_intermediates)")
     if args.noise:

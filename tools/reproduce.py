@@ -22,12 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoint  # noqa: E402
 from arguments import argument_parser, config_overrides, parse_arguments  # noqa: E402
-from config import load_config  # noqa: E402
-from errors import one_line_errors  # noqa: E402
-from models import InputError  # noqa: E402
-from same_run import changed_keys  # noqa: E402
+from config import (
+    load_config,  # noqa: E402
+    read_yaml,  # noqa: E402
+)
+from resume import changed_keys  # noqa: E402
 from tools.lib.tables import ROOT, TABLES, choose, final_results, read_tables  # noqa: E402
-from yaml_file import read_yaml  # noqa: E402
+from utils import (
+    InputError,  # noqa: E402
+    one_line_errors,  # noqa: E402
+)
 
 
 @one_line_errors

@@ -22,15 +22,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import timm
 import torch
 
+import inference
 from config import load_config, nearest
-from errors import one_line_errors
-from models import InputError, StripMLPNet, build_model
-from report import describe_environment
+from logger import describe_environment
+from models import StripMLPNet
 from tools.lib.operator_times import measure_device
 from tools.lib.published import published_formulation
 from tools.lib.traffic import Traffic, count_step, floor
 from tools.lib.traffic_compiled import count_compiled_step
 from tools.lib.traffic_measured import time_step
+from utils import InputError, one_line_errors
 
 # Data sheets: GB/s of memory, TFLOP/s of dense products in 16 bits summed in 32.
 GPUS = {
@@ -47,7 +48,7 @@ def build_network(args) -> tuple[torch.nn.Module, int]:
     """
     if args.cfg:
         config = load_config(args.cfg, args.opts)
-        network, side = build_model(config), config.DATA.IMG_SIZE
+        network, side = inference.build_network(config), config.DATA.IMG_SIZE
     else:
         if not timm.is_model(args.model):
             raise InputError(f"--model {args.model!r} is not a timm model{nearest(args.model, timm.list_models())}")

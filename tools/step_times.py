@@ -12,16 +12,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import one_line_errors
-from models import build_model
+from inference import build_network
 from tools.lib.tables import choose, read_tables
+from utils import one_line_errors
 
 
 def step_seconds(configs: dict, images: int, turns: int) -> dict[str, list[float]]:
     """CPU seconds of each turn's step, by the network's name."""
     steps = {}
     for name, config in configs.items():
-        model, size = build_model(config).train(), config.DATA.IMG_SIZE
+        model, size = build_network(config).train(), config.DATA.IMG_SIZE
         batch = torch.randn(images, 3, size, size), torch.arange(images) % config.MODEL.NUM_CLASSES
         steps[name] = model, torch.optim.AdamW(model.parameters(), fused=True), batch, []
     for _ in range(turns):

@@ -17,11 +17,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import load_config
-from errors import one_line_errors
 from inference import load_network
-from models import InputError
 from models.strip_mlp import StripMLP
 from plots import new_figure, save_figure
+from utils import InputError, one_line_errors
 
 
 def strip_layers(model: torch.nn.Module) -> dict[str, list[StripMLP]]:

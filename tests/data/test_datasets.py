@@ -7,7 +7,7 @@ from PIL import Image
 
 from config import load_config
 from data.datasets import build_dataset, read_digits
-from models import InputError
+from utils import InputError
 
 
 def config(dataset, root="", num_classes=2, *opts):

@@ -14,7 +14,7 @@ from data import listing, prepare_data
 from data.datasets import build_dataset
 from data.images import ImageError
 from data.shards import ShardDataset, read_index
-from models import InputError
+from utils import InputError
 
 
 def jpeg(value: int) -> bytes:

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops
 
-import hub
+import inference
 from config import load_config
 from engine import Precision
-from models import InputError, adapt_size, build_model
+from models import adapt_size, build_model
 from tests.helpers import DIGITS, save_network
 from tests.nets import as_stored
 from tests.processes import ROOT
 from tools import export
+from utils import InputError
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install pycocotools")
 sys.path.insert(0, str(ROOT / "examples"))
@@ -87,7 +88,7 @@ def test_weights_of_a_hub_folder(source, config_file, trained, tmp_path, monkeyp
     """Those of ``tools/export.py --format hub``, from the folder and from the Hub, which it is uploaded to."""
     net, weights = trained
     assert export.main([str(weights), str(tmp_path / "hub"), "--format", "hub"]) == 0
-    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda repository, name, revision: {
+    monkeypatch.setattr(inference.huggingface_hub, "hf_hub_download", lambda repository, name, revision: {
         ("me/net", None): tmp_path / "hub" / name}[repository, revision])
     given = tmp_path / "hub" if source == "folder" else source
     detector = detection.build_detector(parse(config_file, "--weights", given), num_classes=3)

@@ -16,19 +16,18 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import checkpoint
-import metrics
+import logger as run_log
 import plots
 from config import load_config, to_dict
 from data.zipped import read_map
 from inference import image_shape, load_network
-from models import InputError, build_model, load_pretrained
-from resume import is_finished
-from resume_checks import check_run
-from same_run import accept_changes
+from models import build_model, load_pretrained
+from resume import accept_changes, check_run, is_finished
 from tests.fuzz.mutations import ATTACKS, is_small, mutate, mutated, mutated_bytes
 from tests.helpers import DIGITS, TINY, differences, save_network
-from tests.test_resume_checks import training
+from tests.test_resume import training
 from tests.watch import Watch
+from utils import InputError
 
 CPU_SECONDS = 10  # for one example; a machine under load is slower
 GIGABYTES = 1.5  # more than before, in this process
@@ -182,7 +181,7 @@ def try_metrics(network, rng):
     path = folder / "metrics.jsonl"
     path.write_bytes(mutated_bytes("\n".join(lines).encode(), rng, SNIPPETS))
     with ends_well(path):
-        for line, epochs in metrics._read_records(path):
+        for line, epochs in run_log._read_records(path):
             assert json.loads(line)["epochs"] == epochs or epochs != epochs
         plots.read_metrics(path)
 

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import models.strip_mlp
-from models import InputError, StripMLPNet
+from models import StripMLPNet
 from models.ablations import build_ablated
 from models.fused import FusedChannelMixingBlock, FusedStripMixingBlock
 from models.strip_mlp import Block
 from tests.nets import draw, randomise, relative_error
+from utils import InputError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -10,7 +10,8 @@ from timm.layers import DropPath
 from timm.models import group_parameters
 from torch import nn
 
-from models import InputError, SMLPNet, count_batches_once, freeze_stages, load_pretrained, smlpnet, wavemlp
+from models import SMLPNet, count_batches_once, freeze_stages, load_pretrained, smlpnet, wavemlp
+from utils import InputError
 
 TINY = {
     "smlpnet_tiny": {"img_size": (32, 64), "embed_dim": 8, "depths": (1, 2, 1, 1)},

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from models import (
-    InputError,
     adapt_size,
     convert_released_state_dict,
     load_pretrained,
@@ -18,6 +17,7 @@ from models import (
 )
 from models.strip_ops import strip_mix
 from tests.nets import as_stored, tiny_net
+from utils import InputError
 
 LAYOUTS = ("own", "proj_w", "proh_w")
 

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from timm.models._input import get_model_input_config
 
 from config import load_config
-from models import InputError, StripMLPNet, build_model, convert_released_state_dict, load_strict
+from models import StripMLPNet, build_model, convert_released_state_dict, load_strict
 from models.ablations import build_ablated
 from models.strip_mlp import CGSMM
 from models.windows import cut, merge
 from tests.models.test_fidelity import FLOAT32, FLOAT64, load_figures, released_weights
 from tests.nets import relative_error, tiny_net
+from utils import InputError
 
 # ---- cutting and merging -------------------------------------------------------------------------
 

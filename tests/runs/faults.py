@@ -17,7 +17,6 @@ from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 import distributed
 import engine
-import evaluation
 import main
 from data import build
 
@@ -156,7 +155,7 @@ def interrupt_evaluation(name):
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep(1000)
 
-    evaluation.evaluate = evaluate
+    engine.evaluate = evaluate
 
 
 @fault

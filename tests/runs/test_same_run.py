@@ -8,7 +8,7 @@ import yaml
 import checkpoint
 import main
 from config import load_config, to_dict
-from same_run import changed_keys
+from resume import changed_keys
 from tests.helpers import DIGITS, TINY, arguments, folder
 
 SHORT = ("TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.EMA.ENABLED", False, "DATA.BATCH_SIZE", 140)

@@ -11,14 +11,12 @@ import torch
 
 import checkpoint
 import engine
-import evaluation
 import main
 from data.datasets import read_digits
-from logger import open_log
-from metrics import MetricsWriter, start_wandb
-from models import InputError
-from resume_checks import check_run
+from logger import MetricsWriter, open_log, start_wandb
+from resume import check_run
 from tests.helpers import arguments, folder
+from utils import InputError
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +110,7 @@ def test_a_run_s_odd_checkpoint_is_one_line(trained, tmp_path, capsys):
 
 def test_a_run_at_0_percent_has_a_best_checkpoint(tmp_path, monkeypatch):
     result = {"acc1": 0.0, "acc5": 0.0, "loss": 9.0, "images": 360}
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_: result)
+    monkeypatch.setattr(engine, "evaluate", lambda *_: result)
     assert main.main(arguments(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0)) == 0
     assert checkpoint.load_file(folder(tmp_path) / "best.pth")["max_accuracy"] == 0
 
@@ -132,7 +130,7 @@ def test_an_evaluation_keeps_other_runs_out_of_its_folder(trained, monkeypatch):
         locked.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         return engine.evaluate(*arguments)
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(engine, "evaluate", evaluate)
     assert main.main([*arguments(trained), "--eval"]) == 0
     assert locked == [3, 3]  # the network and its average
 
@@ -141,7 +139,7 @@ def test_an_evaluation_on_other_classes_is_refused(trained, tmp_path, monkeypatc
     content = checkpoint.load_file(folder(trained) / "best.pth") | {"classes": list("0123456798")}
     swapped = str(tmp_path / "swapped.pth")
     checkpoint.save_file(content, swapped)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr(engine, "evaluate", lambda *_: pytest.fail("evaluated"))
     images, labels, _ = read_digits("val")
     names = "zero one two three four five six seven eight nine".split()
     monkeypatch.setattr("data.datasets.read_digits", lambda split: (images, labels, names))

@@ -9,11 +9,10 @@ from torch.testing import assert_close
 import checkpoint
 from config import load_config, to_dict
 from data.transforms import build_transform
-from inference import load_network
+from inference import architecture, load_network
 from models import build_model, to_released_state_dict
 from tests.helpers import differences, save_network, tiny_network
 from tools import export
-from trust import architecture
 
 CLASSES = [f"digit {label}" for label in range(10)]
 

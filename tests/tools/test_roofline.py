@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from compiling import EARLY
-from models import InputError
+from engine import EARLY
 from models.strip_mlp import Block
 from tools import roofline
 from tools.lib import traffic_compiled
 from tools.lib.traffic import Traffic, count_step
 from tools.lib.traffic_compiled import count_compiled_step
 from tools.lib.traffic_measured import time_step
+from utils import InputError
 
 N, SIDE = 4, 8
 PIXELS = N * SIDE * SIDE

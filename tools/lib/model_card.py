@@ -7,11 +7,10 @@ from pathlib import Path
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from config import load_config
-from hub import weights_file
-from models import InputError, timm_arguments
-from safe_text import printable
-from yaml_file import read_yaml
+from config import load_config, read_yaml
+from inference import weights_file
+from models import timm_arguments
+from utils import InputError, printable
 
 
 def timm_config(config, classes: list[str]) -> dict:

@@ -11,8 +11,7 @@ import timm
 import torch
 from torch.utils.benchmark import Timer
 
-from compiling import CompiledNetwork
-from engine import Precision
+from engine import CompiledNetwork, Precision
 from models.strip_mlp import VARIANTS
 from tools.lib.published import published_formulation
 

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from config import flat_keys, load_config, nearest
-from models import InputError, MissingFileError
+from config import flat_keys, load_config, nearest, read_yaml
 from plots import read_metrics
-from yaml_file import read_yaml
+from utils import InputError, MissingFileError
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "tools" / "tables.yaml"

@@ -8,9 +8,10 @@ import torch._inductor.config
 from torch import nn
 from torch._inductor.graph import GraphLowering
 
-from compiling import EARLY, OPTIONS, take_maps_as_they_lie
-from models import InputError, strip_ops
+from engine import EARLY, OPTIONS, take_maps_as_they_lie
+from models import strip_ops
 from tools.lib.traffic import Operation, Traffic
+from utils import InputError
 
 
 class _Planned(Exception):

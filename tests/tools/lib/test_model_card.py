@@ -13,15 +13,14 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import checkpoint
-import hub
 import main
 from config import load_config, to_dict
 from data.transforms import build_transform
-from inference import load_network
-from models import InputError
+from inference import WEIGHTS, load_network, weights_file
 from tests.helpers import DIGITS, TINY, arguments, folder, save_network, tiny_network
 from tools import export, predict
 from tools.lib.model_card import model_card
+from utils import InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -145,7 +144,7 @@ def test_timm_s_own_architectures(name, tmp_path, capsys):
 def test_model_card(shared):
     path, _, exported = shared
     card = (exported / "README.md").read_text()
-    evaluated, weights = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (path, exported / hub.WEIGHTS))
+    evaluated, weights = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (path, exported / WEIGHTS))
     for fact in (
         "license: mit", "library_name: timm", "| data | digits, 1437 training images, 10 classes |",
         f"top-1 91.23 %, top-5 99.50 % of 360 images, measured on the checkpoint with SHA-256 `{evaluated}`",
@@ -172,7 +171,7 @@ def test_odd_files_beside_the_checkpoint(shared, tmp_path):
     """A folder that others made adds no line to the card, and ends in an error where it holds no run."""
     path, _, exported = shared
     shutil.copy(path, tmp_path / "best.pth")
-    config, weights = load_network(path)[1], exported / hub.WEIGHTS
+    config, weights = load_network(path)[1], exported / WEIGHTS
     (tmp_path / "run.yaml").write_text('git_commit: "a|b\\n# title"\n')
     card = model_card(tmp_path / "best.pth", config, weights)
     assert r"| commit | a\|b\n# title |" in card
@@ -200,9 +199,9 @@ def test_only_a_hub_name_downloads(shared, the_hub, tmp_path):
     odd = tmp_path / "someone" / "digits"
     odd.parent.mkdir()
     shutil.copy(shared[0], odd)
-    assert hub.weights_file(odd) == odd
-    assert hub.weights_file("someone/digits").parts == ("someone", "digits")
-    assert hub.weights_file(shared[2]) == shared[2] / "model.safetensors"
+    assert weights_file(odd) == odd
+    assert weights_file("someone/digits").parts == ("someone", "digits")
+    assert weights_file(shared[2]) == shared[2] / "model.safetensors"
     assert the_hub == []
 
 
@@ -216,6 +215,6 @@ def test_an_ablated_network_is_refused(tmp_path, capsys):
 
 def test_a_run_s_folder_stands_for_its_best_checkpoint(tmp_path, caplog):
     with pytest.raises(InputError, match="is a folder without model.safetensors or best.pth"):
-        hub.weights_file(tmp_path)
+        weights_file(tmp_path)
     (tmp_path / "best.pth").touch()
-    assert hub.weights_file(tmp_path) == tmp_path / "best.pth"
+    assert weights_file(tmp_path) == tmp_path / "best.pth"
