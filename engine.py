@@ -28,7 +28,7 @@ from utils import InputError
 logger = logging.getLogger("strip_mlp")
 
 # Inductor's defaults write a normalised map to memory because two kernels read it; computing it twice moves less.
-# tools/roofline.py --compiled counts the difference. The layout is already chosen: the network is channels last.
+# tools/bench/roofline.py counts the difference. The layout is already chosen: the network is channels last.
 OPTIONS = {
     "realize_opcount_threshold": 300,
     "realize_reads_threshold": 20,

@@ -12,7 +12,7 @@ import yaml
 from config import MAX_YAML_BYTES, flat_keys, load_config, nearest, read_yaml, to_dict
 from logger import count_macs
 from models import build_model
-from tools.lib.tables import read_tables
+from tools.tables import read_tables
 from utils import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -407,7 +407,7 @@ def test_a_missing_config_is_looked_for_among_configs():
     for folder in (ROOT, CONFIGS):
         with pytest.raises(FileNotFoundError) as error:
             load_config(folder / "tables.yaml")
-        assert "tools" not in str(error.value).partition("does not exist")[2]
+        assert "tables.yaml" not in str(error.value).partition("does not exist")[2]
 
 
 def test_refused_calls(tmp_path):

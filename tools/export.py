@@ -43,7 +43,7 @@ from config import load_config, to_dict
 from data.transforms import build_transform
 from inference import WEIGHTS, architecture, image_shape, load_network
 from models import StripMLPNet, to_released_state_dict
-from tools.lib.model_card import model_card, timm_config
+from tools.model_card import model_card, timm_config
 from utils import InputError, one_line_errors
 
 TOLERANCE = 1e-4  # of the outputs, relative to the largest logit or 1

@@ -35,7 +35,7 @@ from logger import (
     describe_environment,  # noqa: E402
 )
 from resume import FREE_KEYS  # noqa: E402
-from tools.lib.tables import TABLES, Row, choose, final_results, read_tables  # noqa: E402
+from tools.tables import TABLES, Row, choose, final_results, read_tables  # noqa: E402
 from utils import (  # noqa: E402
     InputError,
     MissingFileError,

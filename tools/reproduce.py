@@ -27,7 +27,7 @@ from config import (
     read_yaml,  # noqa: E402
 )
 from resume import changed_keys  # noqa: E402
-from tools.lib.tables import ROOT, TABLES, choose, final_results, read_tables  # noqa: E402
+from tools.tables import ROOT, TABLES, choose, final_results, read_tables  # noqa: E402
 from utils import (
     InputError,  # noqa: E402
     one_line_errors,  # noqa: E402

@@ -15,7 +15,7 @@ from config import load_config, to_dict
 from tests.helpers import DIGITS, TINY, another_run
 from tests.processes import ROOT, run
 from tools import reproduce
-from tools.lib.tables import TABLES, read_tables
+from tools.tables import TABLES, read_tables
 
 
 @pytest.fixture

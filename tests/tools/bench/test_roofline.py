@@ -1,6 +1,7 @@
 """The count of a step's traffic: on networks whose traffic is known by hand, and today's figures of Strip-MLP-T*."""
 
 import json
+import re
 from collections import defaultdict
 
 import pytest
@@ -9,11 +10,10 @@ from torch import nn
 
 from engine import EARLY
 from models.strip_mlp import Block
-from tools import roofline
-from tools.lib import traffic_compiled
-from tools.lib.traffic import Traffic, count_step
-from tools.lib.traffic_compiled import count_compiled_step
-from tools.lib.traffic_measured import time_step
+from tests.helpers import DIGITS
+from tools.bench import roofline, traffic_compiled
+from tools.bench.traffic import count_step
+from tools.bench.traffic_compiled import count_compiled_step
 from utils import InputError
 
 N, SIDE = 4, 8
@@ -63,22 +63,6 @@ def test_batch_norm_of_inference_reads_its_input_once():
     assert found["forward", "1", "native_batch_norm"] == (2 * map_8 + 4 * row, 1)
 
 
-def test_operations_of_a_measured_step():
-    """They are those counted on fake tensors, each with a time; the loss and the backward pass too."""
-    x = torch.randn(N, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
-    counted = count_step(small_network(), x.shape, training=True, dtype=None).operations
-    measured = time_step(small_network(), x, training=True, dtype=None, turns=2).operations
-    assert all(op.seconds > 0 for op in measured)
-    layers = [[(op.phase, op.module, op.name, op.flops) for op in operations if op.module]
-              for operations in (counted, measured)]
-    assert layers[0] == layers[1]
-    assert [op.bytes for op in counted if op.phase == "forward" and op.module] == [
-        op.bytes for op in measured if op.phase == "forward" and op.module]
-    table = roofline.report_measured(Traffic(measured), {"bytes_per_second": 1e9, "flops": 1e12}, rows=3)
-    least, total = Traffic(measured).seconds(1e9, 1e12), sum(op.seconds for op in measured)
-    assert f"| **all** | {len(measured)} | {1e3 * least:.3f} | {1e3 * total:.3f} | {total / least:.2f} |" in table
-
-
 def test_operations_and_floor():
     traffic = count_step(small_network(), (N, 3, SIDE, SIDE), training=False, dtype=None)
     assert traffic.total("flops") == 2 * (PIXELS * (8 * 27 + 16 * 8) + N * 16 * SIDE * SIDE * 5)
@@ -93,11 +77,29 @@ def test_autocast_casts_and_halves():
     assert found["forward", "0", "cast"] == (6 * (3 * PIXELS + 8 * 27), 2)  # the images and the weight
 
 
-def test_maps_in_another_layout_are_copied():
-    network = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False)).train()
-    found = by_operation(count_step(network, (N, 8, SIDE, SIDE), training=False, dtype=None))
-    map_8, weight = 4 * 8 * PIXELS, 4 * 8 * 8 * 9
-    assert found["forward", "0", "convolution dense"] == (4 * map_8 + weight, 2)
+class Sliced(nn.Module):
+    """A convolution of the second half of the channels, which lie apart, in either layout."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False)
+
+    def forward(self, x):
+        return self.conv(x.chunk(2, dim=1)[1])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_only_what_is_dense_in_neither_layout_is_copied(layout, groups):
+    """As PyTorch's source says: depthwise convolutions have a native kernel that takes plain order as it is."""
+    map_8, weight = 4 * 8 * PIXELS, 4 * 8 * 8 * 9 // groups
+    whole = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False)).to(memory_format=layout)
+    name = f"convolution {'dense' if groups == 1 else 'depthwise'}"
+    found = by_operation(count_step(whole, (N, 8, SIDE, SIDE), training=False, dtype=None))
+    assert found["forward", "0", name] == (2 * map_8 + weight, 1)
+    half = Sliced(groups).to(memory_format=layout)
+    found = by_operation(count_step(half, (N, 16, SIDE, SIDE), training=False, dtype=None))
+    assert found["forward", "conv", name] == (4 * map_8 + weight, 2)
 
 
 def test_peak_memory():
@@ -174,29 +176,24 @@ def test_compiled_figures_of_strip_mlp_do_not_grow():
 
 def test_command(tmp_path, capsys):
     file = tmp_path / "new" / "traffic.json"
-    assert roofline.main(["--cfg", "configs/smlp_nano_alpha3_patch2_32_digits.yaml", "--mode", "inference", "--form",
-                          "fused", "--batch-size", "4", "--json", str(file)]) == 0
+    assert roofline.main([str(DIGITS), "--mode", "inference", "--batch-size", "4",
+                          "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     operations = json.loads(file.read_text())["operations"]
     assert f"| step | {sum(op['bytes'] for op in operations) / 4e6:.1f} |" in printed
-    assert "| stages.token_mixing.lsmm.reweight_fc1 |" in printed and "| H200 | 4800 | 989 |" in printed
+    assert "| stages.token_mixing.proj_in |" in printed and "| H200 | 4800 | 989 |" in printed
 
 
-@pytest.mark.parametrize("words, message", [
-    ("strip_mlp_tiny --form fused", "--form fused is for inference"),
-    ("strip_mlp_tiny --batch-size 0", "--batch-size is 0; it must be at least 1"),
-])
-def test_refused_flags(words, message, capsys):
+def test_published_moves_more(capsys):
+    """Strip layers over permuted copies, and every sum written out."""
+    moved = []
+    for prefix in ("published:", ""):
+        assert roofline.main([f"{prefix}{DIGITS}", "--mode", "inference", "--batch-size", "64"]) == 0
+        moved.append(float(re.search(r"step \| ([\d.]+)", capsys.readouterr().out)[1]))
+    assert moved[0] > 2 * moved[1]
+
+
+def test_refused_flags(capsys):
     with pytest.raises(SystemExit):
-        roofline.main(["--model", *words.split()])
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words, message", [
-    ("strip_mlp_tyni", "--model 'strip_mlp_tyni' is not a timm model; did you mean strip_mlp_tiny?"),
-    ("test_resnet --mode inference --form fused", "--form fused: test_resnet has no inference form"),
-    ("test_resnet --form published", "--form published: test_resnet is no Strip-MLP"),
-])
-def test_refused_networks(words, message, capsys):
-    assert roofline.main(["--model", *words.split()]) == 2
-    assert message in capsys.readouterr().err
+        roofline.main(["strip_mlp_tiny", "--batch-size", "0"])
+    assert "--batch-size is 0; it must be at least 1" in capsys.readouterr().err

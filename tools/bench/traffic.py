@@ -2,12 +2,12 @@
 
 The step runs on fake tensors, which have shapes and layouts and no contents, on the CPU with CUDA's autocast. An
 operation is charged every distinct number that it reads, once, and every number that it writes. CUDA's kernels move
-more than that in a few places (``_extra``): cuDNN's convolutions copy maps that are not channels last and add their
-bias in a pass of its own; a BatchNorm in training, and the norms' backward passes, read their input twice.
+more than that in a few places (``_extra``): a convolution copies activations that are dense in neither layout, as
+PyTorch's source says, and adds its bias in a pass of its own; a BatchNorm in training, and the norms' backward passes,
+read their input twice. Whether cuDNN converts (N, C, H, W) activations inside is not known, and is not charged.
 """
 
 import weakref
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +40,6 @@ class Operation:
     bytes: int
     flops: int  # a multiply-accumulate is two
     launches: int
-    seconds: float = 0.0  # measured; 0 where nothing was run
 
 
 @dataclass
@@ -55,12 +55,7 @@ class Traffic:
 
     def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
         """The time that a GPU cannot beat: every operation at the full bandwidth or the full arithmetic rate."""
-        return sum(floor(op, bytes_per_second, flops_per_second) for op in self.operations)
-
-
-def floor(op: Operation, bytes_per_second: float, flops_per_second: float) -> float:
-    """The seconds below which an operation cannot stay: its bytes or its arithmetic, whichever takes longer."""
-    return max(op.bytes / bytes_per_second, op.flops / flops_per_second)
+        return sum(max(op.bytes / bytes_per_second, op.flops / flops_per_second) for op in self.operations)
 
 
 def count_step(
@@ -75,11 +70,9 @@ def count_step(
         dtype: autocast's precision; None: no autocast.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    is_channels_last = any(_is_channels_last(p) for p in network.parameters() if p.ndim == 4)
     with mode:
         _replace_tensors(network)
-        x = torch.empty(images).contiguous(
-            memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
+        x = torch.empty(images).contiguous(memory_format=layout_of(network))
         with _as_on_cuda(), Counter() as counter, ModuleTracker() as modules:
             counter.modules = modules
             counter.note(x)
@@ -92,12 +85,10 @@ def count_step(
     return counter.traffic
 
 
-def count_call(call: Callable[[], object]) -> Traffic:
-    """Counts what a call without gradients computes on real tensors."""
-    with torch.no_grad(), Counter() as counter, ModuleTracker() as modules:
-        counter.modules = modules
-        call()
-    return counter.traffic
+def layout_of(network: nn.Module) -> torch.memory_format:
+    """Channels last if a weight of the network is, else PyTorch's plain order."""
+    layouts = {suggest_memory_format(p) for p in network.parameters() if p.ndim == 4}
+    return torch.channels_last if torch.channels_last in layouts else torch.contiguous_format
 
 
 def _replace_tensors(network: nn.Module) -> None:
@@ -149,18 +140,14 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = self.run(function, args, kwargs)
+        # PyTorch's fake convolutions choose the layouts of the CPU's library.
+        out = _fake_convolution(function, args) if function in CONVOLUTIONS else function(*args, **kwargs)
         inputs, outputs = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
         if not _is_free(function, inputs, outputs):
             self.traffic.operations.append(self._operation(function, args, kwargs, out, inputs, outputs))
         for tensor in outputs:
             self.note(tensor)
         return out
-
-    def run(self, function, args, kwargs):
-        """The operation's result."""
-        # PyTorch's fake convolutions choose the layouts of the CPU's library.
-        return _fake_convolution(function, args) if function in CONVOLUTIONS else function(*args, **kwargs)
 
     def _operation(self, function, args, kwargs, out, inputs, outputs) -> Operation:
         name = _name(function, args, inputs, outputs)
@@ -217,7 +204,8 @@ def _name(function, args, inputs, outputs) -> str:
     name = function._schema.name.partition("::")[2]
     if function in CONVOLUTIONS:
         weight, groups = (args[1], args[8]) if function is CONVOLUTIONS[0] else (args[2], args[9])
-        kind = "depthwise" if groups > 1 else "1x1" if weight.shape[2:].numel() == 1 else "dense"
+        kind = "1x1" if weight.shape[2:].numel() == 1 else "dense"
+        kind = "depthwise" if groups > 1 and weight.shape[1] == 1 else "grouped" if groups > 1 else kind
         return f"convolution {kind}" + (" backward" if function is CONVOLUTIONS[1] else "")
     if name in ("clone", "_to_copy"):
         return "copy" if inputs[0].dtype == outputs[0].dtype else "cast"
@@ -233,9 +221,10 @@ def _bytes(tensor: torch.Tensor) -> int:
 def _extra(name: str, args, outputs) -> tuple[int, int]:
     """Bytes that CUDA's kernels move beside what they must, and launches beside the first."""
     if name.startswith("convolution"):
-        maps = args[:2] if name.endswith("backward") else args[:1]
-        copied = [2 * _bytes(t) for t in maps if _is_map(t) and not t.is_contiguous(memory_format=torch.channels_last)]
-        if not name.endswith("backward") and args[2] is not None:
+        is_backward = name.endswith("backward")
+        layout = _layout(*args[1:3] if is_backward else args[:2])
+        copied = [2 * _bytes(t) for t in args[:1 + is_backward] if not t.is_contiguous(memory_format=layout)]
+        if not is_backward and args[2] is not None:
             copied.append(2 * _bytes(outputs[0]))
         return sum(copied), len(copied)
     if name in ("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"):
@@ -258,7 +247,7 @@ def _moved_by_convolution_backward(args, gradients) -> tuple[int, int]:
     return sum(passes), len(passes)
 
 
-def _fake_convolution(function: Callable, args):
+def _fake_convolution(function, args):
     """The result of a convolution or its backward in the layout that cuDNN gives it."""
     if function is CONVOLUTIONS[0]:
         x, weight, _, stride, padding, dilation = args[:6]
@@ -277,13 +266,6 @@ def _fake_convolution(function: Callable, args):
 
 
 def _layout(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
-    is_channels_last = _is_channels_last(x) or _is_channels_last(weight)
+    """The layout in which PyTorch has cuDNN compute: channels last if either operand is."""
+    is_channels_last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
     return torch.channels_last if is_channels_last else torch.contiguous_format
-
-
-def _is_channels_last(x: torch.Tensor) -> bool:
-    return x.stride(1) == 1 and not (x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last))
-
-
-def _is_map(x: torch.Tensor) -> bool:
-    return x.shape[2:].numel() > 1

@@ -10,7 +10,7 @@ from torch._inductor.graph import GraphLowering
 
 from engine import EARLY, OPTIONS, take_maps_as_they_lie
 from models import strip_ops
-from tools.lib.traffic import Operation, Traffic
+from tools.bench.traffic import Operation, Traffic, layout_of
 from utils import InputError
 
 
@@ -64,8 +64,7 @@ def count_compiled_step(
         graph.cache_key, graph.cache_path, graph.cache_linemap = "", _Module.cache_path, []
         return _Module
 
-    layout = torch.channels_last if _is_channels_last(network) else torch.contiguous_format
-    x = torch.empty(images).contiguous(memory_format=layout)
+    x = torch.empty(images).contiguous(memory_format=layout_of(network))
     torch.compiler.reset()
     take_maps_as_they_lie()
     with (
@@ -88,7 +87,3 @@ def count_compiled_step(
 def _name(node) -> str:
     kernel = getattr(node.node, "python_kernel_name", None) if hasattr(node, "node") else None
     return kernel.rpartition("extern_kernels.")[2].replace("torch.ops.", "") if kernel else "fused loops"
-
-
-def _is_channels_last(network: nn.Module) -> bool:
-    return any(p.stride(1) == 1 and p.shape[2:].numel() > 1 for p in network.parameters() if p.ndim == 4)

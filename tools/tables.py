@@ -8,7 +8,7 @@ from config import flat_keys, load_config, nearest, read_yaml
 from plots import read_metrics
 from utils import InputError, MissingFileError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "tools" / "tables.yaml"
 
 

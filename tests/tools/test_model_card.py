@@ -19,7 +19,7 @@ from data.transforms import build_transform
 from inference import WEIGHTS, load_network, weights_file
 from tests.helpers import DIGITS, TINY, arguments, folder, save_network, tiny_network
 from tools import export, predict
-from tools.lib.model_card import model_card
+from tools.model_card import model_card
 from utils import InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

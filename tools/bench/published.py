@@ -1,9 +1,7 @@
-"""The published formulation: the same modules and weights, computed like the authors' code.
+"""The published formulation: the same modules and weights, computed like the authors' code, term by term.
 
 A strip layer is a grouped convolution over a permuted copy of its input, with the weight in its stored shape
-(D*L, L, 1, K); a position map is gathered from its table with indices that the CPU computes again in each forward pass;
-LSMM and global response normalisation are written out term by term. ``tools/benchmark.py`` compares with it, and the
-tests check that it computes the same network.
+(D*L, L, 1, K); a position map is gathered from its table with indices that the CPU computes again in each forward pass.
 """
 
 import copy
@@ -12,23 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.response_norm import grn_plain
-from models.strip_mlp import CGSMM, LSMM, ChannelMixingBlock, LayerNorm, RelativePosition, StripMLP
+from models.strip_mlp import CGSMM, GRN, LSMM, ChannelMixingBlock, RelativePosition, StripMixingBlock, StripMLP
 
 
 def published_formulation(model: nn.Module) -> nn.Module:
-    """A copy of a Strip-MLP network that computes the same function in the published way."""
+    """A copy of a Strip-MLP network that computes the same function in the published way, at its trained size."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        if type(module) in _PUBLISHED:
-            module.__class__ = _PUBLISHED[type(module)]
+        for kind, published in _PUBLISHED.items():
+            if isinstance(module, kind):
+                module.__class__ = published
     return model
 
 
-class GroupedConvolution(StripMLP):
-    def forward(self, x, position=None):
-        """(N, C, H, W), and a position map (C, H, W) to be added to it -> (N, C, H, W)"""
-        x = x if position is None else x + position
+class _GroupedConvolution(StripMLP):
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
         d, length, _, width = self.weight.shape
         n, c, h, w = x.shape
         x = x.view(n, c // d, d, h, w)
@@ -36,26 +33,19 @@ class GroupedConvolution(StripMLP):
         x = x.permute(0, 2, 4, 1, 3) if self.axis == "row" else x.permute(0, 2, 3, 1, 4)
         across = x.shape[-1]
         y = F.conv2d(
-            x.reshape(n, d * length, c // d, across),
-            self.weight.view(d * length, length, 1, width),
-            self.bias.flatten(),
-            padding=(0, width // 2),
-            groups=d,
+            x.reshape(n, d * length, c // d, across), self.weight.view(d * length, length, 1, width),
+            self.bias.flatten(), padding=(0, width // 2), groups=d,
         ).view(n, d, length, c // d, across)
         y = y.permute(0, 3, 1, 4, 2) if self.axis == "row" else y.permute(0, 3, 1, 2, 4)
         return y.reshape(n, c, h, w)
 
 
 class _GatheredPosition(RelativePosition):
-    def map(self):
-        """() -> (C, H, W)"""
-        height = len(self.table) - 1 - self.width
-        offsets = torch.arange(self.width)[None, :] - torch.arange(height)[:, None] + height
-        return self.table[offsets.to(self.table.device)].permute(2, 0, 1)
-
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        return x + self.map()
+        height, width = x.shape[2:]
+        offsets = torch.arange(width)[None, :] - torch.arange(height)[:, None] + height
+        return x + self.table[offsets.to(self.table.device)].permute(2, 0, 1)
 
 
 class _ConcatenatedCGSMM(CGSMM):
@@ -76,14 +66,30 @@ class _SummedBranches(LSMM):
         return column * weights[:, :, 0] + row * weights[:, :, 1] + x * weights[:, :, 2]
 
 
+class _ConcatenatedMixing(StripMixingBlock):
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)"""
+        x = F.gelu(self.proj_norm(self.proj_in(self.conv(F.gelu(self.conv_norm(x))))))
+        first, second = x.chunk(2, dim=1)
+        return self.proj_out(torch.cat([self.cgsmm(first), self.lsmm(second)], dim=1))
+
+
+class _PlainGRN(GRN):
+    def forward(self, x):
+        """(N, H, W, C) -> (N, H, W, C)"""
+        g = x.norm(dim=(1, 2), keepdim=True)
+        return self.gamma * (x * (g / (g.mean(dim=-1, keepdim=True) + 1e-6))) + self.beta + x
+
+
 class _NormalisedThenLinear(ChannelMixingBlock):
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
         x = F.gelu(self.fc1(self.norm(self.conv(x).permute(0, 2, 3, 1))))
-        return self.fc2(grn_plain(x, self.grn.gamma, self.grn.beta)).permute(0, 3, 1, 2)
+        return self.fc2(self.grn(x)).permute(0, 3, 1, 2)
 
 
 _PUBLISHED = {
-    CGSMM: _ConcatenatedCGSMM, StripMLP: GroupedConvolution, RelativePosition: _GatheredPosition, LSMM: _SummedBranches,
-    ChannelMixingBlock: _NormalisedThenLinear, LayerNorm: nn.LayerNorm,
+    CGSMM: _ConcatenatedCGSMM, StripMLP: _GroupedConvolution, RelativePosition: _GatheredPosition,
+    LSMM: _SummedBranches, StripMixingBlock: _ConcatenatedMixing, GRN: _PlainGRN,
+    ChannelMixingBlock: _NormalisedThenLinear, nn.LayerNorm: nn.LayerNorm,
 }

@@ -1,0 +1,210 @@
+"""Times training and inference steps of networks, in turn in one process.
+
+    python tools/bench/benchmark.py                                                   # on this machine's device
+    python tools/bench/benchmark.py published:strip_mlp_base compiled:strip_mlp_base --modes training
+    OMP_NUM_THREADS=1 python tools/bench/benchmark.py --table cifar10_cpu --modes training --batch-size 128
+
+Prints Markdown: the ratios are to the first network, the median of the ratios within the turns. On the CPU with one
+thread, seconds are CPU time, which other programs disturb least. The JSON file holds every time and is written after
+each of them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils import one_line_errors, write_text
+
+NETWORKS = ["published:strip_mlp_tiny_light", "strip_mlp_tiny_light", "convnext_tiny"]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK",
+                        help="[compiled:][published:]NAME: a timm model or a config file; compiled: by torch.compile; "
+                             f"published: computed as the authors' code does; default: {' '.join(NETWORKS)}")
+    parser.add_argument("--table", metavar="TABLE", help="instead, the networks of a table of tools/tables.yaml")
+    parser.add_argument("--modes", nargs="+", choices=["inference", "training"], default=["inference", "training"],
+                        help="default: both")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "auto"], default="auto",
+                        help="default: auto, as main.py chooses")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 128 on a GPU, 8 on a CPU")
+    parser.add_argument("--turns", type=int, default=5, metavar="N", help="times of each network; default: 5")
+    parser.add_argument("--device", default="", metavar="TYPE", help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument("--profile", action="store_true", help="on CUDA, also list the kernels that take longest")
+    parser.add_argument("--json", type=Path, default="output/benchmark.json", metavar="FILE",
+                        help="file for all times; default: output/benchmark.json")
+    args = parser.parse_args(argv)
+    if min(args.turns, args.batch_size or 1) < 1:
+        parser.error("--turns and --batch-size must be at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    parse_arguments()  # before the slow imports, so that --help is fast
+
+import datetime
+import gc
+import time
+
+import torch
+from torch.utils.benchmark import Timer
+
+from distributed import choose_device
+from engine import CompiledNetwork, Precision
+from inference import build_network
+from logger import describe_environment
+from tools.bench.networks import Named, build_named
+from tools.tables import choose, read_tables
+
+
+class Case:
+    """A network in one mode: its step, and the seconds of each turn.
+
+    Args:
+        named: the network.
+        mode: ``"training"``: forward, loss, backward and AdamW; or ``"inference"``: forward.
+        precision: of the forward pass.
+        batch_size: images.
+        device: where to run.
+    """
+
+    def __init__(self, named: Named, mode: str, precision: Precision, batch_size: int, device: torch.device):
+        layout = torch.contiguous_format if named.is_published else torch.channels_last
+        network = named.network.to(device, memory_format=layout).train(mode == "training")
+        images = torch.randn(batch_size, 3, named.img_size, named.img_size, device=device)
+        images = images.contiguous(memory_format=layout)
+        self.device, self.seconds, self.peak_bytes = device, [], 0
+        run = CompiledNetwork(network, may_fail=False) if named.is_compiled else network
+        optimizer = torch.optim.AdamW(network.parameters(), fused=True) if mode == "training" else None
+        scaler = precision.scaler()
+        targets = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+        def step():
+            with torch.set_grad_enabled(optimizer is not None), precision.autocast():
+                logits = run(images)
+            if optimizer:
+                with precision.autocast():
+                    loss = torch.nn.functional.cross_entropy(logits, targets)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+
+        self.network, self.step = network, step
+
+    def warm_up(self) -> None:
+        """Compiles, chooses algorithms, fills the optimiser; then measures the memory of a step on CUDA."""
+        for _ in range(2):
+            self.step()
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            self.peak_bytes = torch.cuda.max_memory_allocated() - before
+
+    def time(self) -> None:
+        """Adds the seconds of a step: of one on the CPU, the median of several on a GPU."""
+        if self.device.type == "cuda":
+            self.seconds.append(Timer("step()", globals={"step": self.step}).blocked_autorange(min_run_time=0.2).median)
+            return
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
+        self.step()
+        self.seconds.append(clock() - start)
+
+
+def kernels(step) -> str:
+    """The kernels that take longest in a step on CUDA, as a table."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return profile.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80)
+
+
+def report(result: dict) -> str:
+    """The times as Markdown."""
+    environment, settings = result["environment"], result["settings"]
+    lines = [f"{environment['device']}; PyTorch {environment['torch']}, timm {environment['timm']}, Python "
+             f"{environment['python']}; commit {environment['git_commit']}; {result['date']}; {settings['threads']} "
+             f"CPU threads; {settings['dtype']}, batch {settings['batch_size']}; median of {settings['turns']} turns, "
+             "in brackets the spread (largest less smallest, in percent of the median)."]
+    for mode, cases in result["cases"].items():
+        lines += ["", f"**{mode.capitalize()}**", "", "| network | ms a step | images/s | vs the first | peak memory |",
+                  "|---|---|---|---|---|"]
+        first = next(iter(cases.values()))["seconds"]
+        for name, case in cases.items():
+            if "failed" in case or not case["seconds"]:
+                lines.append(f"| {name} | {case.get('failed', 'not measured')} | | | |")
+                continue
+            seconds = case["seconds"]
+            median = statistics.median(seconds)
+            spread = 100 * (max(seconds) - min(seconds)) / median
+            ratio = f"{statistics.median(a / b for a, b in zip(first, seconds, strict=False)):.2f}" if first else ""
+            memory = f"{case['peak_bytes'] / 2**30:.2f} GiB" if case["peak_bytes"] else ""
+            lines.append(f"| {name} | {1e3 * median:.2f} ({spread:.0f} %) | {settings['batch_size'] / median:.1f} | "
+                         f"{ratio} | {memory} |")
+            if "kernels" in case:
+                lines += ["", f"```\n{case['kernels']}\n```", ""]
+    return "\n".join(lines)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints Markdown, writes JSON."""
+    args = parse_arguments(argv)
+    device = choose_device(args.device)
+    precision = Precision(args.dtype, device)
+    batch_size = args.batch_size or (128 if device.type == "cuda" else 8)
+    torch.backends.cudnn.benchmark = True
+    tables = read_tables()
+    rows = {row.name: row.config() for row in tables[choose([args.table], tables, "table")[0]][1]} if args.table else {}
+    result = {
+        "command": "python tools/bench/benchmark.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "date": datetime.date.today().isoformat(), "environment": describe_environment(device),
+        "settings": {"batch_size": batch_size, "dtype": precision.name, "turns": args.turns,
+                     "threads": torch.get_num_threads()},
+        "cases": {},
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        write_text(args.json, json.dumps(result, indent=1) + "\n")
+
+    for mode in args.modes:  # inference first by default: a process that has trained holds memory that helps it
+        cases, results = {}, result["cases"].setdefault(mode, {})
+        for name in rows or args.networks:
+            torch.manual_seed(0)
+            config = rows.get(name)
+            named = Named(build_network(config), config.DATA.IMG_SIZE, False, False) if config else build_named(name)
+            print(f"{mode}: {name}", file=sys.stderr, flush=True)
+            try:
+                case = Case(named, mode, precision, batch_size, device)
+                case.warm_up()
+                cases[name], results[name] = case, {"seconds": case.seconds, "peak_bytes": case.peak_bytes}
+            except RuntimeError as error:  # mostly out of memory; the other networks are still measured
+                results[name] = {"seconds": [], "failed": str(error).splitlines()[0]}
+            save()
+        for _ in range(args.turns):
+            for case in cases.values():
+                case.time()
+                save()
+        for name, case in cases.items() if args.profile and device.type == "cuda" else ():
+            results[name]["kernels"] = kernels(case.step)
+            save()
+        cases.clear()
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print(f"# `{result['command']}`\n\n{report(result)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
