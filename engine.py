@@ -123,7 +123,7 @@ def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, prec
                 loss = criterion(model(images), targets)
             updater.backward(loss / micro_batches)
         progress.add_loss(loss.detach(), len(targets))
-        progress.report_bad_images(loader.dataset.bad_images())
+        progress.report_bad_images(loader.bad_images())
         if not is_last:
             continue
 
@@ -292,22 +292,28 @@ def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, pred
     model.eval()
     device = next(model.parameters()).device
     hits1 = hits5 = torch.zeros((), dtype=torch.int64, device=device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
     losses = [torch.zeros(0, device=device)]  # of every image; the CPU sums them in 64 bits, which MPS does not support
     for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=not _shows_progress()):
         with precision.autocast():
             logits = model(images)
         losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
+        count = count + (targets >= 0).sum()  # without the images that could not be read
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         hits1 = hits1 + hits[:, 0].sum()
         hits5 = hits5 + hits.sum()
         if predictions is not None:
             probabilities, classes = logits.float().softmax(dim=1).max(dim=1)
             predictions += zip(targets.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
+    for message in loader.bad_images():
+        logger.error("%s; skipped", message)
     losses = torch.cat(losses).cpu().double()
-    sums = torch.tensor([hits1, hits5, losses.sum(), len(losses)], dtype=torch.float64)
-    hits1, hits5, loss, count = distributed.all_reduce_sum(sums).tolist()
-    if count != len(loader.dataset):
-        raise RuntimeError(f"{count:.0f} images were evaluated, but the validation set has {len(loader.dataset)}")
+    sums = torch.tensor([hits1, hits5, losses.sum(), count, len(losses)], dtype=torch.float64)
+    hits1, hits5, loss, count, seen = distributed.all_reduce_sum(sums).tolist()
+    if seen != len(loader.dataset):
+        raise RuntimeError(f"{seen:.0f} images were evaluated, but the validation set has {len(loader.dataset)}")
+    if not count:
+        raise InputError("no validation image can be read")
     return {"acc1": 100 * hits1 / count, "acc5": 100 * hits5 / count, "loss": round(loss / count, 6),
             "images": int(count)}
 

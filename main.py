@@ -333,7 +333,9 @@ def _write_predictions(path: Path, dataset, predictions: list) -> None:
         writer.writerow(["index", "image", "target", "prediction", "probability", "target_label", "prediction_label"])
         for index in range(len(dataset)):
             target, prediction, probability = shares[index % len(shares)][index // len(shares)]
-            image = dataset.images.name(index)
+            if target < 0:  # it could not be read
+                continue
+            image = dataset.name(index)
             names = classes[target], classes[prediction]
             writer.writerow([index, *map(csv_cell, (image, *names)), f"{probability:.6f}", target, prediction])
     logger.info(f"predictions written to {path}")

@@ -1,107 +1,103 @@
-"""timm's augmentation policies as lists of steps: parsed by timm, drawn here, applied by Pillow or on the device.
+"""The random choices for one training image: crop, flip, timm's policy, colour jitter, erased rectangles.
 
-A draw of a policy holds the operations for one image and their strengths. ``pillow_ops.augment`` applies them in a data
-worker, ``device_ops.augment`` to a whole batch on the device.
+All are drawn from one generator, which depends only on seed, epoch and index. It does not matter which process prepares
+an image, on which device, or which images came before it. ``augment_pillow`` applies the steps to an image in a data
+worker, ``augment_batch`` to a whole batch on the device.
 """
 
 import math
 import random
 from typing import NamedTuple
 
-import numpy as np
 from PIL.Image import Resampling
 from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment
 
 from utils import InputError
 
 FILL = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)  # for pixels outside the image
+ERASED_AREA = (0.02, 1 / 3)  # share of the image that random erasing covers, over all rectangles; as in timm
+ERASED_RATIO = (0.3, 1 / 0.3)  # height over width of a rectangle; as in timm
+_TRIES = 10  # for a crop or a rectangle that fits; as in timm
 
-# The operations, by their number in arrays of steps. Names of timm that differ only in how a magnitude becomes a value
-# (Posterize, PosterizeIncreasing, ...) are the same operation here.
-OPERATIONS = (
-    "None", "Flip", "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
-    "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY", "GaussianBlur",
-)  # fmt: skip
+
+class Rectangle(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 class Step(NamedTuple):
-    """One operation on one image."""
+    """One operation on one image. timm has several names for some, which differ in how a magnitude becomes a value."""
 
     operation: str
     value: float = 0.0  # degrees, pixels, a factor or a threshold, depending on the operation
     bicubic: bool = True  # how geometric operations sample; False: bilinear
 
 
-NOTHING = Step("None")
-
-
 class Draw(NamedTuple):
-    """The augmentation of one image.
+    """The augmentation of one image, in the order in which it is applied."""
 
-    ``steps`` are the chains of steps, one after the other; shorter chains are padded. ``weights`` is empty if there is
-    only one chain. AugMix has several, each applied separately to the flipped image: ``weights`` then holds the weight
-    of each chain and, last, that of their mixture against the image.
-    """
-
+    crop: Rectangle  # resized to the input size
+    bicubic: bool  # how; False: bilinear
+    flip: bool
+    chains: list[list[Step]]  # AugMix: each applied separately to the flipped image; empty for other policies
+    weights: list[float]  # AugMix: of each chain and, last, of their mixture against the image
     steps: list[Step]
-    weights: list[float] = []
+    erased: list[tuple[Rectangle, int]]  # rectangles, each with the seed of its noise
 
 
-class Policy:
-    """The flip, the policy of ``AUG.AUTO_AUGMENT`` and the colour jitter of a config.
+class Augmentation:
+    """The augmentation of a config's training images.
+
+    Args:
+        config: the run's config.
 
     Attributes:
-        length: number of steps in a draw, the same for every image; the first is the flip.
-        chains: the steps of each of AugMix's chains; empty for other policies.
-        blended: AugMix blends its chains into the image one after the other.
-        first_common: the first step after the flip and AugMix's chains.
+        size: side of the input, in pixels.
+        blended: AugMix blends its chains into the image one after the other, instead of adding them up.
 
     Raises:
         InputError: timm does not have the policy.
     """
 
     def __init__(self, config):
-        aug, self.size = config.AUG, config.DATA.IMG_SIZE
-        self.flip = aug.HFLIP
-        name = "" if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT
-        self.timm = _parse(name, self.size, config.DATA.INTERPOLATION) if name else None
-        self.jitter = aug.COLOR_JITTER if not name or "3a" in name else 0.0  # as timm combines them
-        self.chains, self.blended, self.first_common, depth = [], False, 1, 0
-        if isinstance(self.timm, auto_augment.RandAugment):
-            depth = self.timm.num_layers
-        elif isinstance(self.timm, auto_augment.AutoAugment):
-            depth = max(len(steps) for steps in self.timm.policy)
-        elif isinstance(self.timm, auto_augment.AugMixAugment):
-            deepest = self.timm.depth if self.timm.depth > 0 else 3
-            self.chains = [slice(1 + deepest * i, 1 + deepest * (i + 1)) for i in range(self.timm.width)]
-            self.blended, self.first_common = self.timm.blended, self.chains[-1].stop
-        self.length = self.first_common + depth + 3 * (self.jitter > 0)
+        self.aug, self.size, self.seed = config.AUG, config.DATA.IMG_SIZE, config.SEED
+        self.interpolation = config.DATA.INTERPOLATION
+        name = "" if self.aug.AUTO_AUGMENT == "none" else self.aug.AUTO_AUGMENT
+        self.policy = _parse(name, self.size, self.interpolation) if name else None
+        self.jitter = self.aug.COLOR_JITTER if not name or "3a" in name else 0.0  # as timm combines them
+        self.blended = getattr(self.policy, "blended", False)
 
-    def draw(self, rng: random.Random) -> Draw:
-        """The steps of one image; ``rng`` is its generator."""
-        steps, weights = [Step("Flip") if rng.random() < self.flip else NOTHING], []
-        policy = self.timm
-        if isinstance(policy, auto_augment.RandAugment):
-            steps += [self._step(op, rng) for op in _choose(policy, rng)]
-        elif isinstance(policy, auto_augment.AutoAugment):
-            steps += [self._step(op, rng) for op in rng.choice(policy.policy)]
-        elif isinstance(policy, auto_augment.AugMixAugment):
-            weights = _augmix_weights(policy, rng)
-            for chain in self.chains:
-                depth = policy.depth if policy.depth > 0 else rng.randint(1, 3)
-                steps += [self._step(rng.choice(policy.ops), rng) for _ in range(depth)]
-                steps += [NOTHING] * (chain.stop - len(steps))
+    def draw(self, epoch: int, index: int, width: int, height: int) -> Draw:
+        """The choices for one image of a size in pixels."""
+        rng = image_generator(self.seed, epoch, index)
+        crop = draw_crop(rng, width, height, self.aug.SCALE, self.aug.RATIO)
+        bicubic = rng.random() < 0.5 if self.interpolation == "random" else self.interpolation == "bicubic"
+        flip, chains, weights, steps = rng.random() < self.aug.HFLIP, [], [], []
+        if isinstance(self.policy, auto_augment.RandAugment):
+            steps = [self._step(op, rng) for op in _choose(self.policy, rng)]
+        elif isinstance(self.policy, auto_augment.AutoAugment):
+            steps = [self._step(op, rng) for op in rng.choice(self.policy.policy)]
+        elif isinstance(self.policy, auto_augment.AugMixAugment):
+            weights = _augmix_weights(self.policy, rng)
+            for _ in range(self.policy.width):
+                depth = self.policy.depth if self.policy.depth > 0 else rng.randint(1, 3)
+                chains.append([self._step(rng.choice(self.policy.ops), rng) for _ in range(depth)])
         if self.jitter:
             jitter = [Step(name, rng.uniform(max(0.0, 1 - self.jitter), 1 + self.jitter))
                       for name in ("Brightness", "Contrast", "Color")]  # fmt: skip
             rng.shuffle(jitter)
             steps += jitter
-        return Draw(steps + [NOTHING] * (self.length - len(steps)), weights)
+        erased = draw_erasing(rng, self.size, self.aug.REPROB, self.aug.RECOUNT)
+        return Draw(crop, bicubic, flip, chains, weights, steps, erased)
 
     def _step(self, op: auto_augment.AugmentOp, rng: random.Random) -> Step:
         """One of timm's operations as timm's ``AugmentOp`` draws it."""
         if op.prob < 1 and rng.random() >= op.prob:
-            return NOTHING
+            return Step("None")
         magnitude = op.magnitude
         if op.magnitude_std == math.inf:
             magnitude = rng.uniform(0, magnitude)
@@ -199,10 +195,54 @@ def successive_weights(weights: list[float], mixture: float) -> list[float]:
     return found[::-1]
 
 
-def encode(steps: list[Step]) -> np.ndarray:
-    """Steps as float32 (len(steps), 3): the number of the operation, its value, 1 for bicubic sampling."""
-    rows = [(_NUMBERS[step.operation], step.value, step.bicubic) for step in steps]
-    return np.array(rows, np.float32).reshape(-1, 3)
+def image_generator(seed: int, epoch: int, index: int) -> random.Random:
+    """The generator of one image. Seeding takes microseconds and touches no global state."""
+    return random.Random((seed << 80) | (epoch << 48) | index)  # one number for each triple: epoch < 2^32, index < 2^48
 
 
-_NUMBERS = {name: number for number, name in enumerate(OPERATIONS)}
+def draw_crop(rng: random.Random, width: int, height: int, scale, ratio) -> Rectangle:
+    """A random crop as timm's RandomResizedCrop draws it.
+
+    Args:
+        rng: the image's generator.
+        width, height: of the image, in pixels.
+        scale: smallest and largest area, as a share of the image.
+        ratio: smallest and largest width over height.
+
+    Returns:
+        The crop; if none of ten fits, the largest centred one of an allowed ratio.
+    """
+    for _ in range(_TRIES):
+        area = rng.uniform(*scale) * width * height
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return Rectangle(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    w, h = max(w, 1), max(h, 1)
+    return Rectangle((height - h) // 2, (width - w) // 2, h, w)
+
+
+def draw_erasing(rng: random.Random, size: int, probability: float, most: int) -> list[tuple[Rectangle, int]]:
+    """The rectangles that random erasing fills in a ``size`` x ``size`` image, and a seed for the noise of each.
+
+    Args:
+        rng: the image's generator.
+        size: side of the image, in pixels.
+        probability: that anything is erased.
+        most: largest number of rectangles; together they have the area of one.
+    """
+    if rng.random() >= probability:
+        return []
+    count = rng.randint(1, most)
+    erased = []
+    for _ in range(count):
+        for _ in range(_TRIES):
+            area = rng.uniform(*ERASED_AREA) * size * size / count
+            aspect = math.exp(rng.uniform(math.log(ERASED_RATIO[0]), math.log(ERASED_RATIO[1])))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < h < size and 0 < w < size:
+                place = Rectangle(rng.randint(0, size - h), rng.randint(0, size - w), h, w)
+                erased.append((place, rng.getrandbits(63)))
+                break
+    return erased

@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100: the official binary version, or torchvision's Python version."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,16 +73,21 @@ def download_cifar(name: str, root: Path, mirror: str = "") -> None:
         InputError: an archive exists but is not the published one.
     """
     root, cifar = cifar_folder(root), CIFAR[name]
-    if _binary_folder(name, root) or (root / cifar.python.base_folder).is_dir():
+    folder = _binary_folder(name, root)
+    if folder and all(_md5(folder / file) == MD5[file] for file in cifar.train_files + cifar.val_files):
+        return
+    with contextlib.suppress(RuntimeError):  # some of its files are missing or damaged: unpack it again
+        cifar.python(root)
         return
     for file, md5 in ((_binary_archive(cifar), cifar.binary_md5), (cifar.python.filename, cifar.python.tgz_md5)):
         path = root / file
         if path.is_file():
-            found = _md5(path.read_bytes())
-            if found != md5:
-                raise InputError(f"{path} is damaged: its MD5 is {found}, expected {md5}; download it again")
+            if _md5(path) != md5:
+                raise InputError(f"{path} is damaged: its MD5 is {_md5(path)}, expected {md5}; download it again")
             extract_archive(str(path), str(root))
             return
+    if folder:
+        return  # half of the binary version, without its archive; read_cifar says which file is wrong
     url = f"{mirror.rstrip('/')}/{cifar.python.filename}" if mirror else cifar.python.url
     try:
         download_and_extract_archive(url, str(root), filename=cifar.python.filename, md5=cifar.python.tgz_md5)
@@ -99,8 +105,8 @@ def _binary_archive(cifar: Cifar) -> str:
     return cifar.binary_folder.replace("-batches-bin", "-binary") + ".tar.gz"
 
 
-def _md5(data: bytes) -> str:
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else ""
 
 
 def read_cifar(name: str, root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
@@ -144,12 +150,12 @@ def _read_binary(cifar: Cifar, folder: Path, split: str):
     for file in cifar.train_files if split == "train" else cifar.val_files:
         path = folder / file
         if not path.is_file():
-            raise MissingFileError(f"{path} does not exist; unpack the whole binary version into {folder}")
-        data = path.read_bytes()
-        found = _md5(data)
-        if found != MD5[file]:
-            raise InputError(f"{path} is damaged: its MD5 is {found}, expected {MD5[file]}; download it again")
-        parts.append(np.frombuffer(data, np.uint8).reshape(-1, cifar.label_bytes + 3072))
+            raise MissingFileError(f"{path} does not exist; unpack the binary version into {folder} again, or remove "
+                                   "this folder to have the data set downloaded")  # fmt: skip
+        if _md5(path) != MD5[file]:
+            raise InputError(f"{path} is damaged: its MD5 is {_md5(path)}, expected {MD5[file]}; remove its folder and "
+                             "unpack or download the data set again")  # fmt: skip
+        parts.append(np.fromfile(path, np.uint8).reshape(-1, cifar.label_bytes + 3072))
     records = np.concatenate(parts)
     pixels = records[:, cifar.label_bytes :].reshape(-1, 3, 32, 32)
     images = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))  # (N, C, H, W) -> (N, H, W, C)

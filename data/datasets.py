@@ -1,27 +1,27 @@
-"""The data sets. Each has ``classes`` (names by label) and returns ``(RGB PIL image, label)`` for an index."""
+"""One split of each data set as an ``ImageSet``."""
 
+import contextlib
 import gzip
-from pathlib import Path
+import unicodedata
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from PIL import Image
-from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import InputError
+from utils import InputError, MissingFileError, printable
 
-from .cifar import read_cifar
-from .folders import FolderDataset, class_folders
-from .hub import HubDataset, is_hub_folder
-from .listing import list_images
-from .shards import ShardDataset, find_shards, read_index
+from .cifar import CIFAR, download_cifar, read_cifar
+from .huggingface import HubDataset, is_hub_folder
+from .images import EncodedSet, ImageError, ImageSet, read_file
+from .listing import Names, class_folders, has_images, list_images
+from .shards import ShardDataset, find_shards
 from .zipped import ZipDataset, read_map
 
 DIGITS_FILE = Path(__file__).parent / "digits" / "digits.csv.gz"
 FOLDER_SETS = ("imagenet", "imagefolder", "caltech101")
+SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 
 
-class ArrayDataset(Dataset):
+class ArraySet(ImageSet):
     """Images held in memory.
 
     Args:
@@ -33,66 +33,154 @@ class ArrayDataset(Dataset):
     def __init__(self, images: np.ndarray, labels: list[int], classes: list[str]):
         self.images, self.labels, self.classes = images, labels, classes
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int):
-        return Image.fromarray(self.images[index]), self.labels[index]
-
     def pixels(self, index: int):
-        """An image as uint8 (H, W, 3), and its label."""
         return self.images[index], self.labels[index]
 
+
+class Subset(ImageSet):
+    """Some images of a data set.
+
+    Args:
+        images: the data set.
+        chosen: their indices (N).
+    """
+
+    def __init__(self, images: ImageSet, chosen: np.ndarray):
+        self.images, self.chosen, self.classes = images, chosen, images.classes
+        self.labels = [images.labels[i] for i in chosen]
+        self.names = Names.of(images.names[i] for i in chosen) if len(images.names) else ()
+
+    def pixels(self, index: int):
+        return self.images.pixels(self.chosen[index])
+
     def name(self, index: int) -> str:
-        """Empty: these images have no files."""
-        return ""
+        return self.images.name(self.chosen[index])
 
 
-def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Dataset:
+class FolderDataset(EncodedSet):
+    """The images below the class folders of one folder; labels follow the sorted names of the classes.
+
+    Args:
+        root: the data set's folder, for messages.
+        folder: the folder of the class folders.
+        hint: text to add to the error if it is missing.
+
+    Raises:
+        MissingFileError: a folder is missing or holds no image.
+        InputError: images are outside the class folders, or a link leads back to a folder that contains it.
+    """
+
+    def __init__(self, root: Path, folder: Path, hint: str = ""):
+        self.folder = folder
+        if not folder.is_dir():
+            raise MissingFileError(
+                f"{folder} does not exist; {root} must hold train/ and val/ with class folders, or another form of the "
+                f"data set (see docs/data.md){_likely_cause(root, folder.name)}{hint}"
+            )
+        stray = has_images(folder)
+        if stray:
+            raise InputError(f"{stray} is outside the class folders; move it to {folder}/<its class>/")
+        self.classes = class_folders(folder)
+        if not self.classes:
+            raise MissingFileError(f"{folder} holds no class folders; it must hold one folder of images for each class")
+        self.names, labels = list_images(folder, self.classes)
+        self.labels = labels.tolist()
+        filled = set(self.labels)
+        empty = [name for label, name in enumerate(self.classes) if label not in filled]
+        if empty:
+            raise MissingFileError(
+                f"{folder}: no images in the class folders {_shown(empty)}. Fill these folders or remove them"
+            )
+
+    def read(self, index: int) -> bytes:
+        try:
+            return read_file(self.folder / self.names[index])
+        except MissingFileError as error:  # it existed when the folder was listed
+            raise ImageError(str(error)) from error
+
+    def name(self, index: int) -> str:
+        return printable(str(self.folder / self.names[index]))
+
+
+def _likely_cause(root: Path, split: str) -> str:
+    """A likely reason why a folder does not exist, for its message."""
+    if (root.parent / split).is_dir():
+        return f"; name {root.parent} instead"
+    if any(has_images(root / name) for name in class_folders(root)) or class_folders(split_folder(root, "train")):
+        return "; to evaluate on a part of the training images, add --opts DATA.HOLD_OUT 0.2"
+    drive = PureWindowsPath(root).drive
+    return f"; this is a Windows path, which WSL has under /mnt/{drive[0].lower()}" if drive else ""
+
+
+def prepare_data(config) -> None:
+    """The work to be done once per machine: downloads CIFAR, lists folders, indexes shards. Call it before the loaders.
+
+    Raises:
+        MissingFileError: the download failed; the message says which file to put where.
+        InputError: CIFAR's files are not usable; those of other data sets are checked when they are opened.
+    """
+    if config.DATA.DATASET in CIFAR:
+        download_cifar(config.DATA.DATASET, data_path(config), config.DATA.MIRROR)
+    elif config.DATA.DATASET in FOLDER_SETS and not config.DATA.ZIP_MODE:
+        for split in ("train",) if config.DATA.HOLD_OUT else ("train", "val"):
+            with contextlib.suppress(InputError):
+                _open(config, split)
+
+
+def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> ImageSet:
     """The ``"train"`` or ``"val"`` split of ``DATA.DATASET``, its classes checked.
 
-    ``rank`` and ``world_size`` determine the share of a zipped data set to cache.
+    With ``DATA.HOLD_OUT`` both are parts of the training set. ``rank`` and ``world_size`` determine the share of a
+    zipped data set to cache.
 
     Raises:
         MissingFileError: files are missing; the message says which and what to do.
         InputError: files are damaged, the classes of the two splits differ, or their number is not
             ``MODEL.NUM_CLASSES``.
     """
-    name, num_classes = config.DATA.DATASET, config.MODEL.NUM_CLASSES
-    part, split = split, "train" if config.DATA.HOLD_OUT else split
-    where = DIGITS_FILE.parent if name == "digits" else data_path(config)
-    if config.DATA.ZIP_MODE:
-        if name not in FOLDER_SETS:
-            raise InputError(f"DATA.ZIP_MODE is for {', '.join(FOLDER_SETS)}; DATA.DATASET is {name}")
-        check_zip_classes(where, num_classes)
-        dataset = ZipDataset(where, split, num_classes, config.DATA.CACHE_MODE, rank, world_size)
-    elif name in FOLDER_SETS:
-        hint = f"; run: python split_caltech101.py 101_ObjectCategories {where}" if name == "caltech101" else ""
-        dataset = open_images(where, split, hint)
-    elif name == "digits":
-        dataset = ArrayDataset(*read_digits(split))
-    else:
-        dataset = ArrayDataset(*read_cifar(name, where, split))
-    found = len(dataset.classes)
-    if found != num_classes:
+    images = _open(config, "train" if config.DATA.HOLD_OUT else split, rank, world_size)
+    found = len(images.classes)
+    if found != config.MODEL.NUM_CLASSES:
         raise InputError(
-            f"the data set in {where} has {found} classes but MODEL.NUM_CLASSES is {num_classes}; "
-            f"add --opts MODEL.NUM_CLASSES {found}"
+            f"the data set in {config.DATA.DATA_PATH or DIGITS_FILE.parent} has {found} classes but MODEL.NUM_CLASSES "
+            f"is {config.MODEL.NUM_CLASSES}; add --opts MODEL.NUM_CLASSES {found}"
         )
-    return hold_out(dataset, config.DATA.HOLD_OUT, part) if config.DATA.HOLD_OUT else dataset
+    return hold_out(images, config.DATA.HOLD_OUT, split) if config.DATA.HOLD_OUT else images
 
 
-def hold_out(dataset: Dataset, share: float, part: str) -> ArrayDataset:
-    """The ``"val"`` part of a training set, a fixed random ``share`` of it, or the rest, ``"train"``.
+def _open(config, split: str, rank: int = 0, world_size: int = 1) -> ImageSet:
+    """A whole split."""
+    name = config.DATA.DATASET
+    if config.DATA.ZIP_MODE and name not in FOLDER_SETS:
+        raise InputError(f"DATA.ZIP_MODE is for {', '.join(FOLDER_SETS)}; DATA.DATASET is {name}")
+    if name == "digits":
+        return ArraySet(*read_digits(split))
+    root = data_path(config)
+    if name in CIFAR:
+        return ArraySet(*read_cifar(name, root, split))
+    if config.DATA.ZIP_MODE:
+        check_zip_classes(root, config.MODEL.NUM_CLASSES)
+        return ZipDataset(root, split, config.MODEL.NUM_CLASSES, config.DATA.CACHE_MODE, rank, world_size)
+    hint = f"; run: python split_caltech101.py 101_ObjectCategories {root}" if name == "caltech101" else ""
+    return open_images(root, split, hint, config.DATA.HOLD_OUT > 0)
 
-    Raises:
-        InputError: the data set is not held in memory.
+
+def hold_out(images: ImageSet, share: float, part: str) -> ImageSet:
+    """The ``"val"`` part of a training set, a fixed random ``share`` of each class, or the rest, ``"train"``.
+
+    Which images of a class are held out depends only on their number. Every class of two images or more is in both
+    parts.
     """
-    if not isinstance(dataset, ArrayDataset):
-        raise InputError("DATA.HOLD_OUT is for cifar10, cifar100 and digits; set it to 0 and create a val/ folder")
-    order, cut = np.random.RandomState(0).permutation(len(dataset)), round(share * len(dataset))
-    chosen = np.sort(order[:cut] if part == "val" else order[cut:])
-    return ArrayDataset(dataset.images[chosen], [dataset.labels[i] for i in chosen], dataset.classes)
+    labels = np.array(images.labels)
+    order, ends = np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))
+    is_held = np.zeros(len(labels), bool)
+    for members in np.split(order, ends[:-1]):
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        is_held[np.random.RandomState(0).permutation(members)[: max(count, 0)]] = True
+    chosen = np.flatnonzero(is_held if part == "val" else ~is_held)
+    if isinstance(images, ArraySet):
+        return ArraySet(images.images[chosen], labels[chosen].tolist(), images.classes)
+    return Subset(images, chosen)
 
 
 def data_path(config) -> Path:
@@ -106,31 +194,35 @@ def data_path(config) -> Path:
     return Path(config.DATA.DATA_PATH).expanduser()
 
 
-def open_images(root: Path, split: str, hint: str = "") -> Dataset:
-    """One split of a data set in the form that ``root`` holds: tar shards, Hugging Face's, or class folders.
+def split_folder(root: Path, split: str) -> Path:
+    """The folder of a split: the first of its usual names that exists, else the first one."""
+    names = SPLIT_FOLDERS[split]
+    return root / next((name for name in names if (root / name).is_dir()), names[0])
+
+
+def open_images(root: Path, split: str, hint: str = "", is_held_out: bool = False) -> ImageSet:
+    """One split of a data set in the form that ``root`` holds: class folders, tar shards, or Hugging Face's.
+
+    Class folders come first: the archives from which they were unpacked may lie beside them. If validation images will
+    be held out, the class folders may be in ``root`` itself.
 
     Raises:
-        MissingFileError, InputError: see ``ShardDataset``, ``HubDataset``, ``FolderDataset``; or the two splits have
+        MissingFileError, InputError: see ``FolderDataset``, ``ShardDataset``, ``HubDataset``; or the two splits have
             different classes.
     """
-    if find_shards(root, split):
-        return ShardDataset(root, split)
-    if is_hub_folder(root):
-        return HubDataset(root, split)
-    dataset = FolderDataset(root, split, hint)
-    other = class_folders(root / ("val" if split == "train" else "train"))
-    if other:
-        check_same_classes(*(dataset.classes, other) if split == "train" else (other, dataset.classes), root)
-    return dataset
-
-
-def prepare_listings(root: Path) -> None:
-    """Indexes the shards in ``root``, or lists its class folders, once for all processes."""
-    for split in ("train", "val"):
+    train, val = (split_folder(root, name) for name in ("train", "val"))
+    if not (class_folders(train) or class_folders(val)):
         if find_shards(root, split):
-            read_index(root, split)
-        elif not is_hub_folder(root) and class_folders(root / split):
-            list_images(root / split, class_folders(root / split), IMG_EXTENSIONS)
+            return ShardDataset(root, split)
+        if is_hub_folder(root):
+            return HubDataset(root, split)
+    if is_held_out:
+        return FolderDataset(root, train if train.is_dir() or val.is_dir() or not class_folders(root) else root, hint)
+    images = FolderDataset(root, train if split == "train" else val, hint)
+    other = class_folders(val if split == "train" else train)
+    if other:
+        check_same_classes(*(images.classes, other) if split == "train" else (other, images.classes), root)
+    return images
 
 
 def check_zip_classes(root: Path, num_classes: int) -> None:
@@ -149,13 +241,20 @@ def check_same_classes(train: list[str], val: list[str], where: Path) -> None:
     faults = []
     for split, missing in (("val", set(train) - set(val)), ("train", set(val) - set(train))):
         if missing:
-            shown = sorted(missing)[:10] + ["..."] * (len(missing) > 10)
-            faults.append(f"{len(missing)} missing from {split} ({', '.join(shown)})")
+            faults.append(f"{len(missing)} missing from {split} ({_shown(sorted(missing))})")
     if not faults and train != val:
         label = next(label for label in range(len(train)) if train[label] != val[label])
         faults.append(f"label {label} is {train[label]} in train and {val[label]} in val")
+    composed, others = ({unicodedata.normalize("NFC", name) for name in names} for names in (train, val))
+    if faults and composed == others:
+        faults.append("these names look the same and differ only in their Unicode form, composed (NFC) or decomposed "
+                      "(NFD, as macOS writes); rename the folders of one split")  # fmt: skip
     if faults:
-        raise InputError(f"{where}: train and val have different classes: {'; '.join(faults)}")
+        raise InputError(printable(f"{where}: train and val have different classes: {'; '.join(faults)}"))
+
+
+def _shown(names: list[str]) -> str:
+    return printable(", ".join(names[:10])) + ", ..." * (len(names) > 10)
 
 
 def read_digits(split: str) -> tuple[np.ndarray, list[int], list[str]]:

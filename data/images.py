@@ -1,46 +1,89 @@
-"""Strict decoding of image files to RGB images: a damaged file is an error, never a grey patch."""
+"""Image files to upright RGB pixels. Every image is opened here; a damaged one is an error, never a grey patch."""
 
 import contextlib
+import functools
+import hashlib
 import io
 import os
 import stat
+import struct
+import tempfile
+import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.ExifTags import Base
+from PIL.Image import Transpose
 from torch.utils.data import Dataset
 from torchvision.io import decode_jpeg
 
-from utils import InputError, MissingFileError
+from utils import InputError, MissingFileError, printable
+
+Image.init()
+# Pillow tries 43 formats on a file, whatever its name; one of them starts Ghostscript.
+FORMATS = [name for name in ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "AVIF") if name in Image.OPEN]
+_UPRIGHT = {  # what turns an image of an EXIF orientation upright
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
+_ZEROS = bytes(128)  # no compressed data that a writer made has so many zero bytes in a row
+_stderr = threading.Lock()
 
 
 class ImageError(InputError):
     """An image that cannot be used; the message names its file."""
 
 
-class EncodedImages(Dataset):
-    """Images that are stored encoded, and their labels. A subclass sets ``labels`` and implements reading."""
+class ImageSet(Dataset):
+    """Images with labels. A subclass sets the attributes and implements ``pixels``.
 
+    Attributes:
+        classes: names of the classes, by label.
+        labels: the label of each image.
+        names: the name of each image, relative to the data set; empty if the images have none.
+    """
+
+    classes: list[str]
     labels: list[int]
+    names = ()
 
-    def read(self, index: int) -> bytes:
-        """The stored bytes of an image; raises ImageError if it cannot be read."""
+    def pixels(self, index: int) -> tuple[np.ndarray, int]:
+        """An image as uint8 (H, W, 3), and its label; raises ImageError if it cannot be used."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """The name of an image in messages: its path, or where it is stored."""
-        raise NotImplementedError
+        """Where an image is stored, for messages, without control characters; empty if it has no file."""
+        return ""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return decode_image(self.read(index), self.name(index)), self.labels[index]
+        pixels, label = self.pixels(index)
+        return Image.fromarray(pixels), label
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the names of classes and images and of the labels, in order; not of the images' content."""
+        digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
+        digest.update(np.array(self.labels, np.int64).tobytes())
+        for name in self.names:
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
+        return digest.hexdigest()[:16]
+
+
+class EncodedSet(ImageSet):
+    """Images that are stored encoded. A subclass implements ``read`` and ``name``."""
+
+    def read(self, index: int) -> bytes:
+        """The stored bytes of an image; raises ImageError if it cannot be read."""
+        raise NotImplementedError
 
     def pixels(self, index: int) -> tuple[np.ndarray, int]:
-        """An image as uint8 (H, W, 3), and its label."""
-        return decode_pixels(self.read(index), self.name(index)), self.labels[index]
+        return decode(self.read(index), self.name(index)), self.labels[index]
 
 
 def read_file(path: str | Path) -> bytes:
@@ -53,64 +96,56 @@ def read_file(path: str | Path) -> bytes:
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ImageError(f"{path} is not a regular file")
+                raise ImageError(printable(f"{path} is not a regular file"))
             return file.read()
     except FileNotFoundError:
-        raise MissingFileError(f"{path} does not exist") from None
+        raise MissingFileError(printable(f"{path} does not exist")) from None
     except OSError as error:
-        raise ImageError(f"{path} cannot be read ({error.strerror})") from error
+        raise ImageError(printable(f"{path} cannot be read ({error.strerror})")) from error
 
 
-def load_image(path: str | Path, upright: bool = False) -> Image.Image:
-    """The image file at ``path``, decoded by ``decode_image``.
+def load_image(path: str | Path) -> Image.Image:
+    """The image file at ``path`` as an upright RGB image.
 
     Raises:
         MissingFileError: there is no such file.
         ImageError: it cannot be read, or is not a complete image.
     """
-    return decode_image(read_file(path), str(path), upright)
+    return Image.fromarray(decode(read_file(path), str(path)))
 
 
-def decode_image(data: bytes, name: str, upright: bool = False) -> Image.Image:
-    """The 8-bit RGB image that ``data`` encodes.
+def decode(data: bytes, name: str) -> np.ndarray:
+    """The image that ``data`` encodes as uint8 (H, W, 3), turned upright by its EXIF orientation.
 
     Grayscale, palette and CMYK images are converted, an alpha channel is dropped, 16-bit grayscale is scaled to 8 bits.
+    Of an animation it is the first picture.
 
     Args:
-        data: a whole image file, in any format that Pillow reads.
+        data: a whole image file, in one of ``FORMATS``.
         name: its name in error messages.
-        upright: apply its EXIF orientation. Training and evaluation do not, like torchvision and timm.
 
     Raises:
         ImageError: ``data`` is empty, truncated, damaged or not an image.
     """
+    name = printable(name)
     if not data:
         raise ImageError(f"{name} is empty (0 bytes)")
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a global setting of Pillow that some libraries turn on
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return _to_rgb(ImageOps.exif_transpose(image) if upright else image)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            pixels = None
+            if image.format in ("JPEG", "MPO"):
+                pixels = _decode_jpeg(data)  # the same libjpeg-turbo as Pillow's, faster and strict
+            else:
+                _check_whole(data, image.format)
+            if pixels is None or pixels.shape[2] == 4:  # CMYK, which only Pillow converts
+                pixels = np.asarray(_to_rgb(image))
+            turn = _UPRIGHT.get(_orientation(image))
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image of a known format") from None
     except Exception as error:  # decoders raise a dozen types of errors, which do not name the file
-        raise ImageError(f"{name} cannot be decoded ({type(error).__name__}: {error})") from error
-
-
-def decode_pixels(data: bytes, name: str) -> np.ndarray:
-    """The image that ``data`` encodes as uint8 (H, W, 3): a faster ``decode_image``, for training.
-
-    torchvision decodes colour JPEGs, with the same libjpeg-turbo but without Pillow's copies.
-
-    Raises:
-        ImageError: as ``decode_image``.
-    """
-    with contextlib.suppress(OSError, RuntimeError, ValueError, Image.DecompressionBombError):
-        with Image.open(io.BytesIO(data)) as header:
-            is_plain = header.format == "JPEG" and header.mode == "RGB"
-        if is_plain:
-            planes = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            return planes.permute(1, 2, 0).contiguous().numpy()  # (C, H, W) -> (H, W, C), its layout in memory
-    return np.asarray(decode_image(data, name))  # also reports what is wrong with it
+        raise ImageError(f"{name} cannot be decoded ({type(error).__name__}: {printable(str(error))})") from error
+    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -123,3 +158,65 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((pixels // 257).astype(np.uint8))
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int | None:
+    with contextlib.suppress(Exception):  # EXIF data is damaged more often than images are
+        return image.getexif().get(Base.Orientation)
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray:
+    """A JPEG file as uint8 (H, W, 3), or (H, W, 4) for CMYK; libjpeg's warnings are errors.
+
+    torchvision has libjpeg print them to the standard error: corrupt data, or too much or too little of it.
+    """
+    file = _messages(os.getpid())
+    with _stderr:
+        before = os.dup(2)
+        os.dup2(file, 2)
+        try:
+            planes = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        except RuntimeError as error:
+            raise ValueError(str(error).splitlines()[0].rpartition(": ")[2]) from None
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            message = b""
+            if size := os.fstat(file).st_size:
+                os.lseek(file, 0, os.SEEK_SET)
+                message = os.read(file, size)
+                os.lseek(file, 0, os.SEEK_SET)
+                os.ftruncate(file, 0)
+    if b"JPEG" in message:
+        raise ValueError(message.decode(errors="replace").strip())
+    if message:
+        os.write(2, message)  # of another thread
+    if planes.shape[0] == 1:
+        planes = planes.expand(3, -1, -1)
+    return planes.permute(1, 2, 0).contiguous().numpy()  # (C, H, W) -> (H, W, C), its layout in memory
+
+
+@functools.lru_cache(maxsize=1)
+def _messages(pid: int) -> int:
+    """A file for libjpeg's messages, of this process alone."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _check_whole(data: bytes, kind: str) -> None:
+    """Raises ValueError for damage that Pillow reads past; BMP, PPM and TIFF have nothing that would tell."""
+    if kind == "PNG":
+        position = 8
+        while position + 12 <= len(data):
+            length, name = struct.unpack_from(">I4s", data, position)
+            end = position + 8 + length
+            if data[end : end + 4] != struct.pack(">I", zlib.crc32(data[position + 4 : end])):
+                raise ValueError(f"the checksum of its part {name.decode('latin-1')} is wrong")
+            if name == b"IEND":
+                return
+            position = end + 4
+        raise ValueError("its end is missing")
+    if kind == "WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise ValueError("its end is missing")
+    if kind in ("WEBP", "AVIF", "GIF") and _ZEROS in data:
+        raise ValueError(f"it holds {len(_ZEROS)} zero bytes in a row, as an unfinished download does")

@@ -1,5 +1,9 @@
-"""Compact lists of many files, cached beside the data and checked before they are used again."""
+"""Which files of a folder are images, and compact lists of many files, cached beside the data.
 
+Imports neither PyTorch nor Pillow: ``split_caltech101.py`` uses it.
+"""
+
+import collections
 import contextlib
 import hashlib
 import logging
@@ -13,12 +17,37 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import InputError
+from utils import InputError, printable
 
 logger = logging.getLogger("strip_mlp")
 
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif",
+                    ".avif")  # fmt: skip
+_SYSTEM = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "lost+found", "$recycle.bin", "system volume information")
 WORTH_CACHING = 20_000  # files; listing fewer is fast
 _SETTLED = 3  # seconds; a folder's time stamp may not show two changes within them
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not is_system(name)
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder is hidden or left by a system: ``._cat.jpg``, ``.ipynb_checkpoints``, ``Thumbs.db``."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The sorted names of the folders in ``folder``, without those of systems, or none if it does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(folder) if not is_system(entry.name) and entry.is_dir())
+
+
+def has_images(folder: Path) -> str:
+    """The path of an image in a folder itself, or an empty string."""
+    return next((entry.path for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file()), "")
 
 
 class Names(Sequence):
@@ -53,11 +82,12 @@ class Names(Sequence):
         return self.text[begin : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 
-def list_images(folder: Path, classes: list[str], extensions: tuple[str, ...]) -> tuple[Names, np.ndarray]:
+def list_images(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
     """The images below each class folder, in the order of their names: paths relative to ``folder``, and labels.
 
-    A listing of 20,000 images or more is cached as ``.listing_<folder>.npz`` beside ``folder``, or in the user's cache
-    if that cannot be written, and used again until a folder in it changes.
+    Files that are not images are skipped with a warning that counts them. A listing of 20,000 images or more is cached
+    as ``.listing_<folder>.npz`` beside ``folder``, or in the user's cache if that cannot be written, and used again
+    until a folder in it changes.
 
     Raises:
         InputError: a link leads back to a folder that contains it.
@@ -66,29 +96,41 @@ def list_images(folder: Path, classes: list[str], extensions: tuple[str, ...]) -
     cached = load(place) or {}
     with contextlib.suppress(KeyError, ValueError, TypeError):  # another program's file: list again
         listing, labels = Names(cached["text"], cached["ends"]), cached["labels"]
-        is_sound = labels.dtype == np.int64 and labels.shape == (len(listing),) and cached["text"].all()
+        text = listing.text.tobytes()
+        is_sound = labels.dtype == np.int64 and labels.shape == (len(listing),) and b"\0" not in text
+        is_sound = is_sound and b"../" not in text  # only what is below the folder
         if is_sound and np.isin(labels, range(len(classes))).all() and cached["classes"].tolist() == classes:
             if _unchanged(folder, cached):
+                _warn_of_skipped(folder, str(cached["skipped"]))
                 return listing, labels
-    names, labels, folders = [], [], {"": _time(folder)}
-    with tqdm(desc=f"listing {folder}", unit=" images", delay=2, leave=False, disable=None) as bar:
+    names, labels, folders, skipped = [], [], {"": _time(folder)}, collections.Counter()
+    with tqdm(desc=f"listing {printable(str(folder))}", unit=" images", delay=2, leave=False, disable=None) as bar:
         for label, name in enumerate(classes):
-            for path in _walk(folder, name, folders, ()):
-                if path.lower().endswith(extensions):
-                    names.append(path)
-                    labels.append(label)
-                    bar.update()
-    listing = Names.of(names)
+            for path in _walk(folder, name, folders, skipped, ()):
+                names.append(path)
+                labels.append(label)
+                bar.update()
+    listing, told = Names.of(names), ", ".join(f"{kind} ({count})" for kind, count in skipped.most_common(10))
+    _warn_of_skipped(folder, told)
     if len(names) >= WORTH_CACHING and time.time() - max(folders.values()) / 1e9 > _SETTLED:
         paths = Names.of(folders)
         save(place, {"classes": np.array(classes), "text": listing.text, "ends": listing.ends,
                      "labels": np.array(labels), "folders": paths.text, "folder_ends": paths.ends,
-                     "times": np.array(list(folders.values()))})  # fmt: skip
+                     "times": np.array(list(folders.values())), "skipped": np.array(told)})  # fmt: skip
     return listing, np.array(labels, np.int64)
 
 
-def _walk(root: Path, relative: str, folders: dict[str, int], above: tuple) -> Iterator[str]:
-    """Files below ``root/relative``, sorted; records the folders' times."""
+def _warn_of_skipped(folder: Path, told: str) -> None:
+    if told and (folder, told) not in _warned:
+        _warned.add((folder, told))
+        logger.warning(printable(f"{folder}: skipped files that are not images: {told}"))
+
+
+_warned = set()  # a run opens its folders several times
+
+
+def _walk(root: Path, relative: str, folders: dict[str, int], skipped: collections.Counter, above: tuple) -> Iterator:
+    """Images below ``root/relative``, sorted; records the folders' times and what is skipped, by its kind."""
     status = os.stat(root / relative)
     identity = status.st_dev, status.st_ino
     if identity in above:
@@ -97,18 +139,24 @@ def _walk(root: Path, relative: str, folders: dict[str, int], above: tuple) -> I
     folders[relative] = status.st_mtime_ns
     inner = []
     for entry in sorted(os.scandir(root / relative), key=lambda entry: entry.name):
-        if entry.is_dir():
+        if is_system(entry.name):
+            skipped["hidden and system files"] += 1
+        elif entry.is_dir():
             inner.append(entry.name)
-        else:
+        elif is_image(entry.name):
             yield f"{relative}/{entry.name}"
+        else:
+            skipped[os.path.splitext(entry.name)[1].lower()[:12] or "without extension"] += 1
     for name in inner:
-        yield from _walk(root, f"{relative}/{name}", folders, (*above, identity))
+        yield from _walk(root, f"{relative}/{name}", folders, skipped, (*above, identity))
 
 
 def _unchanged(folder: Path, cached: dict) -> bool:
     folders = Names(cached["folders"], cached["folder_ends"])
     try:
-        return all(_time(folder / path) == time for path, time in zip(folders, cached["times"].tolist(), strict=True))
+        times = cached["times"].tolist()
+        pairs = zip(folders, times, strict=True)
+        return next(iter(folders), None) == "" and all(_time(folder / path) == time for path, time in pairs)
     except OSError:
         return False
 
@@ -123,7 +171,7 @@ def _time(path: Path) -> int:
 def load(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays saved for ``path``, there or in the user's cache; None if they cannot be read."""
     for place in (path, _in_cache(path)):
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with contextlib.suppress(Exception):  # whatever is wrong with the file, it is written anew
             with zipfile.ZipFile(place) as archive:
                 is_stored = all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
             if is_stored:  # uncompressed, as save() writes it; otherwise a small file could fill the memory
@@ -147,5 +195,5 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _in_cache(path: Path) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~"), ".cache")
     return Path(home, "strip_mlp", hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16] + path.name)

@@ -1,26 +1,28 @@
 """WebDataset tar shards, like the Hub's ``timm/imagenet-1k-wds``, read in random order through an index.
 
 A sample is a series of files of the same name: ``n01440764_10026.jpg`` and ``n01440764_10026.cls``, the label as text.
-The index holds the shard and position of each image; it is built once and kept beside the shards as
-``.index_<split>.npz``.
+The index holds the shard and position of each image. It is kept beside the shards as ``.index_<split>.npz``, and built
+again when a shard has changed.
 """
 
 import posixpath
-import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from utils import InputError, MissingFileError
+from utils import InputError, MissingFileError, printable
 
 from . import listing
-from .images import EncodedImages, ImageError
-from .listing import Names
+from .images import EncodedSet, ImageError
+from .listing import IMAGE_EXTENSIONS, Names
 
 MAX_LABEL = 999_999
 SPLITS = {"train": ("*train*.tar",), "val": ("*validation*.tar", "*val*.tar")}
+_BLOCK = 512  # bytes, of which a tar file is made
+_MOST_NAME = 2**16  # bytes of the header of a long name
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
@@ -32,7 +34,7 @@ def find_shards(root: Path, split: str) -> list[Path]:
     return []
 
 
-class ShardDataset(EncodedImages):
+class ShardDataset(EncodedSet):
     """Images of numbered tars with their labels.
 
     Class names are the lines of ``classes.txt`` beside the shards if it exists, else the numbers.
@@ -43,7 +45,7 @@ class ShardDataset(EncodedImages):
 
     Raises:
         MissingFileError: there are no shards.
-        InputError: a shard is damaged or has changed since it was indexed, or a sample has no image or no label.
+        InputError: a shard is damaged, or a sample has no image or no label.
     """
 
     def __init__(self, root: Path, split: str):
@@ -65,7 +67,7 @@ class ShardDataset(EncodedImages):
         return data
 
     def name(self, index: int) -> str:
-        return f"{self.shards[self.shard[index]]}:{self.names[index]}"
+        return printable(f"{self.shards[self.shard[index]]}:{self.names[index]}")
 
 
 def class_names(root: Path, count: int) -> list[str]:
@@ -84,7 +86,7 @@ def class_names(root: Path, count: int) -> list[str]:
 
 
 def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
-    """The index of a split's shards, built if it does not exist.
+    """The index of a split's shards, built if there is none of the shards as they are.
 
     Raises:
         InputError: as ``ShardDataset``.
@@ -93,17 +95,12 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
     names = np.array([path.name for path in shards])
     states = np.array([(path.stat().st_size, path.stat().st_mtime_ns) for path in shards])
     index = listing.load(place)
-    if index is not None and _is_sound(index):
-        if not np.array_equal(index["shards"], names):
-            raise InputError(f"{root} had {len(index['shards'])} shards of {split} when they were indexed, and now has "
-                             f"{len(names)}, not the same ones; if you changed them, remove {place}")  # fmt: skip
-        changed = [str(name) for name in names[(index["states"] != states).any(axis=1)]]
-        if changed:
-            raise InputError(f"{root / changed[0]} has changed since it was indexed; if you changed it, remove {place}")
-        return index
-    parts = [_index_shard(path, number) for number, path in enumerate(tqdm(
-        shards, desc=f"indexing {split} shards", delay=2, leave=False, disable=None))]  # fmt: skip
-    rows = [row for part in parts for row in part]
+    if index is not None and _is_sound(index) and np.array_equal(index["shards"], names):
+        if np.array_equal(index["states"], states):
+            return index
+    rows = [row for number, path in enumerate(tqdm(
+        shards, desc=f"indexing {split} shards", delay=2, leave=False, disable=None))
+        for row in _index_shard(path, number)]  # fmt: skip
     if not rows:
         raise InputError(f"the shards of {split} in {root} hold no samples")
     names_of_images, shard, offset, size, labels = zip(*rows, strict=True)
@@ -132,29 +129,93 @@ def _is_sound(index: dict[str, np.ndarray]) -> bool:
 
 def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]]:
     """Name, shard, offset, size and label of each sample's image."""
-    images, labels, end = {}, {}, 0
+    images, labels = {}, {}
     try:
-        with tarfile.open(path, "r:") as shard:
-            for member in shard:
-                end = member.offset_data + -(-member.size // 512) * 512
-                stem, dot, extension = posixpath.basename(member.name).partition(".")
-                stem = posixpath.join(posixpath.dirname(member.name), stem)
-                if not member.isfile():
+        with open(path, "rb") as file:
+            for name, offset, size in _members(file, path.stat().st_size):
+                if listing.is_system(posixpath.basename(name)):
                     continue
-                if member.issparse():  # it may claim any size
-                    raise InputError(f"{path}:{member.name} is stored as a sparse file, which is not supported")
-                if f".{extension.lower()}" in IMG_EXTENSIONS:
-                    images[stem] = member.name, number, member.offset_data, member.size
+                stem, _, extension = posixpath.basename(name).partition(".")
+                stem = posixpath.join(posixpath.dirname(name), stem)
+                if f".{extension.lower()}" in IMAGE_EXTENSIONS:
+                    images[stem] = name, number, offset, size
                 elif extension == "cls":
-                    text = shard.extractfile(member).read(100).decode("utf-8", "replace").strip()
+                    file.seek(offset)
+                    text = file.read(min(size, 100)).decode("utf-8", "replace").strip()
                     if not text.isdecimal() or len(text) > 20 or int(text) > MAX_LABEL:
-                        raise InputError(f"{path}:{member.name} holds {text!r:.60}, not a class from 0 to {MAX_LABEL}")
+                        raise InputError(printable(f"{path}:{name} holds {text!r:.60}, not a class from 0 to "
+                                                   f"{MAX_LABEL}"))  # fmt: skip
                     labels[stem] = int(text)
-            shard.fileobj.seek(end)
-            if shard.fileobj.read(512) != bytes(512):  # the end of an archive, which tarfile does not check
-                raise tarfile.ReadError("its end is missing")
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:
         raise InputError(f"{path} is not a complete tar file ({error}); download it again") from None
     for stem in images.keys() ^ labels.keys():
-        raise InputError(f"{path}: {stem} has no {'.cls file' if stem in images else 'image'}")
+        raise InputError(printable(f"{path}: {stem} has no {'.cls file' if stem in images else 'image'}"))
     return [(*image, labels[stem]) for stem, image in images.items()]
+
+
+def _members(file: BinaryIO, total: int) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each regular file of a tar of ``total`` bytes; offsets grow with every header.
+
+    Python's tarfile follows negative sizes backwards, without end, and reads a long name of any length.
+
+    Raises:
+        ValueError: it is damaged or incomplete.
+        InputError: it holds a sparse file, whose bytes are not where its size says.
+    """
+    position, long_name, pax = 0, "", {}
+    while True:
+        file.seek(position)
+        header = file.read(_BLOCK)
+        if len(header) < _BLOCK:
+            raise ValueError("its end is missing")
+        if header == bytes(_BLOCK):
+            return
+        kind, size, begin = header[156:157], _number(header[124:136]), position + _BLOCK
+        if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:
+            raise ValueError(f"the checksum of the header at byte {position} is wrong")
+        if kind in b"xgLK":  # about the next file: its pax records, everybody's, its long name, its long link
+            if not 0 <= size <= _MOST_NAME:
+                raise ValueError(f"the name at byte {position} has {size} bytes")
+            data = file.read(size)
+            long_name = _text(data) if kind == b"L" else long_name
+            pax = _records(data) if kind == b"x" else pax
+        else:
+            name, size = pax.get("path") or long_name or _text(header[:100]), int(pax.get("size", size))
+            if header[257:263] == b"ustar\0" and header[345] and not (pax.get("path") or long_name):
+                name = f"{_text(header[345:500])}/{name}"
+            if kind == b"S" or any(key.startswith("GNU.sparse") for key in pax):
+                raise InputError(printable(f"{file.name}:{name} is stored as a sparse file, which is not supported"))
+            if kind in b"123456":  # links, devices and folders have no bytes
+                size = 0
+            if not 0 <= size <= total - begin:
+                raise ValueError(f"{printable(name)} has {size} bytes; {total - begin} are left")
+            if kind in b"07\0" and not name.endswith("/"):
+                yield name, begin, size
+            long_name, pax = "", {}
+        position = begin + -(-size // _BLOCK) * _BLOCK
+
+
+def _number(field: bytes) -> int:
+    """A number of a header, in octal digits or, above 8 GB, in binary."""
+    if field[0] & 0x80:
+        return int.from_bytes(field, "big", signed=True) if field[0] == 0xFF else int.from_bytes(field[1:], "big")
+    return int(field.strip(b"\0 ") or b"0", 8)
+
+
+def _records(data: bytes) -> dict[str, str]:
+    """The records of a pax header, ``length key=value`` and a line break each."""
+    records = {}
+    while data.strip(b"\0"):
+        length, space, _ = data.partition(b" ")
+        if not (space and length.isdigit() and len(length) + 2 < int(length) <= len(data)):
+            raise ValueError("a pax header is damaged")
+        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[_text(key)] = _text(value)
+        data = data[int(length) :]
+    return records
+
+
+def _text(data: bytes) -> str:
+    return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")

@@ -1,8 +1,6 @@
 """The steps of a data worker from an image file to a batch, all in bytes: crop, resize, optionally augment."""
 
-import contextlib
-import multiprocessing
-import queue
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,46 +12,42 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from . import pillow_ops
-from .augment import Policy, encode
-from .draws import Rectangle, draw_crop, draw_erasing, image_generator
-from .images import ImageError
+from . import augment_pillow
+from .augment import Augmentation, Draw, Rectangle
+from .images import ImageError, ImageSet
 
+NO_LABEL = -100  # of a validation image that could not be read; cross entropy ignores it
 MOST_PIXELS = 2**27  # of a resized image before its centre is cropped; 0.5 GB in Pillow
 
 
 class Sample(NamedTuple):
-    """One image, or a batch of them with one more dimension, and the steps that remain for the device."""
+    """One image for a batch."""
 
-    images: torch.Tensor  # uint8 (S, S, 3)
-    targets: torch.Tensor | int
-    steps: torch.Tensor  # float32 (L, 3): the augmentation steps, see augment.encode; L is 0 if they are done
-    weights: torch.Tensor  # float32: of AugMix's chains, see augment.Draw
-    erased: torch.Tensor  # int64 (R, 5): top, left, height, width and seed of each erased rectangle; height 0: none
+    pixels: np.ndarray  # uint8 (S, S, 3)
+    label: int
+    draw: Draw | None = None  # the augmentation that remains for the device
+    errors: list[str] = []  # of images that could not be read, in whose place it is
 
 
-class TrainDraws:
-    """The random part of training images, by seed, epoch and index.
+@dataclass
+class Batch:
+    """The samples of a batch."""
 
-    Args:
-        config: the run's config.
-    """
+    images: torch.Tensor  # uint8 (N, S, S, 3)
+    labels: torch.Tensor  # int64 (N)
+    draws: list[Draw]  # of each image, or empty
+    errors: list[str]
 
-    def __init__(self, config):
-        self.aug, self.size, self.seed = config.AUG, config.DATA.IMG_SIZE, config.SEED
-        self.interpolation = config.DATA.INTERPOLATION
-        self.policy = Policy(config)
+    @classmethod
+    def of(cls, samples: list[Sample]) -> "Batch":
+        images = torch.utils.data.default_collate([torch.from_numpy(sample.pixels) for sample in samples])
+        draws = [sample.draw for sample in samples if sample.draw]
+        errors = [error for sample in samples for error in sample.errors]
+        return cls(images, torch.tensor([sample.label for sample in samples]), draws, errors)
 
-    def draw(self, epoch: int, index: int, width: int, height: int):
-        """An image's crop, whether to resize it bicubically, its ``augment.Draw`` and its erased rectangles (R, 5)."""
-        rng = image_generator(self.seed, epoch, index)
-        crop = draw_crop(rng, width, height, self.aug.SCALE, self.aug.RATIO)
-        bicubic = rng.random() < 0.5 if self.interpolation == "random" else self.interpolation == "bicubic"
-        draw = self.policy.draw(rng)
-        erased = np.zeros((self.aug.RECOUNT, 5), np.int64)
-        for row, (place, seed) in enumerate(draw_erasing(rng, self.size, self.aug.REPROB, self.aug.RECOUNT)):
-            erased[row] = *place, seed
-        return crop, bicubic, draw, erased
+    def pin_memory(self) -> "Batch":
+        """With page-locked tensors, so that copies to a GPU do not wait; PyTorch's loader calls it."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.draws, self.errors)
 
 
 class TrainSet(Dataset):
@@ -63,55 +57,70 @@ class TrainSet(Dataset):
     resumed in the middle of an epoch sees the images that the uninterrupted run would have seen.
 
     Args:
-        images: ``pixels(index)`` returns uint8 (H, W, 3) and the label, or raises ImageError or OSError.
-        draws: of the augmentation.
-        on_device: leave the augmentation's steps to the device.
-        skip_bad: whether to replace an image that cannot be read with the next one and report it in ``bad_images``,
-            instead of raising an error.
+        images: the data set.
+        augmentation: of the images.
+        on_device: leave the augmentation, but for the crop, to the device.
+        skip_bad: whether to replace an image that cannot be read with the next one instead of raising an error.
     """
 
-    def __init__(self, images, draws: TrainDraws, on_device: bool = False, skip_bad: bool = False):
-        self.images, self.draws, self.on_device = images, draws, on_device
-        self.classes = images.classes
-        self._bad = None
-        if skip_bad:
-            self._bad = multiprocessing.Queue()  # from the workers to the training process
+    def __init__(self, images: ImageSet, augmentation: Augmentation, on_device: bool = False, skip_bad: bool = False):
+        self.images, self.augmentation = images, augmentation
+        self.on_device, self.skip_bad = on_device, skip_bad
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        pixels, label = self._read(index)
+        pixels, label, errors = self._read(index)
         height, width = pixels.shape[:2]
-        crop, bicubic, draw, erased = self.draws.draw(epoch, index, width, height)
-        pixels = resized_crop(pixels, crop, self.draws.size, bicubic)
-        steps, weights = draw.steps, draw.weights
+        draw = self.augmentation.draw(epoch, index, width, height)
+        pixels = resized_crop(pixels, draw.crop, self.augmentation.size, draw.bicubic)
         if not self.on_device:
-            image = pillow_ops.augment(Image.fromarray(pixels), self.draws.policy, draw)
-            pixels, steps, weights = np.array(image), [], []
-        arrays = pixels, encode(steps), np.array(weights, np.float32), erased
-        pixels, *rest = (torch.from_numpy(array) for array in arrays)
-        return Sample(pixels, label, *rest)
+            image = augment_pillow.augment(Image.fromarray(pixels), draw, self.augmentation.blended)
+            pixels, draw = np.array(image), draw._replace(flip=False, chains=[], weights=[], steps=[])
+        return Sample(pixels, label, draw, errors)
 
     def _read(self, index: int):
+        errors = []
         for step in range(len(self)):
             try:
-                return self.images.pixels((index + step) % len(self))
+                return *self.images.pixels((index + step) % len(self)), errors
             except (ImageError, OSError) as error:
-                if self._bad is None:
-                    raise
-                self._bad.cancel_join_thread()  # a worker can end before its messages are read
-                self._bad.put(str(error))
+                if not self.skip_bad:
+                    raise _with_advice(error) from None
+                errors.append(str(error))
         raise ImageError("no image of the training set can be read")
 
-    def bad_images(self) -> list[str]:
-        """The errors of the images replaced since the last call, each a message that names the file."""
-        messages = []
-        with contextlib.suppress(queue.Empty):
-            while self._bad is not None:
-                messages.append(self._bad.get_nowait())
-        return messages
+
+class EvalSet(Dataset):
+    """``index`` to a ``Sample``, prepared like ``build_transform`` but not normalised.
+
+    With ``DATA.SKIP_BAD_IMAGES`` an image that cannot be used is black and has the label ``NO_LABEL``.
+    """
+
+    def __init__(self, images: ImageSet, config):
+        self.images, self.fit = images, _fit(config)
+        self.skip_bad, self.size = config.DATA.SKIP_BAD_IMAGES, config.DATA.IMG_SIZE
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            image, label = self.images[index]
+            try:
+                return Sample(np.array(self.fit(image)), label)
+            except ImageError as error:
+                raise ImageError(f"{self.images.name(index)}: {error}") from None
+        except (ImageError, OSError) as error:
+            if not self.skip_bad:
+                raise _with_advice(error) from None
+            return Sample(np.zeros((self.size, self.size, 3), np.uint8), NO_LABEL, None, [str(error)])
+
+
+def _with_advice(error: Exception) -> ImageError:
+    return ImageError(f"{error}; remove or replace it, or skip such images with --opts DATA.SKIP_BAD_IMAGES True")
 
 
 def resized_crop(pixels: np.ndarray, crop: Rectangle, size: int, bicubic: bool) -> np.ndarray:
@@ -127,26 +136,6 @@ def resized_crop(pixels: np.ndarray, crop: Rectangle, size: int, bicubic: bool) 
     mode = "bicubic" if bicubic else "bilinear"
     planes = F.interpolate(part, (size, size), mode=mode, antialias=True)[0]
     return np.stack(planes.numpy(), axis=-1)  # (C, H, W) -> (H, W, C), three times as fast as with torch
-
-
-class EvalSet(Dataset):
-    """``index`` to a ``Sample``, prepared like ``build_transform`` but not normalised."""
-
-    def __init__(self, images, config):
-        self.images, self.fit = images, _fit(config)
-        self.classes = images.classes
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Sample:
-        image, label = self.images[index]
-        none = torch.zeros(0, 3), torch.zeros(0), torch.zeros(0, 5, dtype=torch.int64)
-        try:
-            pixels = np.array(self.fit(image))
-        except ImageError as error:
-            raise ImageError(f"{self.images.name(index)}: {error}") from None
-        return Sample(torch.from_numpy(pixels), label, *none)
 
 
 def build_transform(config):

@@ -4,18 +4,19 @@ import functools
 import os
 import posixpath
 import zipfile
-import zlib
 from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import InputError, MissingFileError
+from utils import InputError, MissingFileError, printable
 
-from .images import EncodedImages, ImageError
+from .images import EncodedSet, ImageError
 from .samplers import eval_order
 
+MOST_BYTES = 2**30  # of an unpacked image; a small archive could fill the memory
 
-class ZipDataset(EncodedImages):
+
+class ZipDataset(EncodedSet):
     """Images of ``<split>.zip`` with the labels of ``<split>_map.txt``; safe in forked and spawned workers.
 
     Args:
@@ -34,11 +35,11 @@ class ZipDataset(EncodedImages):
     def __init__(self, root, split: str, num_classes: int, cache: str = "no", rank: int = 0, world_size: int = 1):
         self.archive = Path(root) / f"{split}.zip"
         map_file = Path(root) / f"{split}_map.txt"
-        self.members, self.labels, self.classes = read_map(map_file, num_classes)
+        self.names, self.labels, self.classes = read_map(map_file, num_classes)
         stored = set(_open_archive(self.archive, os.getpid()).namelist())
-        for line, member in enumerate(self.members, start=1):
+        for line, member in enumerate(self.names, start=1):
             if member not in stored:
-                raise InputError(f"{map_file}:{line}: {member} is not in {self.archive}")
+                raise InputError(printable(f"{map_file}:{line}: {member} is not in {self.archive}"))
         cached = {
             "no": range(0),
             "part": eval_order(len(self), rank, world_size),
@@ -51,13 +52,17 @@ class ZipDataset(EncodedImages):
         return self._cache[index] if index in self._cache else self._read(index)
 
     def name(self, index: int) -> str:
-        return f"{self.archive}:{self.members[index]}"
+        return printable(f"{self.archive}:{self.names[index]}")
 
     def _read(self, index: int) -> bytes:
+        archive = _open_archive(self.archive, os.getpid())
         try:
-            return _open_archive(self.archive, os.getpid()).read(self.members[index])
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise ImageError(f"{self.name(index)} cannot be read from the archive ({error})") from error
+            size = archive.getinfo(self.names[index]).file_size
+            if size > MOST_BYTES:
+                raise ValueError(f"it has {size} bytes; the limit is {MOST_BYTES}")
+            return archive.read(self.names[index])
+        except Exception as error:  # its decompressors raise a dozen types of errors
+            raise ImageError(f"{self.name(index)} cannot be read from the archive ({printable(str(error))})") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -67,7 +72,7 @@ def _open_archive(path: Path, pid: int) -> zipfile.ZipFile:
         raise MissingFileError(f"{path} does not exist; DATA.ZIP_MODE needs it beside its map file")
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # damaged names, dates and sizes have an error of their own each
         raise InputError(f"{path} is not a complete zip archive ({error}); create or copy it again") from None
 
 
@@ -95,8 +100,8 @@ def read_map(path: Path, num_classes: int) -> tuple[list[str], list[int], list[s
         first = lines.setdefault(member, line)
         if first != line:
             raise InputError(
-                f"{path}:{line}: {member} has label {int(label)} here and label {labels[first - 1]} in line {first}; "
-                "keep one of the two lines"
+                f"{path}:{line}: {printable(member)} has label {int(label)} here and label {labels[first - 1]} in line "
+                f"{first}; keep one of the two lines"
             )
         members.append(member)
         labels.append(int(label))

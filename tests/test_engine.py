@@ -336,7 +336,7 @@ def test_evaluate_with_fewer_than_five_classes():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
 
     class Loader(list):
-        dataset = range(5)
+        dataset, bad_images = range(5), list
 
     loader = Loader([(torch.randn(5, 4, 1, 1), torch.tensor([0, 1, 2, 0, 1]))])
     assert evaluate(model, loader, Precision("fp32", CPU))["acc5"] == 100.0
@@ -344,7 +344,7 @@ def test_evaluate_with_fewer_than_five_classes():
 
 def test_evaluate_refuses_to_lose_an_image():
     class Loader(list):
-        dataset = range(6)
+        dataset, bad_images = range(6), list
 
     loader = Loader([(torch.randn(5, 4, 1, 1), torch.zeros(5, dtype=torch.int64))])
     with pytest.raises(RuntimeError, match="5 images were evaluated, but the validation set has 6"):

@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data.datasets import check_same_classes, open_images
-from data.images import decode_image
+from data.images import decode
 from data.zipped import ZipDataset
 from utils import InputError, one_line_errors, printable
 
@@ -120,7 +120,7 @@ def _read(dataset, short_side: int, index: int) -> Stored:
             file = io.BytesIO()
             image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
             data = file.getvalue()
-    decode_image(data, dataset.name(index))  # raises InputError, with the image's name, for one that is damaged
+    decode(data, dataset.name(index))  # raises InputError, with the image's name, for one that is damaged
     with Image.open(io.BytesIO(data)) as image:
         extension = {"JPEG": "jpg", "TIFF": "tif"}.get(image.format, image.format.lower())
     stem = Path(dataset.name(index).rpartition(":")[2]).stem.partition(".")[0]

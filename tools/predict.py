@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         batch = []
         for path in paths[first : first + args.batch_size]:
             try:
-                picture = load_image(path, upright=True)
+                picture = load_image(path)
                 batch.append((path, picture, transform(picture)))
             except (ImageError, OSError) as error:
                 bad += 1

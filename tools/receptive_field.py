@@ -106,7 +106,7 @@ def validation_images(config, count: int) -> torch.Tensor:
     """``count`` images of the validation set, evenly spread over it, or all if there are fewer: (N, 3, S, S)."""
     dataset, transform = build_val_loader(config).dataset, build_transform(config)
     indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
-    return torch.stack([transform(dataset.images[index][0]) for index in indices.tolist()])
+    return torch.stack([transform(dataset[index][0]) for index in indices.tolist()])
 
 
 @one_line_errors

@@ -70,7 +70,7 @@ def test_validation_needs_no_training_files(tmp_path, monkeypatch):
     for file in CIFAR["cifar10"].train_files:
         (folder / file).unlink()
     assert len(read_cifar("cifar10", tmp_path, "val")[0]) == 6
-    with pytest.raises(FileNotFoundError, match=r"data_batch_1\.bin does not exist; unpack the whole binary version"):
+    with pytest.raises(FileNotFoundError, match=r"data_batch_1\.bin does not exist; unpack the binary version"):
         read_cifar("cifar10", tmp_path, "train")
 
 

@@ -26,7 +26,7 @@ def settle(folder):
 
 
 def found(folder, classes=("cat", "dog")):
-    names, labels = list_images(folder, list(classes), (".jpg", ".png"))
+    names, labels = list_images(folder, list(classes))
     return list(names), labels.tolist()
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from PIL.Image import Resampling
 
-from data.draws import draw_crop
+from data.augment import draw_crop
 from data.resize import resize_crops
 
 

@@ -10,9 +10,9 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from config import load_config
-from data.draws import Rectangle
-from data.images import ImageError
-from data.transforms import EvalSet, TrainDraws, TrainSet, build_transform, resized_crop
+from data.augment import Augmentation, Rectangle
+from data.images import ImageError, ImageSet
+from data.transforms import EvalSet, TrainSet, build_transform, resized_crop
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -59,8 +59,8 @@ def test_every_image_size_gives_the_input_size(shape, size):
     options = config("DATA.IMG_SIZE", size)
     found = build_transform(options)(noise(*shape))
     assert found.shape == (3, size, size) and found.isfinite().all()
-    pixels = TrainSet(Images(noise(*shape)), TrainDraws(options))[0, 0].images
-    assert pixels.shape == (size, size, 3) and pixels.dtype == torch.uint8
+    pixels = TrainSet(Images(noise(*shape)), Augmentation(options))[0, 0].pixels
+    assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
 
 
 def test_evaluation_is_torchvisions_on_pil_images():
@@ -72,7 +72,7 @@ def test_evaluation_is_torchvisions_on_pil_images():
     for shape in ((500, 375), (333, 500), (100, 90)):
         image = noise(*shape)
         assert torch.equal(build_transform(config())(image), plain(image))
-        pixels = EvalSet(Images(image), config())[0].images.numpy()
+        pixels = EvalSet(Images(image), config())[0].pixels
         np.testing.assert_array_equal(pixels, unnormalised(plain(image)))
 
 
@@ -106,46 +106,39 @@ def test_without_augmentation_training_shows_the_image_itself():
         "AUG.SCALE", "[1, 1]", "AUG.RATIO", "[1, 1]", "AUG.HFLIP", 0, "AUG.AUTO_AUGMENT", "none",
         "AUG.COLOR_JITTER", 0, "AUG.REPROB", 0, "DATA.IMG_SIZE", 32,
     )  # fmt: skip
-    sample = TrainSet(Images(noise(32, 32)), TrainDraws(options))[0, 0]
-    np.testing.assert_array_equal(sample.images, np.asarray(noise(32, 32)))
-    assert not sample.erased.any()
+    sample = TrainSet(Images(noise(32, 32)), Augmentation(options))[0, 0]
+    np.testing.assert_array_equal(sample.pixels, np.asarray(noise(32, 32)))
+    assert not sample.draw.erased
 
 
 def test_draws_follow_the_config():
     options = config("AUG.SCALE", "[0.5, 0.6]", "AUG.RATIO", "[0.9, 1.1]", "AUG.REPROB", 1.0, "AUG.RECOUNT", 3,
                      "DATA.INTERPOLATION", "random", "AUG.AUTO_AUGMENT", "none")  # fmt: skip
-    draws = [TrainDraws(options).draw(0, index, 100, 100) for index in range(200)]
-    crops = np.array([crop for crop, *_ in draws])
+    draws = [Augmentation(options).draw(0, index, 100, 100) for index in range(200)]
+    crops = np.array([draw.crop for draw in draws])
     areas, ratios = crops[:, 2] * crops[:, 3] / 1e4, crops[:, 3] / crops[:, 2]
     assert 0.48 < areas.min() < 0.51 and 0.59 < areas.max() < 0.62
     assert 0.88 < ratios.min() < 0.92 and 1.08 < ratios.max() < 1.13
-    assert 0.4 < np.mean([bicubic for _, bicubic, _, _ in draws]) < 0.6
-    counts = [np.count_nonzero(erased[:, 2]) for *_, erased in draws]
-    assert set(counts) == {1, 2, 3} and draws[0][3].shape == (3, 5)
-    assert all(bicubic for _, bicubic, _, _ in (TrainDraws(config()).draw(0, index, 9, 9) for index in range(9)))
+    assert 0.4 < np.mean([draw.bicubic for draw in draws]) < 0.6
+    assert {len(draw.erased) for draw in draws} == {1, 2, 3}
+    assert all(Augmentation(config()).draw(0, index, 9, 9).bicubic for index in range(9))
 
 
 def test_randaugment_works_at_the_ends_of_its_range():
     for policy in ("rand-m10-inc1", "rand-m0", "original-mstd0.5"):
         for on_device in (False, True):
-            dataset = TrainSet(Images(noise(16, 16)), TrainDraws(config("AUG.AUTO_AUGMENT", policy)), on_device)
+            dataset = TrainSet(Images(noise(16, 16)), Augmentation(config("AUG.AUTO_AUGMENT", policy)), on_device)
             for epoch in range(40):
-                assert dataset[epoch, 0].images.shape == (224, 224, 3)
+                assert dataset[epoch, 0].pixels.shape == (224, 224, 3)
 
 
-class Images:
+class Images(ImageSet):
     """A data set of copies of one image."""
 
-    classes = ["a", "b"]
+    classes, labels = ["a", "b"], [0, 1]
 
     def __init__(self, image):
         self.image = image
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return self.image, index
 
     def pixels(self, index):
         return np.asarray(self.image), index
@@ -157,15 +150,15 @@ class Images:
 @pytest.mark.parametrize("on_device", [False, True])
 def test_train_set_augments_by_seed_epoch_and_index(on_device):
     def dataset(seed):
-        return TrainSet(Images(noise(20, 20)), TrainDraws(config("DATA.IMG_SIZE", 16, "SEED", seed)), on_device)
+        return TrainSet(Images(noise(20, 20)), Augmentation(config("DATA.IMG_SIZE", 16, "SEED", seed)), on_device)
 
     def same(first, second):
-        return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(first, second, strict=True))
+        return np.array_equal(first.pixels, second.pixels) and first[1:] == second[1:]
 
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     found = dataset(4)[3, 1]
-    assert len(dataset(4)) == 2 and dataset(4).classes == ["a", "b"] and found.targets == 1
+    assert len(dataset(4)) == 2 and found.label == 1
     assert same(found, dataset(4)[3, 1])
     others = [dataset(4)[4, 1], dataset(4)[3, 0], dataset(5)[3, 1]]
-    assert not any(torch.equal(found.images, other.images) for other in others)
+    assert not any(np.array_equal(found.pixels, other.pixels) for other in others)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states

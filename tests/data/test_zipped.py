@@ -50,7 +50,7 @@ def test_the_cache_holds_what_it_says(cache, held, tmp_path, monkeypatch):
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda _, member: read.append(member) or png(0))
     for index in range(10):
         dataset[index]
-    assert read == [member for index, member in enumerate(dataset.members) if index not in held]
+    assert read == [member for index, member in enumerate(dataset.names) if index not in held]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores

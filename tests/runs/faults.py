@@ -18,7 +18,7 @@ from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 import distributed
 import engine
 import main
-from data import build
+from data import loader
 
 FAULTS = {}
 
@@ -137,14 +137,14 @@ def hang_at_batch(batch, seconds):
 @fault
 def slow_start_of_workers(seconds):
     """Data workers that take long to get ready, and say so on the terminal."""
-    get_ready = build._end_with_the_parent
+    get_ready = loader._end_with_the_parent
 
     def patched(worker):
         print("hangs", flush=True)
         time.sleep(int(seconds))
         get_ready(worker)
 
-    build._end_with_the_parent = patched
+    loader._end_with_the_parent = patched
 
 
 @fault

@@ -47,8 +47,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
 from config import load_config
+from data.augment import Augmentation
 from data.datasets import open_images
-from data.transforms import TrainDraws, TrainSet
+from data.transforms import Batch, TrainSet
 from tools.convert_dataset import convert
 
 BATCH = 32
@@ -68,8 +69,8 @@ def write_pictures(root: Path, count: int, width: int = 500, height: int = 375) 
 def pipelines_of(root: Path) -> dict:
     """Each pipeline by name: a function from a turn and a list of indices to a collated batch."""
     config = load_config(opts=["DATA.DATASET", "imagefolder", "DATA.DATA_PATH", str(root)])
-    images, draws = open_images(root, "train"), TrainDraws(config)
-    ours = {name: TrainSet(images, draws, on_device) for name, on_device in (("worker", False), ("device", True))}
+    images, augmentation = open_images(root, "train"), Augmentation(config)
+    ours = {name: TrainSet(images, augmentation, on_device=name == "device") for name in ("worker", "device")}
     # timm's posterize of no bits, which RandAugment draws, fails with Pillow 13.
     operations, posterize = auto_augment.NAME_TO_OP, auto_augment.posterize
     operations["PosterizeIncreasing"] = lambda image, bits, **_: posterize(image, max(bits, 1))
@@ -83,8 +84,8 @@ def pipelines_of(root: Path) -> dict:
         v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), v2.RandomErasing(0.25),
     ]))
     return {
-        "ours, augmented in the worker": lambda turn, part: default_collate([ours["worker"][turn, i] for i in part]),
-        "ours, augmented on the device": lambda turn, part: default_collate([ours["device"][turn, i] for i in part]),
+        "ours, augmented in the worker": lambda turn, part: [Batch.of([ours["worker"][turn, i] for i in part]).images],
+        "ours, augmented on the device": lambda turn, part: [Batch.of([ours["device"][turn, i] for i in part]).images],
         "timm's loader": lambda turn, part: fast_collate([timm[i] for i in part]),
         "torchvision v2": lambda turn, part: default_collate([torchvision[i] for i in part]),
     }

@@ -3,64 +3,66 @@
 Every operation takes the images, one value for each of them (N) and whether to sample bicubically, and returns new
 images. Each agrees with Pillow's result for the same image: photometric ones within 1 level, geometric ones within 1
 level except for pixels at the border of the image's outside, where rounding may differ.
+
+Nothing here waits for the device: what the draws hold is on the CPU, and is copied without waiting.
 """
+
+import functools
 
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from .augment import FILL, OPERATIONS, Policy
+from .augment import FILL, Draw, Step
 
 
-def augment(images: torch.Tensor, policy: Policy, steps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The images after the steps of their draws.
-
-    Args:
-        images: uint8 (N, 3, H, W), on any device; may be overwritten.
-        policy: the policy that drew the steps.
-        steps: float32 (N, policy.length, 3) on the CPU, as ``augment.encode`` returns them.
-        weights: float32 (N, chains + 1) on the CPU, or (N, 0) if the policy has no chains.
-    """
-    images = run(images, steps[:, :1])  # the flip
-    if policy.chains:
-        images = _mix_chains(images, policy, steps, weights.to(images.device, non_blocking=True))
-    return run(images, steps[:, policy.first_common :])
-
-
-def _mix_chains(images: torch.Tensor, policy: Policy, steps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """AugMix: the images mixed with the results of several chains of steps."""
-    chains = [run(images.clone(), steps[:, part]) for part in policy.chains]
-    *weights, mixture = weights.unbind(1)
-    if policy.blended:
-        mixed = images
-        for chain, weight in zip(chains, weights, strict=True):
-            mixed = _blend(mixed, chain, weight)
-        return mixed
-    total = sum(_per_image(weight) * chain.float() for weight, chain in zip(weights, chains, strict=True))
-    return _blend(images, total.clamp(0, 255).byte(), mixture)
-
-
-def run(images: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """The images after all steps in turn; images that drew the same operation are processed together.
+def augment(images: torch.Tensor, draws: list[Draw], blended: bool) -> torch.Tensor:
+    """The images after the flips and the steps of their draws.
 
     Args:
-        images: uint8 (N, 3, H, W), on any device; overwritten.
-        steps: float32 (N, L, 3) on the CPU.
+        images: uint8 (N, 3, H, W), on any device.
+        draws: of each image.
+        blended: ``Augmentation.blended``.
     """
-    kinds = (2 * steps[:, :, 0] + steps[:, :, 2]).int()  # images of one kind share operation and sampling
-    order = kinds.argsort(dim=0, stable=True)
-    kinds = kinds.gather(0, order)
-    values = steps[:, :, 1].gather(0, order).to(images.device, non_blocking=True)
-    order = order.to(images.device, non_blocking=True)  # two copies to the device for the whole batch
-    for column in range(steps.shape[1]):
-        begin = 0
-        found, counts = kinds[:, column].unique_consecutive(return_counts=True)
-        for kind, count in zip(found.tolist(), counts.tolist(), strict=True):
-            part, begin = slice(begin, begin + count), begin + count
-            name = OPERATIONS[kind // 2]
-            if name != "None":
-                index = order[part, column]
-                images[index] = _RUN[name](images[index], values[part, column], kind % 2 == 1)
+    flips = _copied(torch.tensor([draw.flip for draw in draws]), images)
+    images = torch.where(_per_image(flips), images.flip(3), images)
+    if draws[0].chains:  # AugMix
+        chains = (run(images, [draw.chains[i] for draw in draws]) for i in range(len(draws[0].chains)))
+        *weights, mixture = _copied(torch.tensor([draw.weights for draw in draws]), images).unbind(1)
+        if blended:
+            for weight, chain in zip(weights, list(chains), strict=True):
+                images = _blend(images, chain, weight)
+        else:
+            total = sum(_per_image(weight) * chain.float() for weight, chain in zip(weights, chains, strict=True))
+            images = _blend(images, total.clamp(0, 255).byte(), mixture)
+    return run(images, [draw.steps for draw in draws])
+
+
+def run(images: torch.Tensor, steps: list[list[Step]]) -> torch.Tensor:
+    """The images after all of their steps in turn; images that drew the same operation are processed together.
+
+    Args:
+        images: uint8 (N, 3, H, W), on any device.
+        steps: of each image, (N, any number).
+    """
+    depth = max(map(len, steps), default=0)
+    padded = [[*row, *[Step("None")] * (depth - len(row))] for row in steps]
+    columns = []  # of each step: its operation, whether bicubic, and the images and values of those that drew it
+    for column in zip(*padded, strict=True):
+        groups = {}
+        for index, step in enumerate(column):
+            groups.setdefault((step.operation, step.bicubic), []).append((index, step.value))
+        columns += [(kind, *zip(*rows, strict=True)) for kind, rows in groups.items() if kind[0] != "None"]
+    indices = _copied(torch.tensor([index for _, chosen, _ in columns for index in chosen], dtype=torch.int64), images)
+    values = _copied(torch.tensor([value for *_, row in columns for value in row], dtype=torch.float32), images)
+    images, begin = images.clone(), 0
+    for (name, bicubic), chosen, _ in columns:
+        part, begin = slice(begin, begin + len(chosen)), begin + len(chosen)
+        images[indices[part]] = _OPERATIONS[name](images[indices[part]], values[part], bicubic)
     return images
+
+
+def _copied(tensor: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    return tensor.to(images.device, non_blocking=True)
 
 
 # ---- photometric ---------------------------------------------------------------------------------
@@ -140,10 +142,6 @@ def _gaussian_blur(images, radius, bicubic):
 # ---- geometric -----------------------------------------------------------------------------------
 
 
-def _flip(images, value, bicubic):
-    return images.flip(3)
-
-
 def _shear_x(images, factor, bicubic):
     height, width = images.shape[2:]
     rows = torch.arange(height, device=images.device) + 0.5
@@ -203,12 +201,16 @@ def _interpolate(taps: list[torch.Tensor], d: torch.Tensor) -> torch.Tensor:
 
 
 def _fill_outside(values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    fill = torch.tensor(FILL, dtype=values.dtype, device=values.device).view(1, 3, 1, 1)
-    return torch.where(inside[:, None], values, fill).clamp_(0, 255).byte()
+    return torch.where(inside[:, None], values, _fill(values.device)).clamp_(0, 255).byte()
 
 
-_RUN = {
-    "Flip": _flip,
+@functools.cache
+def _fill(device: torch.device) -> torch.Tensor:
+    """``FILL`` on a device; copying it there waits until the device has done everything before."""
+    return torch.tensor(FILL, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+
+
+_OPERATIONS = {
     "AutoContrast": lambda images, value, bicubic: F.autocontrast_image(images),
     "Equalize": lambda images, value, bicubic: F.equalize_image(images),
     "Invert": lambda images, value, bicubic: F.invert_image(images),

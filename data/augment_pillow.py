@@ -1,4 +1,4 @@
-"""Applies the steps of an augmentation to one image in a data worker, with timm's operations on PIL images.
+"""Applies the augmentation of one image in a data worker, with timm's operations on PIL images.
 
 Shears and translations have their own code here, in less than half of the time: they only shift each row (or column).
 """
@@ -8,29 +8,23 @@ from PIL import Image
 from PIL.Image import Resampling
 from timm.data import auto_augment
 
-from .augment import FILL, Draw, Policy, Step
+from .augment import FILL, Draw, Step
 
 
-def augment(image: Image.Image, policy: Policy, draw: Draw) -> Image.Image:
-    """The RGB image after the steps of its draw."""
-    image = run(image, draw.steps[:1])  # the flip
-    if policy.chains:
-        image = _mix_chains(image, policy, draw)
-    return run(image, draw.steps[policy.first_common :])
-
-
-def _mix_chains(image: Image.Image, policy: Policy, draw: Draw) -> Image.Image:
-    """AugMix: the image mixed with the results of several chains of steps."""
-    chains = [run(image, draw.steps[part]) for part in policy.chains]
-    *weights, mixture = draw.weights
-    if policy.blended:
-        mixed = image
-        for chain, weight in zip(chains, weights, strict=True):
-            mixed = Image.blend(mixed, chain, weight)
-        return mixed
-    parts = (np.float32(weight) * np.asarray(chain, np.float32) for weight, chain in zip(weights, chains, strict=True))
-    total = sum(parts)
-    return Image.blend(image, Image.fromarray(total.clip(0, 255).astype(np.uint8)), mixture)
+def augment(image: Image.Image, draw: Draw, blended: bool) -> Image.Image:
+    """The RGB image after the flip and the steps of its draw; ``blended`` is ``Augmentation.blended``."""
+    if draw.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if draw.chains:  # AugMix
+        *weights, mixture = draw.weights
+        chains = list(zip(weights, [run(image, chain) for chain in draw.chains], strict=True))
+        if blended:
+            for weight, chain in chains:
+                image = Image.blend(image, chain, weight)
+        else:
+            total = sum(np.float32(weight) * np.asarray(chain, np.float32) for weight, chain in chains)
+            image = Image.blend(image, Image.fromarray(total.clip(0, 255).astype(np.uint8)), mixture)
+    return run(image, draw.steps)
 
 
 def run(image: Image.Image, steps: list[Step]) -> Image.Image:
@@ -38,12 +32,8 @@ def run(image: Image.Image, steps: list[Step]) -> Image.Image:
     for step in steps:
         if step.operation != "None":
             sampling = Resampling.BICUBIC if step.bicubic else Resampling.BILINEAR
-            image = _PILLOW[step.operation](image, step.value, fillcolor=FILL, resample=sampling)
+            image = _OPERATIONS[step.operation](image, step.value, fillcolor=FILL, resample=sampling)
     return image
-
-
-def _flip(image: Image.Image, _, **settings) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def _posterize(image: Image.Image, bits: float, **settings) -> Image.Image:
@@ -94,8 +84,7 @@ def _shift_rows(image: Image.Image, shift: np.ndarray, bicubic: bool) -> Image.I
     return Image.frombytes("RGB", image.size, moved.tobytes(), "raw", "RGBX")
 
 
-_PILLOW = {
-    "Flip": _flip,
+_OPERATIONS = {
     "AutoContrast": _without_value(auto_augment.auto_contrast),
     "Equalize": _without_value(auto_augment.equalize),
     "Invert": _without_value(auto_augment.invert),

@@ -18,12 +18,14 @@ from data import (
     build_val_loader,
     cifar,
     prepare_data,
-    resident,
     shared_memory_needed,
 )
-from data.build import check_shared_memory
+from data import (
+    loader as loaders,
+)
+from data.batches import ResidentLoader
 from data.images import ImageError
-from data.resident import ResidentEvalLoader, ResidentTrainLoader
+from data.loader import check_shared_memory
 from data.samplers import TrainBatchSampler
 from utils import InputError
 
@@ -79,7 +81,7 @@ def some_passes(loader):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_batches_do_not_depend_on_the_workers(workers, augmented_on, reference, monkeypatch):
     if augmented_on == "device" and workers:  # crops by workers, the rest on the device
-        monkeypatch.setattr(resident, "fits", lambda *_: False)
+        monkeypatch.setattr(loaders, "is_resident", lambda *_: False)
         single = build_train_loader(config("DATA.AUGMENT_ON", "device"))
         reference = some_passes(single)
     loader = build_train_loader(config("DATA.NUM_WORKERS", workers, "DATA.AUGMENT_ON", augmented_on))
@@ -117,7 +119,7 @@ def test_validation_counts_each_image_once(workers, world_size):
             assert len(batches) == len(loader) == -(-len(range(rank, 360, world_size)) // 50)
             assert torch.equal(torch.cat([batch for batch, _ in batches]), images[rank::world_size])
             labels = torch.cat([labels for _, labels in batches])
-            assert labels.tolist() == whole.dataset.images.labels[rank::world_size]
+            assert labels.tolist() == whole.dataset.labels[rank::world_size]
     assert global_states() == before
 
 
@@ -177,10 +179,10 @@ def test_too_little_shared_memory_is_an_error(small_folder, monkeypatch):
 
 def test_small_images_live_on_the_device():
     train, val = (make(config("DATA.AUGMENT_ON", "device")) for make in (build_train_loader, build_val_loader))
-    assert isinstance(train.loader, ResidentTrainLoader) and isinstance(val.loader, ResidentEvalLoader)
+    assert isinstance(train.loader, ResidentLoader) and isinstance(val.loader, ResidentLoader)
     assert train.dataset.classes == val.dataset.classes == list("0123456789") and len(val) == 3
     smaller = build_train_loader(config("DATA.AUGMENT_ON", "device", "DATA.IMG_SIZE", 4))
-    assert not isinstance(smaller.loader, ResidentTrainLoader)  # Pillow shrinks in an order of its own
+    assert not isinstance(smaller.loader, ResidentLoader)  # Pillow shrinks in an order of its own
 
 
 @pytest.mark.parametrize("crop", [True, False])
@@ -259,7 +261,7 @@ def test_zip_training_and_validation(cache, tmp_path):
         assert len(loader) == 2 and len(set(numbers)) == 8
         if cache == "part":
             assert set(numbers) <= set(range(rank, 20, 2))
-            assert set(loader.dataset.images._cache) == set(range(rank, 20, 2))
+            assert set(loader.dataset._cache) == set(range(rank, 20, 2))
         seen += numbers
         shard = image_numbers(list(build_val_loader(zip_config(tmp_path, cache), rank, 2)))
         assert shard == list(range(rank, 20, 2))

@@ -9,8 +9,9 @@ from torchvision.transforms import functional as F
 
 from config import load_config
 from data import build_train_loader, build_val_loader
-from data.device import DeviceBatches, copied_ahead
-from data.transforms import Sample
+from data.augment import Augmentation, Draw, Rectangle
+from data.batches import DeviceBatches, copied_ahead
+from data.transforms import Batch
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -19,14 +20,16 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 class Loader(list):
     """A list of batches with what DeviceBatches asks a loader for."""
 
-    dataset = batch_sampler = None
+    batch_sampler = None
 
 
-def sample(images: np.ndarray, erased=None) -> Sample:
-    count = len(images)
-    erased = torch.zeros(count, 0, 5, dtype=torch.int64) if erased is None else torch.tensor(erased)
-    targets = torch.arange(count)
-    return Sample(torch.from_numpy(images), targets, torch.zeros(count, 0, 3), torch.zeros(count, 0), erased)
+def batch(images: np.ndarray, erased=None) -> Batch:
+    draws = [Draw(Rectangle(0, 0, 1, 1), True, False, [], [], [], rectangles) for rectangles in erased or []]
+    return Batch(torch.from_numpy(images), torch.arange(len(images)), draws, [])
+
+
+def batches(found, mode="pixel", mixup=None) -> DeviceBatches:
+    return DeviceBatches(Loader(found), None, CPU, Augmentation(load_config(opts=["AUG.REMODE", mode])), mixup)
 
 
 def noise(count=4, size=16) -> np.ndarray:
@@ -34,7 +37,7 @@ def noise(count=4, size=16) -> np.ndarray:
 
 
 def test_normalised_as_by_torchvision_to_the_bit():
-    images, targets = next(iter(DeviceBatches(Loader([sample(noise())]), CPU)))
+    images, targets = next(iter(batches([batch(noise())])))
     expected = torch.stack([F.normalize(F.to_tensor(image), MEAN, STD) for image in noise()])
     assert torch.equal(images, expected) and targets.tolist() == [0, 1, 2, 3]
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -43,13 +46,8 @@ def test_normalised_as_by_torchvision_to_the_bit():
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
 def test_erasing_fills_the_rectangles(mode):
     """With timm's kinds of fill, each a function of its own seed, and nothing else is touched."""
-    erased = np.zeros((3, 2, 5), np.int64)
-    erased[0, 0] = 2, 3, 10, 12, 7
-    erased[2] = [(0, 0, 9, 9, 7), (12, 12, 4, 3, 2**62)]
-    plain, found, again = (
-        DeviceBatches(Loader([sample(noise(3), rows)]), CPU, erase_mode=mode).finish(sample(noise(3), rows))[0]
-        for rows in (np.zeros_like(erased), erased, erased)
-    )
+    erased = [[(Rectangle(2, 3, 10, 12), 7)], [], [(Rectangle(0, 0, 9, 9), 7), (Rectangle(12, 12, 4, 3), 2**62)]]
+    plain, found, again = (batches([], mode).finish(batch(noise(3), rows))[0] for rows in (None, erased, erased))
     assert torch.equal(found, again)
     changed = (found != plain).any(dim=1)
     inside = torch.zeros(3, 16, 16, dtype=torch.bool)
@@ -66,8 +64,8 @@ def test_erasing_fills_the_rectangles(mode):
 
 
 def test_the_noise_is_distributed_as_timms():
-    erased = np.array([[[0, 0, 60, 60, 5]]])
-    found = DeviceBatches(Loader(), CPU).finish(sample(noise(1, 64), erased))[0][0, :, :60, :60].flatten()
+    erased = [[(Rectangle(0, 0, 60, 60), 5)]]
+    found = batches([]).finish(batch(noise(1, 64), erased))[0][0, :, :60, :60].flatten()
     torch.manual_seed(0)
     timm = torch.zeros(3, 64, 64)
     RandomErasing(1.0, min_area=0.6, max_area=0.7, mode="pixel", device="cpu")(timm)
@@ -77,17 +75,17 @@ def test_the_noise_is_distributed_as_timms():
 
 def test_mixing_draws_when_a_batch_is_handed_over():
     """Not when it is read ahead: what a checkpoint saves of NumPy's generator is then where the next batch goes on."""
-    batches = DeviceBatches(Loader([sample(noise()), sample(noise())]), CPU, mixup=Mixup(0.8, 1.0, num_classes=10))
+    mixup = Mixup(0.8, 1.0, num_classes=10)
     np.random.seed(3)
-    first = next(iter(batches))
+    first = next(iter(batches([batch(noise()), batch(noise())], mixup=mixup)))
     state = np.random.get_state()
-    whole = iter(batches)
+    whole = iter(batches([batch(noise()), batch(noise())], mixup=mixup))
     np.random.seed(3)
     assert torch.equal(next(whole)[0], first[0])
     assert np.random.get_state()[2] == state[2]
     second = next(whole)
     np.random.set_state(state)
-    resumed = DeviceBatches(Loader(batches.loader[1:]), CPU, mixup=batches.mixup)
+    resumed = batches([batch(noise())], mixup=mixup)
     assert all(torch.equal(a, b) for a, b in zip(next(iter(resumed)), second, strict=True))
     assert second[1].shape == (4, 10)
 
@@ -99,17 +97,16 @@ def test_an_augmented_batch_is_bytes_until_the_device(augment_on):
     for build in (build_train_loader, build_val_loader):
         batch = next(iter(build(config).loader))
         assert batch.images.shape == (128, 16, 16, 3) and batch.images.dtype == torch.uint8
-        assert batch.images.is_contiguous() and batch.targets.dtype == torch.int64
+        assert batch.images.is_contiguous() and batch.labels.dtype == torch.int64
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_copies_run_ahead_and_give_the_same_batches():
-    batches = [sample(np.random.default_rng(i).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)) for i in range(6)]
-    pinned = [batch._replace(images=batch.images.pin_memory(), targets=batch.targets.pin_memory()) for batch in batches]
+    ready = [batch(np.random.default_rng(i).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)) for i in range(6)]
     read = []
-    source = (read.append(number) or batch for number, batch in enumerate(pinned))
-    for number, batch in enumerate(copied_ahead(source, torch.device("cuda"))):
+    source = (read.append(number) or item.pin_memory() for number, item in enumerate(ready))
+    for number, item in enumerate(copied_ahead(source, torch.device("cuda"))):
         assert read == list(range(min(number + 2, 6)))  # the next one is under way
-        assert torch.equal(batch.images.cpu(), batches[number].images)
+        assert torch.equal(item.images.cpu(), ready[number].images)
         torch.cuda._sleep(10**7)

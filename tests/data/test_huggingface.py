@@ -9,7 +9,7 @@ from PIL import Image
 
 from config import load_config
 from data.datasets import build_dataset
-from data.hub import HubDataset
+from data.huggingface import HubDataset
 
 datasets = pytest.importorskip("datasets")
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
@@ -59,9 +59,9 @@ def test_images_at_random(form, tmp_path):
 
 def test_faults(tmp_path):
     datasets.DatasetDict({"train": table(2, lambda i: -1)}).save_to_disk(str(tmp_path / "a"))
-    with pytest.raises(ValueError, match="the train split has images without a label"):
+    with pytest.raises(ValueError, match=r"train\[0\] has the label -1, which is none of the 2 classes"):
         HubDataset(tmp_path / "a", "train")
-    with pytest.raises(FileNotFoundError, match="has no split validation or val or test; it has train"):
+    with pytest.raises(FileNotFoundError, match="has no split validation or val or valid or test; it has train"):
         HubDataset(tmp_path / "a", "val")
     other = datasets.Dataset.from_dict({"picture": [1], "label": [0]})
     datasets.DatasetDict({"train": other}).save_to_disk(str(tmp_path / "b"))

@@ -11,12 +11,11 @@ from torch.utils.data import DataLoader
 
 from utils import InputError
 
-from . import resident
-from .cifar import CIFAR, download_cifar
-from .datasets import FOLDER_SETS, build_dataset, data_path, prepare_listings
-from .device import DeviceBatches
+from .augment import Augmentation
+from .batches import DeviceBatches, ResidentLoader, is_resident
+from .datasets import build_dataset, prepare_data  # noqa: F401
 from .samplers import TrainBatchSampler, eval_order
-from .transforms import EvalSet, TrainDraws, TrainSet
+from .transforms import Batch, EvalSet, TrainSet
 
 _PREFETCH = 2  # batches that each worker prepares ahead
 
@@ -27,30 +26,17 @@ _NAMES = ["SIGINT", "SIGUSR1", "SIGTERM"] if _KNOWS_SENDER else ["SIGINT", "SIGU
 _SIGNALS = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}
 
 
-def prepare_data(config) -> None:
-    """The work to be done once per machine: downloads CIFAR, lists folders, indexes shards. Call it before the loaders.
-
-    Raises:
-        MissingFileError: the download failed; the message says which file to put where.
-        InputError: a data set's files are not usable.
-    """
-    if config.DATA.DATASET in CIFAR:
-        download_cifar(config.DATA.DATASET, data_path(config), config.DATA.MIRROR)
-    elif config.DATA.DATASET in FOLDER_SETS and not config.DATA.ZIP_MODE:
-        prepare_listings(data_path(config))
-
-
 def build_train_loader(config, rank: int = 0, world_size: int = 1, device="cpu") -> DeviceBatches:
     """Augmented and mixed batches of one process on its device: float32 (N, 3, S, S) and targets, N = ``BATCH_SIZE``.
 
     ``loader.batch_sampler`` is a ``TrainBatchSampler``: call its ``set_epoch`` before each epoch. ``len(loader)`` is
-    the number of batches of a whole epoch, ``loader.dataset.classes`` the list of class names.
+    the number of batches of a whole epoch, ``loader.dataset`` an ``ImageSet`` with the names of the classes.
 
     Raises:
         MissingFileError, InputError: the data set or the config is not usable (see ``datasets.build_dataset``).
     """
     _check_channels(config)
-    device, on_device = torch.device(device), augment_on(config, device) == "device"
+    device = torch.device(device)
     images = build_dataset(config, "train", rank, world_size)
     sampler = TrainBatchSampler(
         len(images),
@@ -60,32 +46,34 @@ def build_train_loader(config, rank: int = 0, world_size: int = 1, device="cpu")
         world_size,
         sharded=config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part",
     )
-    draws = TrainDraws(config)
-    if on_device and resident.fits(images, config):
-        loader = resident.ResidentTrainLoader(images, draws, sampler, device)
+    augmentation, on_device = Augmentation(config), augment_on(config, device) == "device"
+    if on_device and is_resident(images, config):
+        loader = ResidentLoader(images, sampler, config, device, augmentation)
     else:
-        dataset = TrainSet(images, draws, on_device, config.DATA.SKIP_BAD_IMAGES)
+        dataset = TrainSet(images, augmentation, on_device, config.DATA.SKIP_BAD_IMAGES)
         loader = _Loader(dataset, batch_sampler=sampler, **_loading(config, device))
-    return DeviceBatches(loader, device, draws.policy if on_device else None, config.AUG.REMODE, build_mixup(config))
+    return DeviceBatches(loader, images, device, augmentation, build_mixup(config))
 
 
 def build_val_loader(config, rank: int = 0, world_size: int = 1, device="cpu") -> DeviceBatches:
     """Batches of one process's share of the validation images, shaped as those of ``build_train_loader``.
 
     Over all ranks each image occurs exactly once: no padding, the last batch may be short, a rank may get no image.
+    The target of an image that could not be read is ``transforms.NO_LABEL``.
 
     Raises:
         MissingFileError, InputError: as ``build_train_loader``; the training images need not exist.
     """
     _check_channels(config)
-    device = torch.device(device)
+    device, size = torch.device(device), config.DATA.BATCH_SIZE
     images = build_dataset(config, "val", rank, world_size)
     order = eval_order(len(images), rank, world_size)
-    if augment_on(config, device) == "device" and resident.fits(images, config) and device.type != "mps":
-        loader = resident.ResidentEvalLoader(images, config, order, device)
+    batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
+    if augment_on(config, device) == "device" and is_resident(images, config) and device.type != "mps":
+        loader = ResidentLoader(images, batches, config, device)
     else:
-        loader = _Loader(EvalSet(images, config), config.DATA.BATCH_SIZE, sampler=order, **_loading(config, device))
-    return DeviceBatches(loader, device)
+        loader = _Loader(EvalSet(images, config), batch_sampler=batches, **_loading(config, device))
+    return DeviceBatches(loader, images, device)
 
 
 def augment_on(config, device) -> str:
@@ -158,6 +146,7 @@ def _loading(config, device: torch.device) -> dict:
     check_shared_memory(config)
     workers = config.DATA.NUM_WORKERS
     return {
+        "collate_fn": Batch.of,
         "num_workers": workers,
         "prefetch_factor": _PREFETCH if workers else None,
         "persistent_workers": workers > 0,

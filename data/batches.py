@@ -1,0 +1,168 @@
+"""From batches of bytes to batches for the network, on the device: copy, augment, normalise, erase, mix."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+
+from . import augment_batch
+from .augment import Augmentation, Rectangle
+from .datasets import ArraySet
+from .images import ImageSet
+from .resize import resize_crops
+from .transforms import Batch, eval_size
+
+
+class DeviceBatches:
+    """Batches for the network: normalised float32 (N, 3, S, S), channels last, and targets, on the device.
+
+    Batches arrive as bytes, a quarter of the size of floats. On CUDA the next batch is copied on a separate stream
+    while the network processes the current one.
+
+    Args:
+        loader: yields a ``Batch`` in CPU memory or on the device.
+        images: the data set.
+        device: the device of the batches.
+        augmentation: of the batches, or None.
+        mixup: timm's Mixup, which turns targets into soft ones, or None. Its draws come from NumPy's global generator
+            when a batch is returned, not when it is copied, so that a resumed run continues with the same ones.
+
+    Attributes:
+        dataset: ``images``.
+        batch_sampler: the loader's.
+    """
+
+    def __init__(self, loader, images: ImageSet, device: torch.device, augmentation: Augmentation | None = None,
+                 mixup: Mixup | None = None):  # fmt: skip
+        self.loader, self.dataset, self.batch_sampler, self.device = loader, images, loader.batch_sampler, device
+        self.augmentation, self.mixup = augmentation, mixup
+        self._errors = []
+        self._generator = torch.Generator(device)  # of the noise in erased rectangles
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1)
+                     for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))  # fmt: skip
+        self._mean, self._std = mean, std
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in copied_ahead(self.loader, self.device):
+            self._errors += batch.errors
+            yield self.finish(batch)
+
+    def bad_images(self) -> list[str]:
+        """The errors of the images skipped since the last call, each a message that names the file."""
+        errors, self._errors = self._errors, []
+        return errors
+
+    def finish(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and targets of a batch whose images are on the device."""
+        images = batch.images.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W), channels last
+        if any(draw.flip or draw.chains or draw.steps for draw in batch.draws):
+            images = augment_batch.augment(images, batch.draws, self.augmentation.blended)
+        images = images.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(self._mean).div_(self._std)
+        for image, draw in zip(images, batch.draws, strict=False):
+            for place, seed in draw.erased:
+                self._erase(image, place, seed)
+        targets = batch.labels
+        return self.mixup(images, targets) if self.mixup else (images, targets)
+
+    def _erase(self, image: torch.Tensor, place: Rectangle, seed: int) -> None:
+        """Fills a rectangle; its noise depends only on its seed."""
+        top, left, height, width = place
+        part, mode = image[:, top : top + height, left : left + width], self.augmentation.aug.REMODE
+        if mode == "const":
+            part.zero_()
+            return
+        shape = (3, height, width) if mode == "pixel" else (3, 1, 1)
+        self._generator.manual_seed(seed)
+        part.copy_(torch.randn(shape, generator=self._generator, device=image.device))
+
+
+def copied_ahead(batches, device: torch.device) -> Iterator[Batch]:
+    """Batches with images and labels on the device. On CUDA the next one is copied before a batch is returned."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield replace(batch, images=batch.images.to(device), labels=batch.labels.to(device))
+        return
+    stream = _copy_stream(device)
+
+    def copy(batch: Batch | None) -> Batch | None:
+        if batch is None:
+            return None
+        with torch.cuda.stream(stream):
+            return replace(batch, images=batch.images.to(device, non_blocking=True),
+                           labels=batch.labels.to(device, non_blocking=True))  # fmt: skip
+
+    batches = iter(batches)
+    following = copy(next(batches, None))
+    while following is not None:
+        batch = following
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        for tensor in (batch.images, batch.labels):
+            tensor.record_stream(current)  # its memory was allocated for the other stream
+        following = copy(next(batches, None))
+        yield batch
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> "torch.cuda.Stream":
+    """One for the process: the allocator keeps memory for every stream that there was."""
+    return torch.cuda.Stream(device)
+
+
+class ResidentLoader:
+    """Batches of a small data set that is kept on the device as bytes, and cropped and resized there, without workers.
+
+    Args:
+        images: the data set.
+        batch_sampler: yields the batches as lists of ``(epoch, index)``, or of ``index`` without an augmentation.
+        config: the run's config.
+        device: the device of the images.
+        augmentation: whose crops to make; None: those of an evaluation.
+    """
+
+    def __init__(self, images: ArraySet, batch_sampler, config, device: torch.device,
+                 augmentation: Augmentation | None = None):  # fmt: skip
+        self.batch_sampler, self.augmentation = batch_sampler, augmentation
+        self.pixels, self.labels = torch.from_numpy(images.images).to(device), torch.tensor(images.labels).to(device)
+        self.size, self.window = config.DATA.IMG_SIZE, None
+        self.bicubic = config.DATA.INTERPOLATION != "bilinear"
+        if config.TEST.CROP and not augmentation:
+            self.size = eval_size(config)
+            first = round((self.size - config.DATA.IMG_SIZE) / 2)
+            self.window = first, first + config.DATA.IMG_SIZE
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        height, width = self.pixels.shape[1:3]
+        for keys in self.batch_sampler:
+            draws, indices = [], list(keys)
+            crops, bicubic = [(0, 0, height, width)] * len(indices), [self.bicubic] * len(indices)
+            if self.augmentation:
+                draws = [self.augmentation.draw(*key, width, height) for key in keys]
+                indices, crops = [index for _, index in keys], [draw.crop for draw in draws]
+                bicubic = [draw.bicubic for draw in draws]
+            indices, crops, kinds = (self._copied(values) for values in (indices, crops, bicubic))
+            pixels, images = self.pixels[indices], None
+            for kind in set(bicubic):  # both with INTERPOLATION random
+                found = resize_crops(pixels, crops, self.size, self.window, kind)
+                images = found if images is None else torch.where((kinds == kind).view(-1, 1, 1, 1), found, images)
+            yield Batch(images, self.labels[indices], draws, [])
+
+    def _copied(self, values: list) -> torch.Tensor:
+        return torch.from_numpy(np.array(values)).to(self.pixels.device, non_blocking=True)
+
+
+def is_resident(images: ImageSet, config) -> bool:
+    """Whether a data set can be kept on the device: it is in memory, and its images are no larger than the input size.
+
+    Only for those does the resizing on the device equal Pillow's bit for bit.
+    """
+    return isinstance(images, ArraySet) and max(images.images.shape[1:3]) <= config.DATA.IMG_SIZE
