@@ -229,21 +229,12 @@ class MetricsWriter:
 
 def _read_records(path: Path) -> list[tuple[str, float]]:
     """The lines of a run's metrics and the epochs done at each; other lines are skipped with a warning."""
-    records, odd = [], []
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            figures = record["step"], record["epoch"], record["epochs"]
-            if not isinstance(record["kind"], str) or not all(type(figure) in (int, float) for figure in figures):
-                raise TypeError
-            records.append((line.decode(), record["epochs"]))
-        except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill, or not written by a run
-            odd.append(number)
+    parsed = plots.parse_metrics(path)
+    odd = [number for number, (_, record) in enumerate(parsed, start=1) if record is None]
     if odd:
         logger.warning("%s: skipped %d lines that are not records of a run, the first of them line %d", path, len(odd),
                        odd[0])
-    return records
+    return [(line, record["epochs"]) for line, record in parsed if record]
 
 
 # ---- the description of a run ----------------------------------------------------------------------

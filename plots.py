@@ -1,22 +1,28 @@
-"""Figures of runs: loss, accuracy and learning rate from ``metrics.jsonl``.
+"""What a run wrote to ``metrics.jsonl``, and figures: curves of runs, contact sheets of images.
 
-Everything is drawn on a separate matplotlib ``Figure``: no window, no global state.
+Figures are drawn on separate matplotlib ``Figure`` objects: no window.
 """
 
 import io
 import itertools
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # a notebook's value for its kernel would fail in a process of its own
+
+import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from utils import InputError, MissingFileError
+from utils import InputError, MissingFileError, printable
+
+matplotlib.rcParams["text.parse_math"] = False  # names may hold dollar signs
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # also for colour-blind readers
 # What is drawn: panel, kind of record, its key, line style.
@@ -28,11 +34,37 @@ _LINES = (
     (1, "eval_ema", "acc1", {"linewidth": 1.4, "linestyle": "--"}),
     (2, "train", "lr", {"linewidth": 1.4}),
 )
+_NEEDED = {"train": ("loss", "lr"), "eval": ("loss", "acc1"), "eval_ema": ("loss", "acc1")}
 _KINDS = {"train": "training", "eval": "validation", "eval_ema": "validation, averaged weights"}
 
 
+# ---- the records of a run ------------------------------------------------------------------------
+
+def parse_metrics(path: Path) -> list[tuple[str, dict | None]]:
+    """Each line of a ``metrics.jsonl`` with its record, or None if it holds none, as after a kill in the middle of it.
+
+    A record has its ``kind``, the ``step`` (updates), the ``epoch``, the ``epochs`` done at that point, with fractions,
+    and figures, which are None where they were not finite.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
+    return [(line, _parse_record(line)) for line in lines]
+
+
+def _parse_record(line: str) -> dict | None:
+    try:
+        record = json.loads(line)
+        needed = _NEEDED.get(record["kind"], ())
+        figures = [record[name] for name in ("step", "epoch", "epochs")]
+        figures += [record[name] for name in needed if record[name] is not None]
+        is_valid = isinstance(record["kind"], str) and all(
+            type(figure) in (int, float) and 0 <= float(figure) < math.inf for figure in figures)
+        return record if is_valid else None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records of a run, in the order in which they were written; each has the ``epochs`` done at that point.
+    """The records of a run, in the order in which they were written, as ``parse_metrics`` describes them.
 
     An incomplete last line, of a run that is still writing or was killed, is skipped.
 
@@ -50,32 +82,16 @@ def read_metrics(path: str | Path) -> list[dict]:
         raise InputError(f"{path} is a checkpoint; name the run's folder, {path.parent}")
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; name a run's folder, e.g. output/<MODEL.NAME>/<TAG>")
-    records = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(_record(json.loads(line)))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if number == len(lines) and not line.endswith("\n"):
-                break
+    parsed = parse_metrics(path)
+    if parsed and not parsed[-1][0].endswith("\n"):
+        parsed = parsed[:-1]
+    for number, (line, record) in enumerate(parsed, start=1):
+        if record is None:
             raise InputError(f"{path} is damaged: line {number} is not a record of a run: {line.strip()[:60]!r}; "
-                             "delete the line to read the others") from None
-    if not records:
+                             "delete the line to read the others")
+    if not parsed:
         raise InputError(f"{path} holds no records yet; a run writes the first one after PRINT_FREQ updates")
-    if "epochs" not in records[0]:  # an older version's run, whose batch size never changed
-        pace = next((r["step"] / (r["epoch"] + 1) for r in records if r["kind"] == "eval"), math.inf)
-        for record in records:
-            record["epochs"] = record["step"] / pace if pace < math.inf else record["epoch"]
-    return records
-
-
-def _record(record: dict) -> dict:
-    """The record, if it has a run's entries; else raises ValueError, KeyError or TypeError."""
-    needed = {"train": ("loss", "lr"), "eval": ("loss", "acc1"), "eval_ema": ("loss", "acc1")}[record["kind"]]
-    figures = [record["step"], record["epoch"], *(record[name] for name in needed if record[name] is not None)]
-    if not all(isinstance(figure, (int, float)) and figure >= 0 for figure in figures):
-        raise ValueError
-    return record
+    return [record for _, record in parsed]
 
 
 def select(records: list[dict], kind: str, figure: str) -> tuple[np.ndarray, np.ndarray]:
@@ -97,10 +113,12 @@ def run_names(paths: list[str | Path]) -> list[str]:
     """A name for each run's folder: its tag, with as many parent folders as are needed to tell the runs apart."""
     folders = [path.parent if path.name == "metrics.jsonl" else path for path in (Path(p).resolve() for p in paths)]
     for length in itertools.count(1):
-        names = ["/".join(folder.parts[-length:]) for folder in folders]
+        names = [printable("/".join(folder.parts[-length:])) for folder in folders]
         if len(set(names)) == len(set(folders)):
             return names
 
+
+# ---- figures -------------------------------------------------------------------------------------
 
 def draw_curves(runs: dict[str, list[dict]], groups: dict[str, str] | None = None):
     """Loss, top-1 accuracy and learning rate of runs over their epochs.
@@ -173,6 +191,56 @@ def save_figure(figure, path: str | Path) -> None:
         else:
             figure.savefig(path, format=kind)
     except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror or error}); choose another --output") from error
+        raise InputError(f"cannot write {path} ({error.strerror or error}); choose another file") from error
     except ValueError as error:
         raise InputError(f"cannot write {path}: {error}") from error
+
+
+# ---- contact sheets ------------------------------------------------------------------------------
+
+_SIDE, _GAP, _LINE = 160, 10, 18  # pixels: side of an image, space between cells, height of a line of text
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """The whole image, as large as fits into a cell; small ones show their pixels."""
+    is_small = max(picture.size) < _SIDE
+    return ImageOps.contain(picture, (_SIDE, _SIDE), Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS)
+
+
+def draw_sheet(cells: list[tuple[str, Image.Image, list[tuple[str, float]]]]) -> Image.Image:
+    """A grid of ``(title, thumbnail, [(class name, probability), ...])``, probabilities as bars behind the names."""
+    columns = min(math.ceil(math.sqrt(len(cells))), 10)
+    lines = 1 + max(len(classes) for *_, classes in cells)
+    width, height = _SIDE + _GAP, _SIDE + lines * _LINE + _GAP
+    sheet = Image.new("RGB", (columns * width + _GAP, -(-len(cells) // columns) * height + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for index, (title, picture, classes) in enumerate(cells):
+        x, y = _GAP + index % columns * width, _GAP + index // columns * height
+        sheet.paste(picture, (x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2))
+        y += _SIDE
+        draw.text((x, y + 3), _fit(printable(title), font, _SIDE), "gray", font)
+        for name, probability in classes:
+            y += _LINE
+            percent = f"{probability:.1%}"
+            room = _SIDE - font.getlength(percent) - 10
+            draw.rectangle((x, y + 1, x + round(probability * (_SIDE - 1)), y + _LINE - 2), "lightblue")
+            draw.text((x + 3, y + 3), _fit(printable(name), font, room), "black", font)
+            draw.text((x + _SIDE - 3, y + 3), percent, "black", font, anchor="ra")
+    return sheet
+
+
+def _fit(text: str, font, width: float) -> str:
+    """The text, or as much of its beginning as fits, with dots for the rest."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def check_sheet(path: Path) -> None:
+    """Raises InputError if a contact sheet cannot be written to a path, before anything is computed."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--sheet {path}: the sheet is a PNG; use a name that ends in .png")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"--sheet {path}: {path.parent} is not a writable folder; create it first")

@@ -55,13 +55,25 @@ def input_errors(source: object = ""):
 
 
 def one_line_errors(main):
-    """Makes a tool's ``main`` print an error that the user can fix as one line, ``tool.py: message``, and return 2."""
+    """Makes a tool's ``main`` print an error that the user can fix as one line, ``tool.py: message``, and return 2.
+
+    Characters that the console cannot encode are printed as escapes. A reader that ends early, such as ``head``, ends
+    the tool without a message.
+    """
     tool = Path(main.__code__.co_filename).name
 
     @functools.wraps(main)
     def ending_in_one_line(argv: list[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return main(argv)
+            status = main(argv)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered is written at the exit
+            return 128 + 13  # as after SIGPIPE
         except Exception as error:
             status = exit_status(error)
             if status is None:

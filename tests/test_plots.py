@@ -8,6 +8,7 @@ from PIL import Image
 
 import plots
 from logger import MetricsWriter
+from tests.processes import run_interpreter
 from utils import InputError
 
 
@@ -87,12 +88,6 @@ def test_a_run_resumed_with_a_larger_batch_goes_on_along_the_axis(tmp_path):
     assert drawn(accuracy)[0] == ([1, 2], [40.0, 50.0])
 
 
-def test_records_of_older_runs_get_their_epochs_from_the_evaluations(tmp_path):
-    old = [{key: value for key, value in record.items() if key != "epochs"} for record in RUN]
-    assert plots.read_metrics(write(tmp_path / "metrics.jsonl", old)) == RUN
-    assert plots.read_metrics(write(tmp_path / "metrics.jsonl", old[:2]))[1]["epochs"] == 0  # no evaluation yet
-
-
 def test_a_run_resumed_in_the_middle_has_each_step_once(tmp_path):
     """Broken off after update 9 of epoch 1, resumed from the checkpoint of update 6, which drops what came after."""
     writer = MetricsWriter(tmp_path, epochs=0, step=0)
@@ -126,13 +121,37 @@ def test_runs_are_named_by_what_tells_them_apart():
 @pytest.mark.parametrize("line", [
     "not json", "[]", "3", "{}", '{"kind": "train"}', '{"kind": "test", "step": 1, "epoch": 0}',
     '{"kind": "train", "step": null, "epoch": 0, "loss": 1, "lr": 1}',
-    '{"kind": "eval", "step": 1, "epoch": 0, "loss": 1}',
-    '{"kind": "eval", "step": 1, "epoch": 0, "loss": 1, "acc1": "high"}', "\x00\x00", "[" * 100_000])
+    '{"kind": "eval", "step": 1, "epoch": 0, "epochs": 1, "loss": 1}',
+    '{"kind": "eval", "step": 1, "epoch": 0, "epochs": 1, "loss": 1, "acc1": "high"}', "\x00\x00", "[" * 100_000,
+    '{"kind": "train", "step": 1, "epoch": 0, "epochs": 1, "loss": Infinity, "lr": 1}',
+    '{"kind": 3, "step": 1, "epoch": 0, "epochs": 1}',
+    '{"kind": "train", "step": 1, "epoch": 0, "epochs": 1, "loss": 1' + "0" * 400 + ', "lr": 1}'])
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join([json.dumps(RUN[0]), line, json.dumps(RUN[1])]) + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 2 is not a record"):
         plots.read_metrics(path)
+
+
+def test_figures_of_another_kind_are_not_damage(tmp_path):
+    """A researcher's own metric."""
+    own = {"kind": "eval_sketch", "step": 6, "epoch": 0, "epochs": 1, "map": 3.5}
+    assert plots.read_metrics(write(tmp_path / "metrics.jsonl", [RUN[0], own])) == [RUN[0], own]
+
+
+def test_any_name_can_be_drawn(tmp_path):
+    """Dollar signs are not mathematics; what a terminal or a font cannot show is escaped."""
+    names = ["$x_{$", "a\x1b[31m\nb", "caf\udce9", "%s {0} \\frac"]
+    runs = {name: RUN for name in plots.run_names([tmp_path / name for name in names])}
+    plots.save_figure(plots.draw_curves(runs), tmp_path / "a.png")
+    assert list(runs)[:3] == ["$x_{$", "a\\x1b[31m\\nb", "caf\\udce9"]
+    plots.draw_sheet([(name, Image.new("RGB", (9, 9)), [(name, 0.5)]) for name in names])
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_notebook_s_backend_does_not_matter(backend):
+    result = run_interpreter(["-c", "import logger, plots; plots.draw_curves({'a': []})"], MPLBACKEND=backend)
+    assert result.returncode == 0, result.stderr
 
 
 def test_missing_and_empty_files(tmp_path):
