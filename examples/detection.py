@@ -3,23 +3,58 @@
 On scenes of the bundled digits, with a small backbone from a classification run (no download):
 
     python main.py --cfg configs/smlp_nano_alpha3_patch2_32_digits.yaml
-    python examples/detection.py --cfg configs/smlp_nano_alpha3_patch2_32_digits.yaml --data digits \\
-        --weights output/smlp_nano_alpha3_patch2_32_digits/default/best.pth
+    python examples/detection.py --cfg configs/smlp_nano_alpha3_patch2_32_digits.yaml --data-path digits \\
+        --pretrained output/smlp_nano_alpha3_patch2_32_digits/default/best.pth
 
 On COCO, or any data set in its format (train2017/, val2017/, annotations/instances_{train,val}2017.json):
 
     torchrun --nproc_per_node 8 examples/detection.py --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml \\
-        --data DIR --weights strip_mlp_tiny.pth --freeze-norm --min-size 800 --max-size 1333 --batch-size 2
+        --data-path DIR --pretrained strip_mlp_tiny.pth --freeze-norm --min-size 800 --max-size 1333 --batch-size 2
 
 The same command resumes from OUTPUT/last.pth; OUTPUT/found.jpg shows detections. Needs pycocotools.
 """
 
 import argparse
-import logging
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="config of the classification network")
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="'digits', or a folder in COCO's format")
+    parser.add_argument("--pretrained", default="", metavar="CKPT",
+                        help="classification weights to start from: a file, an exported folder, or hf-hub:USER/NAME")
+    parser.add_argument("--output", default="output/detection", metavar="DIR",
+                        help="folder for last.pth and found.jpg; default: output/detection")
+    for flag, default, help in (
+        ("--epochs", 12, "passes over the training images"),
+        ("--batch-size", 4, "images per process"),
+        ("--lr", 1e-4, "learning rate of the new layers"),
+        ("--backbone-lr", 1e-5, "learning rate of the backbone"),
+        ("--channels", 256, "channels of the pyramid and the heads"),
+        ("--min-size", 128, "shorter side of an image in pixels"),
+        ("--max-size", 224, "limit of the longer side in pixels"),
+        ("--resize", 0, "resize images, and the weights, to this side instead of using windows; 0: no"),
+        ("--scenes", 400, "training scenes of digits; plus a quarter for testing"),
+        ("--workers", 0, "loading processes per training process"),
+    ):
+        parser.add_argument(flag, type=type(default), default=default, metavar="N", help=f"{help}; default: {default}")
+    parser.add_argument("--freeze-norm", action="store_true", help="keep the backbone's BatchNorms as loaded")
+    parser.add_argument("--amp-dtype", default="auto", metavar="TYPE", help="bf16, fp16, fp32 or auto; default: auto")
+    parser.add_argument("--device", default="", metavar="TYPE", help="default: a GPU if there is one")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # before the slow imports, so that --help is fast
+
+import logging
 import time
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,16 +64,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-
-from detection_data import build_loaders
-from detection_score import draw_found, evaluate
-
 import checkpoint
 import distributed
 from config import load_config
 from distributed import choose_device
 from engine import Precision
+from examples.detection_data import build_loaders, draw_found, evaluate
 from inference import build_network, weights_file
 from logger import setup_console
 from models import check_fit, load_pretrained, model_state_dict
@@ -92,7 +123,7 @@ class Backbone(nn.Module):
 def build_detector(args, num_classes: int) -> RetinaNet:
     """RetinaNet with anchors of 4 to 6.3 strides in three aspect ratios at every level."""
     config = load_config(args.cfg, ["DATA.IMG_SIZE", str(args.resize)] if args.resize else [])
-    backbone = Backbone(config, args.weights, args.channels, args.freeze_norm, any_size=not args.resize)
+    backbone = Backbone(config, args.pretrained, args.channels, args.freeze_norm, any_size=not args.resize)
     anchors = AnchorGenerator([tuple(int(4 * s * 2 ** (i / 3)) for i in range(3)) for s in backbone.strides],
                               [(0.5, 1.0, 2.0)] * len(backbone.strides))
     size = {"fixed_size": (args.resize, args.resize)} if args.resize else {}
@@ -159,7 +190,7 @@ def run(args) -> None:
     device = choose_device(args.device, distributed.launcher_local_rank())
     distributed.init_distributed(device)
     torch.manual_seed(0)
-    train_loader, val_loader = build_loaders(args.data, args.batch_size, args.workers, args.scenes)
+    train_loader, val_loader = build_loaders(args.data_path, args.batch_size, args.workers, args.scenes)
     detector = build_detector(args, len(train_loader.dataset.classes)).to(device)
     others = [p for name, p in detector.named_parameters() if not name.startswith("backbone.net.")]
     groups = [{"params": others}, {"params": detector.backbone.net.parameters(), "lr": args.backbone_lr}]
@@ -195,31 +226,6 @@ def run(args) -> None:
     if distributed.rank() == 0:
         with replacing(output / "found.jpg") as file:
             draw_found(detector, val_loader.dataset, device).save(file, "JPEG")
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, help="config of the classification network")
-    parser.add_argument("--data", required=True, help="'digits', or a folder in COCO's format")
-    parser.add_argument("--weights", default="", help="classification weights to start from: a checkpoint, ours or "
-                        "published, a folder of tools/export.py --format hub, or hf-hub:USER/NAME")
-    parser.add_argument("--output", default="output/detection", help="folder for last.pth; default: output/detection")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the training images; default: 12")
-    parser.add_argument("--batch-size", type=int, default=4, help="images per process; default: 4")
-    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of the new layers; default: 1e-4")
-    parser.add_argument("--backbone-lr", type=float, default=1e-5, help="default: 1e-5")
-    parser.add_argument("--channels", type=int, default=256, help="channels of the pyramid and the heads; default: 256")
-    parser.add_argument("--min-size", type=int, default=128, help="shorter side of an image in pixels; default: 128")
-    parser.add_argument("--max-size", type=int, default=224, help="limit of the longer side in pixels; default: 224")
-    parser.add_argument("--resize", type=int, default=0, metavar="SIDE", help="resize images to SIDE x SIDE, and the "
-                        "weights to that size, instead of using windows")
-    parser.add_argument("--freeze-norm", action="store_true", help="keep the backbone's BatchNorms as loaded")
-    parser.add_argument("--scenes", type=int, default=400, help="training scenes of digits; plus a quarter for testing")
-    parser.add_argument("--workers", type=int, default=0, help="loading processes per training process; default: 0")
-    parser.add_argument("--amp-dtype", default="auto", help="bf16, fp16, fp32 or auto; default: auto")
-    parser.add_argument("--device", default="", help="default: a GPU if there is one")
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

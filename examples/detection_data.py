@@ -1,4 +1,4 @@
-"""The data of detection.py: scenes made from the bundled digits, or a folder in COCO's format.
+"""What detection.py reads and how it is scored: scenes of the bundled digits, or a folder in COCO's format; COCO's mAP.
 
 A scene is ``(image, target)``: image float32 (3, H, W) in 0..1; target holds ``boxes``, float32 (n, 4) as x1, y1, x2,
 y2 in pixels, ``labels``, int64 (n,) from 0, and ``image_id``.
@@ -7,18 +7,18 @@ y2 in pixels, ``labels``, int64 (n,) from 0, and ``image_id``.
 import contextlib
 import functools
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import CocoDetection
-from torchvision.transforms.functional import to_tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from torchvision.transforms.functional import resize, to_pil_image, to_tensor
+from torchvision.utils import make_grid
 
 import distributed
 from data.datasets import read_digits
@@ -99,7 +99,8 @@ class CocoScenes(Dataset):
     def __init__(self, root: Path, split: str):
         annotations = root / "annotations" / f"instances_{split}2017.json"
         if not annotations.is_file():
-            raise MissingFileError(f"{annotations} does not exist; --data takes 'digits' or a folder in COCO's format")
+            raise MissingFileError(f"{annotations} does not exist; --data-path takes 'digits' or a folder in COCO's "
+                                   "format")
         images = root / f"{split}2017"
         if not images.is_dir():
             raise MissingFileError(f"the folder {images} of the images does not exist")
@@ -153,3 +154,66 @@ def unzip(pairs: list) -> tuple[tuple, tuple]:
     """Images and targets of a batch; the images differ in size, so they cannot be stacked."""
     images, targets = zip(*pairs, strict=True)
     return images, targets
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def evaluate(detector, loader, precision, device) -> tuple[float, float]:
+    """COCO's mAP at IoU 0.50 to 0.95, and at 0.50, in percent, over every process's share of the images."""
+    detector.eval()
+    found = []
+    for images, targets in loader:
+        with precision.autocast():
+            outputs = detector([image.to(device) for image in images])
+        for target, output in zip(targets, outputs, strict=True):
+            found += in_coco_format(output, target["image_id"], loader.dataset.categories)
+    found = sum(distributed.gather_objects(found), [])
+    return score(loader.dataset, found) if distributed.rank() == 0 else (0.0, 0.0)
+
+
+def in_coco_format(output: dict, image_id: int, categories) -> list[dict]:
+    """A detector's boxes, labels and scores for an image, in COCO's format."""
+    boxes = output["boxes"].float()
+    sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # x1, y1, x2, y2 -> x, y, width, height
+    found = zip(sides.tolist(), output["labels"].tolist(), output["scores"].tolist(), strict=True)
+    return [{"image_id": image_id, "category_id": categories[label], "bbox": box, "score": score}
+            for box, label, score in found]
+
+
+def score(dataset: Dataset, found: list[dict]) -> tuple[float, float]:
+    """COCO's mAP at IoU 0.50 to 0.95, and at 0.50, in percent, of boxes in COCO's format."""
+    # DistributedSampler repeats images so that the processes' shares have equal length.
+    found = list({(box["image_id"], box["category_id"], *box["bbox"]): box for box in found}.values())
+    if not found:
+        return 0.0, 0.0
+    with contextlib.redirect_stdout(io.StringIO()):
+        scores = COCOeval(dataset.truth, dataset.truth.loadRes(found), "bbox")
+        scores.evaluate()
+        scores.accumulate()
+        scores.summarize()
+    return 100 * scores.stats[0], 100 * scores.stats[1]
+
+
+@torch.inference_mode()
+def draw_found(detector, dataset: Dataset, device: torch.device, count: int = 6, threshold: float = 0.2) -> Image.Image:
+    """The first images of a data set, three in a row, their longer sides 320 pixels.
+
+    Boxes with a score of at least ``threshold`` are drawn, with the names of their classes beside them.
+    """
+    detector.eval()
+    drawn, font, side = [], ImageFont.load_default(16), 320
+    for image, _ in (dataset[index] for index in range(min(count, len(dataset)))):
+        output = {key: value.cpu() for key, value in detector([image.to(device)])[0].items()}
+        scale = side / max(image.shape[1:])
+        image = resize(image, [round(length * scale) for length in image.shape[1:]], antialias=True).clamp(0, 1)
+        picture = to_pil_image(F.pad(image, (0, side - image.shape[2], 0, side - image.shape[1]), value=1.0))
+        draw = ImageDraw.Draw(picture)
+        for box, label, score in zip(output["boxes"] * scale, output["labels"], output["scores"], strict=True):
+            if score >= threshold:
+                draw.rectangle(box.tolist(), outline="yellow", width=2)
+                text = draw.textbbox(box[:2].tolist(), dataset.classes[label], font)
+                draw.rectangle((text[0] - 2, text[1] - 2, text[2] + 2, text[3] + 2), "yellow")
+                draw.text(box[:2].tolist(), dataset.classes[label], "black", font)
+        drawn.append(to_tensor(picture))
+    return to_pil_image(make_grid(drawn, nrow=3, padding=4, pad_value=1.0))

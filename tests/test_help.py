@@ -9,9 +9,9 @@ import pytest
 
 from tests.processes import ROOT, run_interpreter
 
-SCRIPTS = sorted(path for folder in (ROOT, ROOT / "tools") for path in folder.glob("*.py")
+SCRIPTS = sorted(path for pattern in ("*.py", "tools/**/*.py", "examples/*.py") for path in ROOT.glob(pattern)
                  if re.search(r"parse_arg\w*\(.*^if __name__", path.read_text(), re.M | re.S))
-TOOLS = [path for path in SCRIPTS if path.parent.name == "tools"]
+TOOLS = [path for path in SCRIPTS if path.parent != ROOT and path.name != "convert_dataset.py"]
 
 
 def parser_of(script, monkeypatch):
@@ -30,7 +30,19 @@ def parser_of(script, monkeypatch):
 
 
 def test_all_scripts_are_found():
-    assert {"main.py", "split_caltech101.py", "predict.py", "export.py"} <= {path.name for path in SCRIPTS}
+    found = {path.name for path in SCRIPTS}
+    assert {"main.py", "split_caltech101.py", "predict.py", "export.py", "roofline.py", "detection.py"} <= found
+
+
+def test_one_name_for_one_thing(monkeypatch):
+    """A data set's folder, initial weights, where results go, a drawing: the same flags in every command."""
+    flags = {flag: path.name for path in SCRIPTS for action in parser_of(path, monkeypatch)._actions
+             for flag in action.option_strings}
+    assert not {"--data", "--dir", "--root", "--weights", "--write", "--out", "--plot"} & flags.keys()
+    for path in SCRIPTS:
+        for action in parser_of(path, monkeypatch)._actions:
+            kinds = {"--output": "DIR", "--data-path": "DIR", "--pretrained": "CKPT", "--figure": "FILE"}
+            assert all(kinds.get(flag, action.metavar) == action.metavar for flag in action.option_strings), path
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -50,12 +62,20 @@ def test_help(script, monkeypatch):
 
 
 @pytest.mark.parametrize("script", TOOLS, ids=lambda path: path.name)
+def test_help_does_not_wait_for_pytorch(script):
+    """It parses before its slow imports, so that --help takes no seconds."""
+    command = ("import runpy, sys; sys.argv = sys.argv[1:] + ['--help']\ntry: runpy.run_path(sys.argv[0], "
+               "run_name='__main__')\nfinally: print(*{'torch', 'timm', 'numpy', 'matplotlib'} & sys.modules.keys(), "
+               "file=sys.stderr)")
+    result = run_interpreter(["-c", command, script])
+    assert (result.returncode, result.stderr.strip()) == (0, "") and result.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize("script", TOOLS, ids=lambda path: path.name)
 def test_tools_find_the_repository_from_anywhere(script):
     text = script.read_text()
-    modules = {path.stem for path in ROOT.glob("*.py")} | {"models", "data"}
-    imports = [line for line in text.splitlines() if line.startswith(("from ", "import "))]
-    if any(line.split()[1].partition(".")[0] in modules for line in imports):
-        assert text.count("sys.path.insert(0, str(") == 1
+    depth = len(script.relative_to(ROOT).parts) - 1
+    assert f"Path(__file__).resolve().parents[{depth}]" in text and text.count("sys.path") == 1
 
 
 def test_a_tool_starts_from_anywhere(tmp_path):

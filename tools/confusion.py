@@ -1,59 +1,79 @@
-"""Confusion matrix and accuracy of each class, from the predictions that an evaluation wrote.
+"""Confusion matrix, recall, precision and F1 of each class, from the predictions that an evaluation wrote.
 
     python main.py --eval --cfg configs/X.yaml --data-path DIR --resume CKPT --opts TEST.PREDICTIONS True
     python tools/confusion.py output/X/default
+    python tools/confusion.py output/X/default --sheet mistakes.png --data-path DIR     # also shows the mistakes
 
 Writes into the same folder:
   confusion.csv   number of images of each true class (row) predicted as each class (column)
-  classes.csv     per class: images, correct ones, accuracy, images predicted as it, precision, most frequent error
-  confusion.png   the matrix as shares of each row, and the accuracy of each class
-and prints the pairs of classes that are confused most.
+  classes.csv     per class: images, correct ones, recall (the class's accuracy), precision, F1, images predicted as it,
+                  most frequent error
+  confusion.png   the matrix as shares of each row, and the recall of each class
+and prints the accuracy, the means over the classes, and the pairs of classes that are confused most.
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import InputError, MissingFileError, csv_cell, one_line_errors
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("predictions", type=Path, metavar="PREDICTIONS",
+                        help="predictions.csv, or the output folder that holds it")
+    parser.add_argument("--output", type=Path, metavar="DIR",
+                        help="folder for the results; default: that of predictions.csv")
+    parser.add_argument("--pairs", type=int, default=10, metavar="N", help="confused pairs to print; default: 10")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png",
+                        help="also draw a contact sheet of up to 64 mistakes, the most confident first")
+    parser.add_argument("--data-path", metavar="DIR", help="--sheet: the data set's folder; default: the evaluation's")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # before the slow imports, so that --help is fast
+
+import csv
+import json
 
 import numpy as np
 from matplotlib.colors import PowerNorm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from plots import COLOURS, check_sheet, draw_sheet, new_figure, save_figure, thumbnail
 
-from plots import COLOURS, new_figure, save_figure
-from utils import InputError, MissingFileError, csv_cell, one_line_errors
-
-_COLUMNS = ("target", "prediction", "target_label", "prediction_label")
+_COLUMNS = ("index", "target", "prediction", "probability", "target_label", "prediction_label")
+_SHOWN = 64  # most mistakes on the contact sheet
 _NUMBERED = 20  # most classes for which the numbers fit into the cells
 _MOST = 30_000  # classes; their matrix takes 7 GB
 _NAMED = 60  # most classes for which the names fit beside the matrix
 _CELLS = 250  # most cells per side of the figure; beyond it several classes share one
 
 
-def read_predictions(path: str | Path) -> tuple[np.ndarray, list[str]]:
-    """The confusion matrix, (true class, predicted class) -> images, and the names of the classes by label.
+def read_predictions(path: Path) -> tuple[np.ndarray, list[str], list[tuple[float, int, str, str]]]:
+    """What an evaluation wrote to a ``predictions.csv``.
 
-    Classes after the last one that occurs, as the true or the predicted class, are not included.
-
-    Args:
-        path: ``predictions.csv`` or the folder that holds it.
+    Returns:
+        The confusion matrix, (true class, predicted class) -> images; the names of the classes by label, as far as a
+        class occurs; and each mistake as (probability, index of the image, true class, predicted class).
 
     Raises:
         MissingFileError: there is no such file.
         InputError: the file holds no predictions, or a line that is not one; the message names it.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "predictions.csv"
+    again = "write it again with main.py --eval --opts TEST.PREDICTIONS True"
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; main.py --eval writes it with --opts TEST.PREDICTIONS True")
-    labels, names = [], {}
+    labels, names, mistakes = [], {}, []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.DictReader(file)
         missing = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
         if missing:
-            raise InputError(f"{path} has no column {' or '.join(missing)}; write it again with main.py --eval "
-                             "--opts TEST.PREDICTIONS True")
+            raise InputError(f"{path} has no column {' or '.join(missing)}; {again}")
         try:
             for row in rows:
                 pair = int(row["target_label"]), int(row["prediction_label"])
@@ -61,20 +81,25 @@ def read_predictions(path: str | Path) -> tuple[np.ndarray, list[str]]:
                     if not 0 <= label < _MOST or names.setdefault(label, name) != name:
                         raise ValueError
                 labels.append(pair)
+                if pair[0] != pair[1]:
+                    mistakes.append((float(row["probability"]), int(row["index"]), row["target"], row["prediction"]))
         except (ValueError, TypeError, csv.Error):
-            raise InputError(f"{path} is damaged: line {rows.line_num} is not a prediction; write it again with "
-                             "main.py --eval --opts TEST.PREDICTIONS True") from None
+            raise InputError(f"{path} is damaged: line {rows.line_num} is not a prediction; {again}") from None
     if not labels:
         raise InputError(f"{path} holds no predictions")
     classes = max(names) + 1
     matrix = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(matrix, tuple(np.transpose(labels)), 1)
-    return matrix, [names.get(label, str(label)) for label in range(classes)]
+    return matrix, [csv_cell(names.get(label, str(label))) for label in range(classes)], mistakes
 
 
-def class_accuracies(matrix: np.ndarray) -> np.ndarray:
-    """The percentage of each class's images that were classified correctly; nan for a class without images."""
-    return _percent(matrix.diagonal(), matrix.sum(axis=1))
+def scores(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Recall, precision and F1 of each class in percent; nan for a class without images, or never predicted, or both.
+
+    A class's recall is the share of its images that were classified correctly.
+    """
+    hits, images, taken = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+    return _percent(hits, images), _percent(hits, taken), _percent(2 * hits, images + taken)
 
 
 def most_confused(matrix: np.ndarray, count: int) -> list[tuple[int, int, int]]:
@@ -87,7 +112,7 @@ def most_confused(matrix: np.ndarray, count: int) -> list[tuple[int, int, int]]:
 
 
 def draw_confusion(matrix: np.ndarray, names: list[str]):
-    """The matrix, darker for a larger share of the row, beside the accuracy of each class.
+    """The matrix, darker for a larger share of the row, beside the recall of each class.
 
     Numbers and names are written if they fit. With more than 250 classes, several share a cell, which shows the largest
     of their shares, so that every confusion stays visible.
@@ -95,7 +120,7 @@ def draw_confusion(matrix: np.ndarray, names: list[str]):
     Returns:
         A matplotlib Figure.
     """
-    classes, accuracies = len(matrix), class_accuracies(matrix)
+    classes, (recalls, _, _) = len(matrix), scores(matrix)
     figure, (left, right) = new_figure(1, 2, size=(10, 5.4), width_ratios=(1.7, 1))
     step = -(-classes // _CELLS)
     cells = _largest_of_blocks(_percent(matrix, matrix.sum(axis=1, keepdims=True)), step)
@@ -118,21 +143,21 @@ def draw_confusion(matrix: np.ndarray, names: list[str]):
         size = min(9, 300 / classes)
         left.set_xticks(range(classes), short, rotation=90 if max(map(len, short)) > 2 else 0, fontsize=size)
         left.set_yticks(range(classes), short, fontsize=size)
-        right.barh(range(classes), np.nan_to_num(accuracies), color=COLOURS[0])
+        right.barh(range(classes), np.nan_to_num(recalls), color=COLOURS[0])
         right.set_yticks(range(classes), short, fontsize=size)
         right.set_ylim(edge, -0.5)
-        for label, accuracy in enumerate(accuracies):
-            right.text(1, label, "no images" if np.isnan(accuracy) else f"{accuracy:.1f}", va="center_baseline",
-                       fontsize=0.9 * size, color="white" if accuracy > 20 else "black")
+        for label, recall in enumerate(recalls):
+            right.text(1, label, "no images" if np.isnan(recall) else f"{recall:.1f}", va="center_baseline",
+                       fontsize=0.9 * size, color="white" if recall > 20 else "black")
         right.set_xlim(0, 100)
-        right.set_xlabel("accuracy (%)")
+        right.set_xlabel("recall (%)")
     else:
-        right.hist(accuracies[~np.isnan(accuracies)], bins=20, range=(0, 100), color=COLOURS[0])
-        worst = [f"{accuracies[label]:.1f}  {short[label]}" for label in np.argsort(accuracies, kind="stable")[:10]]
+        right.hist(recalls[~np.isnan(recalls)], bins=20, range=(0, 100), color=COLOURS[0])
+        worst = [f"{recalls[label]:.1f}  {short[label]}" for label in np.argsort(recalls, kind="stable")[:10]]
         right.text(0.03, 0.99, "\n".join(["lowest:", *worst]), va="top", fontsize=8, transform=right.transAxes)
-        right.set_xlabel("accuracy (%)")
+        right.set_xlabel("recall (%)")
         right.set_ylabel("classes")
-    right.set_title(f"each class; mean {np.nanmean(accuracies):.2f} %")
+    right.set_title(f"each class; mean {np.nanmean(recalls):.2f} %")
     right.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -145,15 +170,46 @@ def write_tables(matrix: np.ndarray, names: list[str], folder: Path) -> None:
         writer.writerow(["true class", *names])
         writer.writerows([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
     hits, images, taken = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-    accuracies, precisions = class_accuracies(matrix), _percent(hits, taken)
     errors = matrix - np.diag(hits)
     with open(folder / "classes.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["class", "images", "correct", "accuracy", "predicted", "precision", "most_taken_for"])
-        for i, name in enumerate(names):
+        writer.writerow("class images correct recall precision f1 predicted most_taken_for".split())
+        for i, (name, *shares) in enumerate(zip(names, *scores(matrix), strict=True)):
             most_taken_for = names[errors[i].argmax()] if errors[i].any() else ""
-            writer.writerow([name, images[i], hits[i], f"{accuracies[i]:.3f}", taken[i], f"{precisions[i]:.3f}",
-                             most_taken_for])
+            writer.writerow([name, images[i], hits[i], *(f"{share:.3f}" for share in shares), taken[i], most_taken_for])
+
+
+def draw_mistakes(mistakes: list, report: Path, data_path: str | None):
+    """A contact sheet of the most confident mistakes: each image under its true class, over the predicted one.
+
+    Args:
+        mistakes: as ``read_predictions`` returns them.
+        report: the evaluation's ``eval.json``, whose config says which images it read.
+        data_path: the data set's folder; default: the config's.
+
+    Raises:
+        InputError: the report or the data cannot be read.
+    """
+    from config import from_dict  # the data's code imports PyTorch
+    from data import build_val_loader
+
+    if not report.is_file():
+        raise MissingFileError(f"--sheet: {report}, which says what images were evaluated, does not exist")
+    try:
+        values = json.loads(report.read_text(encoding="utf-8"))["config"]
+        values["DATA"] |= {"DATA_PATH": data_path} if data_path else {}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{report} is not an evaluation's report ({error!r:.80}); move it away") from error
+    dataset = build_val_loader(from_dict(values, str(report))).dataset
+    shown = sorted(mistakes, reverse=True)[:_SHOWN]
+    beyond = [index for _, index, *_ in shown if not 0 <= index < len(dataset)]
+    if beyond:
+        raise InputError(f"--sheet: image {beyond[0]} was evaluated, but the data set has {len(dataset)}; is "
+                         "--data-path right?")
+    return draw_sheet([
+        (f"true: {target}", thumbnail(dataset.images[index][0]), [(prediction, probability)])
+        for probability, index, target, prediction in shown
+    ])
 
 
 def _percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -170,25 +226,26 @@ def _largest_of_blocks(shares: np.ndarray, step: int) -> np.ndarray:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("predictions", metavar="PREDICTIONS",
-                        help="predictions.csv, or the output folder that holds it")
-    parser.add_argument("--output", metavar="DIR", help="folder for the results; default: that of predictions.csv")
-    parser.add_argument("--pairs", type=int, default=10, metavar="N", help="confused pairs to print; default: 10")
-    args = parser.parse_args(argv)
-    matrix, names = read_predictions(args.predictions)
-    names = [csv_cell(name) for name in names]
-    source = Path(args.predictions)
-    folder = Path(args.output) if args.output else source if source.is_dir() else source.parent
+    args = parse_arguments(argv)
+    path = args.predictions / "predictions.csv" if args.predictions.is_dir() else args.predictions
+    folder = args.output or path.parent
+    if args.sheet:
+        check_sheet(args.sheet)
+    matrix, names, mistakes = read_predictions(path)
     try:
         write_tables(matrix, names, folder)
     except OSError as error:
         raise InputError(f"cannot write into {folder} ({error.strerror}); choose another --output") from error
     save_figure(draw_confusion(matrix, names), folder / "confusion.png")
-    print(f"{matrix.trace()} of {matrix.sum()} images correct: top-1 {100 * matrix.trace() / matrix.sum():.3f}")
+    recalls, _, f1 = scores(matrix)
+    print(f"{matrix.trace()} of {matrix.sum()} images correct: top-1 {100 * matrix.trace() / matrix.sum():.3f}, mean "
+          f"recall {np.nanmean(recalls):.3f}, mean F1 {np.nanmean(f1):.3f}")
     for target, prediction, images in most_confused(matrix, args.pairs):
         print(f"  {names[target]} classified as {names[prediction]}: {images} of {matrix[target].sum()}")
     print(f"written to {folder}: confusion.csv, classes.csv, confusion.png")
+    if args.sheet and mistakes:
+        draw_mistakes(mistakes, path.with_name("eval.json"), args.data_path).save(args.sheet, optimize=True)
+        print(f"{min(len(mistakes), _SHOWN)} of {len(mistakes)} mistakes drawn to {args.sheet}")
     return 0
 
 

@@ -9,8 +9,8 @@
     python tools/export.py output/NAME/TAG/best.pth DIR --format hub --half           # of half the size
 
 ONNX and torch.export files take batches of any size: images (N, 3, S, S), float32, resized and normalised as in
-evaluation (their metadata describes this and names the classes), and return logits (N, classes). If the checkpoint has
-averaged weights, these are exported.
+evaluation (their metadata describes this in JSON and names the classes), and return logits (N, classes). If the
+checkpoint has averaged weights, these are exported.
 
 A folder to share holds the weights, timm's config.json, and a model card (README.md) with details from the run's
 folder. timm.create_model("local-dir:DIR", pretrained=True) loads it once models/ is imported, and so does everything
@@ -19,15 +19,42 @@ hf-hub:USER/NAME.
 """
 
 import argparse
-import copy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import InputError, one_line_errors
+
+FORMATS = {  # by their names on the command line, with their extensions; a hub is a folder
+    "onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors", "hub": "", "released": ".pth",
+    "native": ".pth",
+}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="the trained network, e.g. a run's best.pth")
+    parser.add_argument("target", metavar="FILE", type=Path, help="the new file; its extension selects the format")
+    parser.add_argument("--format", choices=FORMATS, help="needed for .pth (released or native) and a folder (hub)")
+    parser.add_argument("--cfg", metavar="FILE",
+                        help="the network's config; for a released checkpoint, or another image size")
+    parser.add_argument("--half", action="store_true", help="safetensors, hub: store the weights in 16 bits")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # before the slow imports, so that --help is fast
+
 import importlib
 import json
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
@@ -36,15 +63,11 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import checkpoint
 from config import load_config, to_dict
-from data.transforms import build_transform
 from inference import WEIGHTS, architecture, image_shape, load_network
 from models import StripMLPNet, to_released_state_dict
-from tools.model_card import model_card, timm_config
-from utils import InputError, one_line_errors
+from tools.model_card import model_card, preprocessing, timm_config
 
 TOLERANCE = 1e-4  # of the outputs, relative to the largest logit or 1
 BATCH = torch.export.Dim("batch", max=2**31 - 1)  # PyTorch 2.6 needs an upper limit
@@ -60,9 +83,7 @@ class Network(NamedTuple):
     half: bool
 
 
-def export(
-    source: Path, target: Path, format: str, config=None, fuse: bool = False, half: bool = False
-) -> float:
+def export(source: Path, target: Path, format: str, config=None, half: bool = False) -> float:
     """Writes the network of a checkpoint to ``target``, which is created only if it passes the check.
 
     Args:
@@ -70,43 +91,35 @@ def export(
         target: a new file with an extension of ``FORMATS``, or a new folder.
         format: a key of ``FORMATS``.
         config: the network's config; needed if the checkpoint has none.
-        fuse: write the network's inference form, see ``StripMLPNet.fuse``.
         half: round the weights to 16 bits (float16) and store them so, except for one-dimensional ones.
 
     Returns:
         The largest difference of an output from the network's, see ``largest_difference``.
 
     Raises:
-        InputError: a package that the format needs is missing, the network has no such form, the file's outputs differ,
-            ``target`` already exists or cannot be written, or as ``load_network``.
+        InputError: a package that the format needs is missing, the file's outputs differ, ``target`` already exists or
+            cannot be written, or as ``load_network``.
     """
-    suffix, write, packages, has_weights_only = FORMATS[format]
+    suffix, write = FORMATS[format], WRITERS[format]
     if suffix and target.suffix != suffix:
         raise InputError(f"{target}: the name of a file in the format {format} must end in {suffix}")
-    if fuse and has_weights_only:
-        raise InputError(f"--fuse is for onnx and torch-export; {format} stores the weights as trained")
     if half and format not in ("safetensors", "hub"):
         raise InputError(f"--half is for safetensors and hub, not for {format}")
     if target.exists():
         raise InputError(f"{target} already exists; remove it or choose another name")
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"{target.parent} is not a writable folder")
-    for package in packages:
+    for package in ONNX_PACKAGES if format == "onnx" else ():
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise InputError(f"{format} needs more packages ({error}): pip install {' '.join(packages)}") from None
+            raise InputError(f"{format} needs more packages ({error}): pip install {' '.join(ONNX_PACKAGES)}") from None
     network = Network(*load_network(source, config), source, half)
-    model, written = network.model, network
     if half:
-        model.load_state_dict(_halved(model))
-    if fuse:
-        if not isinstance(model, StripMLPNet):
-            raise InputError(f"--fuse is for Strip-MLP only; this network is a {type(model).__name__}")
-        written = network._replace(model=copy.deepcopy(model).fuse())
+        network.model.load_state_dict(_halved(network.model))
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as unfinished, torch.no_grad():
         path = Path(unfinished, target.name)
-        difference = largest_difference(model, write(written, path), image_shape(network.config))
+        difference = largest_difference(network.model, write(network, path), image_shape(network.config))
         if not difference <= TOLERANCE:
             raise InputError(f"{target} was not written: its outputs differ from the network's by {difference:.1e}")
         os.replace(path, target)
@@ -193,26 +206,13 @@ def _trace(network: Network) -> torch.export.ExportedProgram:
 
 
 def _metadata(network: Network) -> dict[str, str]:
-    preprocessing = repr(build_transform(network.config))
-    return {"classes": json.dumps(network.classes), "preprocessing": preprocessing}
+    return {"classes": json.dumps(network.classes), "preprocessing": json.dumps(preprocessing(network.config))}
 
 
-class Format(NamedTuple):
-    """A format: its extension, how it is written, the packages it needs besides requirements.txt, its content."""
-
-    suffix: str  # empty: a folder
-    write: Callable
-    packages: tuple[str, ...] = ()
-    has_weights_only: bool = True
-
-
-FORMATS = {
-    "onnx": Format(".onnx", _write_onnx, ("onnx", "onnxscript", "onnxruntime"), has_weights_only=False),
-    "torch-export": Format(".pt2", _write_torch_export, has_weights_only=False),
-    "safetensors": Format(".safetensors", _write_safetensors),
-    "hub": Format("", _write_hub),
-    "released": Format(".pth", _write_released),
-    "native": Format(".pth", _write_native),
+ONNX_PACKAGES = "onnx", "onnxscript", "onnxruntime"
+WRITERS = {
+    "onnx": _write_onnx, "torch-export": _write_torch_export, "safetensors": _write_safetensors, "hub": _write_hub,
+    "released": _write_released, "native": _write_native,
 }
 
 
@@ -221,26 +221,16 @@ FORMATS = {
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="the trained network, e.g. a run's best.pth")
-    parser.add_argument("target", metavar="FILE", type=Path, help="the new file; its extension selects the format")
-    parser.add_argument("--format", choices=FORMATS, help="needed for .pth (released or native) and a folder (hub)")
-    parser.add_argument("--cfg", metavar="FILE",
-                        help="the network's config; for a released checkpoint, or another image size")
-    parser.add_argument("--fuse", action="store_true", help="onnx, torch-export: export the faster inference form")
-    parser.add_argument("--half", action="store_true", help="safetensors, hub: store the weights in 16 bits")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     format = args.format or _format_of(args.target)
     config = load_config(args.cfg) if args.cfg else None
-    difference = export(args.checkpoint, args.target, format, config, args.fuse, args.half)
+    difference = export(args.checkpoint, args.target, format, config, args.half)
     print(f"{args.target} written ({format}); read back, its outputs differ by at most {difference:.1e}")
     return 0
 
 
 def _format_of(target: Path) -> str:
-    names = [name for name, format in FORMATS.items() if format.suffix and format.suffix == target.suffix]
+    names = [name for name, suffix in FORMATS.items() if suffix and suffix == target.suffix]
     if len(names) != 1:
         raise InputError(f"{target}: its extension does not determine the format; add --format "
                          f"{' or '.join(names or FORMATS)}")

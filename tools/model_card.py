@@ -7,10 +7,26 @@ from pathlib import Path
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+import checkpoint
 from config import load_config, read_yaml
 from inference import weights_file
 from models import timm_arguments
-from utils import InputError, printable
+from plots import parse_metrics
+from utils import InputError, input_errors, printable
+
+
+def preprocessing(config) -> dict:
+    """How an image becomes the network's input, in timm's words: resize its shorter side to the input's side divided by
+    ``crop_pct`` and crop the centre, or with ``squash`` resize it to the input's size; divide by 255; normalise."""
+    size = config.DATA.IMG_SIZE
+    return {
+        "input_size": [config.MODEL.STRIP_MLP.IN_CHANS, size, size],
+        "crop_pct": 224 / 256 if config.TEST.CROP else 1.0,
+        "crop_mode": "center" if config.TEST.CROP else "squash",
+        "interpolation": "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+    }
 
 
 def timm_config(config, classes: list[str]) -> dict:
@@ -19,23 +35,16 @@ def timm_config(config, classes: list[str]) -> dict:
     Raises:
         InputError: timm has no name for the network.
     """
-    architecture, arguments = timm_arguments(config)
-    known, size = timm.get_pretrained_cfg(architecture), config.DATA.IMG_SIZE
+    with input_errors():
+        architecture, arguments = timm_arguments(config)
+    known = timm.get_pretrained_cfg(architecture)
     return {
         "architecture": architecture,
         "num_classes": arguments.pop("num_classes"),
         "model_args": arguments,
         "label_names": classes,
-        "pretrained_cfg": {
-            "input_size": [arguments.get("in_chans", 3), size, size],
-            "fixed_input_size": known.fixed_input_size,
-            "crop_pct": 224 / 256 if config.TEST.CROP else 1.0,
-            "crop_mode": "center" if config.TEST.CROP else "squash",
-            "interpolation": "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION,
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": known.first_conv,
-            "classifier": known.classifier,
+        "pretrained_cfg": preprocessing(config) | {
+            "fixed_input_size": known.fixed_input_size, "first_conv": known.first_conv, "classifier": known.classifier,
         },
     }
 
@@ -52,9 +61,9 @@ def model_card(source: str | Path, config, weights: Path) -> str:
     Raises:
         InputError: one of those files was not written by a run.
     """
-    checkpoint = weights_file(source)
+    path = weights_file(source)
     architecture, arguments = timm_arguments(config)
-    run_file, recipe_file, unknown = checkpoint.parent / "run.yaml", checkpoint.parent / "config.yaml", "not recorded"
+    run_file, recipe_file, unknown = path.parent / "run.yaml", path.parent / "config.yaml", "not recorded"
     run = read_yaml(run_file) if run_file.is_file() else {}
     if not isinstance(run, dict):
         raise InputError(f"{run_file} does not describe a run; move it away")
@@ -66,7 +75,7 @@ def model_card(source: str | Path, config, weights: Path) -> str:
                 f"{config.MODEL.NUM_CLASSES} classes",
         "recipe": _recipe(recipe, run.get("effective_batch", unknown)) if recipe else unknown,
         "seed": recipe.SEED if recipe else unknown,
-        "accuracy": _accuracy(checkpoint),
+        "accuracy": _accuracy(path),
         "commit": run.get("git_commit", unknown),
         "SHA-256 of the weights": f"`{_sha256(weights)}`",
     }
@@ -110,19 +119,24 @@ def _recipe(config, batch) -> str:
     )
 
 
-def _accuracy(checkpoint: Path) -> str:
-    """The evaluation of this file, if ``eval.json`` beside it is of this file."""
-    path = checkpoint.parent / "eval.json"
-    sha256 = _sha256(checkpoint)
+def _accuracy(path: Path) -> str:
+    """The evaluation of this file by ``eval.json`` beside it, else what its training logged when it was saved."""
+    report_file, sha256 = path.parent / "eval.json", _sha256(path)
     try:
-        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if report.get("sha256") != sha256:
-            return "not evaluated; run `python main.py --eval` on the checkpoint, then export again"
-        result = report.get("eval_ema") or report["eval"]
-        return (f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} % of {result['images']} images, "
-                f"measured on the checkpoint with SHA-256 `{sha256}`")
+        report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else {}
+        if report.get("sha256") == sha256:
+            result = report.get("eval_ema") or report["eval"]
+            return (f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} % of {result['images']} images, "
+                    f"measured on the checkpoint with SHA-256 `{sha256}`")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is not an evaluation's report ({error!r:.80}); move it away") from error
+        raise InputError(f"{report_file} is not an evaluation's report ({error!r:.80}); move it away") from error
+    content = checkpoint.load_file(path)
+    kind = "eval_ema" if content.get("model_ema") is not None else "eval"
+    for _, record in parse_metrics(path.parent / "metrics.jsonl"):
+        if record and (record["kind"], record["step"]) == (kind, content.get("step")) and record["acc1"] is not None:
+            return (f"top-1 {record['acc1']:.2f} % of the validation images, logged by the training after "
+                    f"{record['epoch'] + 1} epochs")
+    return "not evaluated; run `python main.py --eval` on the checkpoint, then export again"
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,7 @@
 
     python tools/paper_tables.py                              # all tables, from the runs under output/
     python tools/paper_tables.py cifar10 --runs output docs/results --throughput
-    python tools/paper_tables.py cifar10_cpu --write docs/results     # docs/results/cifar10_cpu.md and .csv
+    python tools/paper_tables.py cifar10_cpu --output docs/results     # docs/results/cifar10_cpu.md and .csv
 
 A run counts for the row with the same network, data and recipe, whatever its folder is called: its saved config is
 compared with the row's. Several seeds give mean and standard deviation. Accuracies are those of the last epoch, in
@@ -11,37 +11,48 @@ Cells without a run read "not measured yet". tools/reproduce.py launches the run
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import InputError, MissingFileError, one_line_errors, printable
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="*", help="tables of tools/tables.yaml; default: all")
+    parser.add_argument("--runs", nargs="+", metavar="DIR",
+                        help="folders to search for runs, at any depth; default: output, if it exists")
+    parser.add_argument("--output", metavar="DIR", help="write DIR/TABLE.md and DIR/TABLE.csv; default: print Markdown")
+    parser.add_argument("--export", metavar="DIR", help="copy the records of the runs that the tables hold to "
+                        "DIR/ROW/seedN/, without paths of this machine; --runs DIR makes the same tables again")
+    parser.add_argument("--throughput", action="store_true", help="measure images per second of the forward pass here")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of --throughput; default: 64")
+    parser.add_argument("--tables", default=Path(__file__).with_name("tables.yaml"), metavar="FILE",
+                        help="default: tools/tables.yaml")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # before the slow imports, so that --help is fast
+
 import csv
 import io
 import json
 import statistics
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from config import (
-    flat_config,  # noqa: E402
-    read_yaml,  # noqa: E402
-)
-from engine import Precision, measure_throughput  # noqa: E402
-from inference import build_network  # noqa: E402
-from logger import (
-    count_macs,  # noqa: E402
-    describe_environment,  # noqa: E402
-)
-from resume import FREE_KEYS  # noqa: E402
-from tools.tables import TABLES, Row, choose, final_results, read_tables  # noqa: E402
-from utils import (  # noqa: E402
-    InputError,
-    MissingFileError,
-    one_line_errors,  # noqa: E402
-    printable,  # noqa: E402
-)
+from config import flat_config, read_yaml
+from engine import Precision, measure_throughput
+from inference import build_network
+from logger import count_macs, describe_environment
+from resume import FREE_KEYS
+from tools.tables import Row, choose, final_results, read_tables
 
 MISSING = "not measured yet"
 METRICS = {"acc1": "top-1", "acc5": "top-5"}
@@ -77,17 +88,7 @@ class Run:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; the exit status is 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", nargs="*", help="tables of tools/tables.yaml; default: all")
-    parser.add_argument("--runs", "--output", nargs="+", metavar="DIR",
-                        help="folders to search for runs, at any depth; default: output, if it exists")
-    parser.add_argument("--write", metavar="DIR", help="write DIR/TABLE.md and DIR/TABLE.csv; default: print Markdown")
-    parser.add_argument("--export", metavar="DIR", help="copy the records of the runs that the tables hold to "
-                        "DIR/ROW/seedN/, without paths of this machine; --runs DIR makes the same tables again")
-    parser.add_argument("--throughput", action="store_true", help="measure images per second of the forward pass here")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of --throughput; default: 64")
-    parser.add_argument("--tables", default=TABLES, metavar="FILE", help="default: tools/tables.yaml")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     tables = read_tables(args.tables)
     runs = find_runs(args.runs or [name for name in ["output"] if Path(name).is_dir()])
     placed = []
@@ -96,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         found = {row.key: [run for run in runs if not run.differences(row)] for row in rows}
         placed += [run for row_runs in found.values() for run in row_runs]
         table = make_table(rows, found, measure_rows(rows, args.batch_size) if args.throughput else {})
-        if args.write:
-            write_table(Path(args.write, name), title, table)
+        if args.output:
+            write_table(Path(args.output, name), title, table)
         else:
             print(f"## {title}\n\n{to_markdown(table)}")
         if args.export:

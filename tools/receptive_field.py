@@ -10,22 +10,42 @@ around the centre that holds a given share of it, and writes the fields beside t
 
 import argparse
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import InputError, one_line_errors
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="the trained network; default: a new one")
+    parser.add_argument("--cfg", metavar="FILE",
+                        help="the network's config; for a new network, a released checkpoint, or another image size")
+    parser.add_argument("--data-path", metavar="DIR", help="the data set's folder; default: the config's")
+    parser.add_argument("--noise", action="store_true", help="use random images instead of the validation set")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="images to average over; default: 64")
+    parser.add_argument("--figure", default="receptive_field.png", metavar="FILE",
+                        help="the figure, .png, .pdf or .svg; default: receptive_field.png")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # before the slow imports, so that --help is fast
+
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.colors import LogNorm
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import load_config
 from data import build_val_loader
 from data.transforms import build_transform
 from inference import build_network, load_network
 from plots import new_figure, save_figure
-from utils import InputError, one_line_errors
 
 SHARES = (0.2, 0.5, 0.9, 0.99)
 _DECADES = 4  # of the colour scale
@@ -112,31 +132,22 @@ def validation_images(config, count: int) -> torch.Tensor:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="the trained network; default: a new one")
-    parser.add_argument("--cfg", metavar="FILE",
-                        help="the network's config; for a new network, a released checkpoint, or another image size")
-    parser.add_argument("--data-path", metavar="DIR", help="the data set's folder; default: the config's")
-    parser.add_argument("--noise", action="store_true", help="use random images instead of the validation set")
-    parser.add_argument("--images", type=int, default=64, metavar="N", help="images to average over; default: 64")
-    parser.add_argument("--output", default="receptive_field.png", metavar="FILE",
-                        help="the figure, .png, .pdf or .svg; default: receptive_field.png")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     model, images = _prepare(args)
     measured = effective_fields(partial(model.forward_intermediates, intermediates_only=True), images)
     fields = [field for field, _ in measured]
     held = [areas(field, centre_of(field, size)) for field, size in measured]
     titles = [f"stage {stage}: {h} x {w}\n50 % of it in {100 * held[stage - 1][1]:.1f} % of the image"
               for stage, (_, (h, w)) in enumerate(measured, start=1)]
-    save_figure(draw_fields(fields, titles), args.output)
-    numbers = Path(args.output).with_suffix(".npz")
+    save_figure(draw_fields(fields, titles), args.figure)
+    numbers = Path(args.figure).with_suffix(".npz")
     np.savez_compressed(numbers, **{f"stage{stage}": field for stage, field in enumerate(fields, start=1)})
     print(f"Area of the smallest centred square that holds a share of the gradient, in % of the image's "
           f"({len(images)} images of {images.shape[2]} x {images.shape[3]}):")
     print("stage     output" + "".join(f"{share:>8.0%}" for share in SHARES))
     for stage, ((_, (h, w)), shares) in enumerate(zip(measured, held, strict=True), start=1):
         print(f"{stage:>5}{f'{h} x {w}':>11}" + "".join(f"{100 * share:>8.2f}" for share in shares))
-    print(f"drawn to {args.output}; the fields are in {numbers}")
+    print(f"drawn to {args.figure}; the fields are in {numbers}")
     return 0
 
 

@@ -11,40 +11,26 @@ tools/tables.yaml lists the tables.
 """
 
 import argparse
-import os
-import shlex
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoint  # noqa: E402
-from arguments import argument_parser, config_overrides, parse_arguments  # noqa: E402
-from config import (
-    load_config,  # noqa: E402
-    read_yaml,  # noqa: E402
-)
-from resume import changed_keys  # noqa: E402
-from tools.tables import ROOT, TABLES, choose, final_results, read_tables  # noqa: E402
-from utils import (
-    InputError,  # noqa: E402
-    one_line_errors,  # noqa: E402
-)
+import arguments
+from utils import InputError, one_line_errors
+
+SINGLE = ("cfg", "tag", "eval", "throughput", "resume", "output")  # flags of main.py that are for a single run
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; the exit status is 0, 1 after failed runs, 2 for bad input, 75 after a signal."""
-    return launch(parse_arguments(launch_parser(), argv))
+def flags_of_runs() -> list[argparse.Action]:
+    """The flags of main.py that are passed to every run."""
+    return [action for action in arguments.argument_parser(add_help=False)._actions if action.dest not in SINGLE]
 
 
-def launch_parser() -> argparse.ArgumentParser:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The launcher's arguments, and main.py's flags, which are passed to every run."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        parents=[argument_parser(add_help=False)], conflict_handler="resolve",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("table", help="a table of tools/tables.yaml")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows; default: all")
@@ -52,33 +38,54 @@ def launch_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes per run, one per GPU")
     parser.add_argument("--slurm", metavar="OPTIONS", help="submit each run as a job with these options of sbatch")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
-    parser.add_argument("--tables", default=TABLES, metavar="FILE", help="default: tools/tables.yaml")
+    parser.add_argument("--tables", default=Path(__file__).with_name("tables.yaml"), metavar="FILE",
+                        help="default: tools/tables.yaml")
     parser.add_argument("--output", default="output", metavar="DIR", help="folder for the results; default: output")
-    parser.add_argument("--cfg", help=argparse.SUPPRESS)  # which main.py requires
-    return parser
+    for action in flags_of_runs():
+        parser._add_action(action)
+    for word in sys.argv[1:] if argv is None else argv:
+        flag = word.partition("=")[0]
+        if flag != "--output" and flag.removeprefix("--") in SINGLE:
+            parser.error(f"{flag} is for a single run, with main.py; this command sets config and tag, and only trains")
+    return arguments.parse_arguments(parser, argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # before the slow imports, so that --help is fast
+
+import os
+import shlex
+import signal
+import subprocess
+
+import checkpoint
+from arguments import argument_parser, config_overrides
+from config import load_config, read_yaml
+from resume import changed_keys
+from tools.tables import ROOT, choose, final_results, read_tables
 
 
 def passed_on(args: argparse.Namespace) -> list[str]:
     """The flags of main.py among the arguments."""
     flags = []
-    for action in argument_parser(add_help=False)._actions:
+    for action in flags_of_runs():
         value = getattr(args, action.dest)
-        if action.dest not in ("output", "opts") and value != action.default:
+        if action.dest != "opts" and value != action.default:
             flags += [action.option_strings[0]] if action.nargs == 0 else [action.option_strings[0], str(value)]
     return flags
 
 
-def launch(args: argparse.Namespace) -> int:
-    """Runs everything that is not finished yet, all rows with the first seed first."""
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Runs everything that is not finished yet, all rows with the first seed first.
+
+    Returns:
+        The exit status: 0, 1 after failed runs, 2 for bad input, 75 after a signal.
+    """
+    args = parse_arguments(argv)
     tables = read_tables(args.tables)
     _, rows = tables[choose([args.table], tables, "table")[0]]
     rows = {row.key: row for row in rows}
-    for name in ("cfg", "tag"):
-        if getattr(args, name):
-            raise InputError(f"--{name} is set by this tool for each run; leave it out")
-    for name in ("eval", "throughput", "resume"):
-        if getattr(args, name):
-            raise InputError(f"--{name} is for a single run; use it with main.py. This command only trains")
     flags = passed_on(args)
     if args.seeds < 1 or args.nproc < 1:
         raise InputError(f"--seeds {args.seeds} and --nproc {args.nproc} must be at least 1")
@@ -88,15 +95,15 @@ def launch(args: argparse.Namespace) -> int:
     for seed in range(args.seeds):
         for key in choose(args.rows, rows, "row"):
             name = f"{key}_seed{seed}"
-            arguments = [
+            words = [
                 "--cfg", os.path.relpath(rows[key].path), "--output", str(Path(args.output, key)),
                 "--tag", f"seed{seed}", *flags, "--opts", *rows[key].opts, *args.opts, "SEED", str(seed),
             ]
-            config = load_config(rows[key].path, config_overrides(parse_arguments(argument_parser(), arguments)))
+            config = load_config(rows[key].path, config_overrides(argument_parser().parse_args(words)))
             folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
             if not args.allow_changes:
                 check_settings(folder, config)
-            command = build_command(args, name, arguments)
+            command = build_command(args, name, words)
             if final_results(folder, config.TRAIN.EPOCHS):
                 print(f"{name}: finished, see {folder}", flush=True)
             elif args.dry_run:
@@ -125,12 +132,12 @@ def check_settings(folder: Path, config) -> None:
             raise InputError(f"{folder} holds a run with other settings: {changes}; choose another --output")
 
 
-def build_command(args: argparse.Namespace, job: str, arguments: list[str]) -> list[str]:
+def build_command(args: argparse.Namespace, job: str, words: list[str]) -> list[str]:
     """The command of a run: main.py in this Python, under torchrun, or as a SLURM job."""
     if args.slurm is not None:
-        return ["sbatch", "--job-name", job, *shlex.split(args.slurm), "tools/slurm_train.sh", *arguments]
+        return ["sbatch", "--job-name", job, *shlex.split(args.slurm), "tools/slurm_train.sh", *words]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] * (args.nproc > 1)
-    return [sys.executable, *launcher, os.path.relpath(ROOT / "main.py"), *arguments]
+    return [sys.executable, *launcher, os.path.relpath(ROOT / "main.py"), *words]
 
 
 def is_running(folder: Path) -> bool:

@@ -12,15 +12,33 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from utils import InputError, one_line_errors
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CKPT", help="the trained network")
+    parser.add_argument("--cfg", metavar="FILE",
+                        help="the network's config; for a released checkpoint, or another image size")
+    parser.add_argument("--all", action="store_true", help="draw all blocks; default: the last of each stage")
+    parser.add_argument("--channel", type=int, metavar="N", help="channel of a patch to draw; default: the mean of all")
+    parser.add_argument("--figure", default="strip_weights.png", metavar="FILE",
+                        help="the figure, .png, .pdf or .svg; default: strip_weights.png")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # before the slow imports, so that --help is fast
+
+import torch
 
 from config import load_config
 from inference import load_network
 from models.strip_mlp import StripMLP
 from plots import new_figure, save_figure
-from utils import InputError, one_line_errors
 
 
 def strip_layers(model: torch.nn.Module) -> dict[str, list[StripMLP]]:
@@ -105,19 +123,11 @@ def draw_weights(blocks: dict[str, list[StripMLP]], channel: int | None = None):
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CKPT", help="the trained network")
-    parser.add_argument("--cfg", metavar="FILE",
-                        help="the network's config; for a released checkpoint, or another image size")
-    parser.add_argument("--all", action="store_true", help="draw all blocks; default: the last of each stage")
-    parser.add_argument("--channel", type=int, metavar="N", help="channel of a patch to draw; default: the mean of all")
-    parser.add_argument("--output", default="strip_weights.png", metavar="FILE",
-                        help="the figure, .png, .pdf or .svg; default: strip_weights.png")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     model, _, _ = load_network(args.checkpoint, load_config(args.cfg) if args.cfg else None)
     blocks = strip_layers(model)
     drawn = blocks if args.all else last_of_each_stage(blocks)
-    save_figure(draw_weights(drawn, args.channel), args.output)
+    save_figure(draw_weights(drawn, args.channel), args.figure)
     print("layer                  root mean square   squared weights by k (%)   token and neighbours (% / if even)")
     for name, modules in blocks.items():
         for module in modules:
@@ -125,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             rows = " ".join(f"{100 * share:5.1f}" for share in spread["rows"])
             print(f"{f'{name} {module.axis}':<21}{spread['rms']:>18.4f}{rows:>27}"
                   f"{100 * spread['near']:>22.1f} / {100 * spread['near_if_even']:.1f}")
-    print(f"drawn to {args.output}")
+    print(f"drawn to {args.figure}")
     return 0
 
 

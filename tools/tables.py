@@ -10,6 +10,7 @@ from utils import InputError, MissingFileError
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "tools" / "tables.yaml"
+_TABLE_KEYS, _ROW_KEYS = ("title", "rows"), ("name", "config", "opts", "paper")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ def read_tables(path: str | Path = TABLES) -> dict[str, tuple[str, list[Row]]]:
         raise MissingFileError(f"the file of tables {path} does not exist; see tools/tables.yaml")
     tables = read_yaml(Path(path))
     try:
+        for table, content in tables.items():
+            _check_keys(content, _TABLE_KEYS, f"{path}: {table}")
+            for key, row in content["rows"].items():
+                _check_keys(row, _ROW_KEYS, f"{path}: {table}: {key}")
         return {
             table: (content["title"], [_read_row(key, row) for key, row in content["rows"].items()])
             for table, content in tables.items()
@@ -50,13 +55,18 @@ def read_tables(path: str | Path = TABLES) -> dict[str, tuple[str, list[Row]]]:
         raise InputError(f"{path} is not a file of tables like tools/tables.yaml: {error!r}") from None
 
 
+def _check_keys(values: dict, known: tuple[str, ...], where: str) -> None:
+    for key in values.keys() - set(known):
+        hint = "; it belongs into a row" if key in _ROW_KEYS else nearest(str(key), known)
+        raise InputError(f"{where}: unknown key {key}{hint}; known are {', '.join(known)}")
+
+
 def _read_row(key: str, row: dict) -> Row:
-    config = row.get("config", key)
     paper = row.get("paper", [])
     return Row(
         key=key,
         name=row["name"],
-        path=_find_config(config),
+        path=_find_config(row.get("config", key)),
         opts=tuple(map(str, row.get("opts", []))),
         paper=dict(zip(("acc1", "acc5"), paper if isinstance(paper, list) else [paper], strict=False)),
     )

@@ -5,7 +5,6 @@ import functools
 import json
 import re
 import shlex
-import sys
 
 import pytest
 import timm
@@ -24,11 +23,9 @@ from tools import export
 from utils import InputError
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install pycocotools")
-sys.path.insert(0, str(ROOT / "examples"))
 
-import detection  # noqa: E402
-from detection_data import CocoScenes, DigitScenes, unzip  # noqa: E402
-from detection_score import draw_found, evaluate, in_coco_format  # noqa: E402
+from examples import detection  # noqa: E402
+from examples.detection_data import CocoScenes, DigitScenes, draw_found, evaluate, in_coco_format, unzip
 
 CPU = torch.device("cpu")
 
@@ -58,8 +55,8 @@ def test_scenes_are_the_same_each_time_and_boxes_hold_their_digits():
 
 def parse(config_file, *more):
     """The arguments of a detector of a few thousand parameters."""
-    return detection.parse_arguments(["--cfg", str(config_file), "--data", "digits", "--channels", "8", "--min-size",
-                                      "64", "--max-size", "128", *map(str, more)])
+    return detection.parse_arguments(["--cfg", str(config_file), "--data-path", "digits", "--channels", "8",
+                                      "--min-size", "64", "--max-size", "128", *map(str, more)])
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +72,7 @@ def test_retinanet_on_images_of_two_sizes(config_file, trained, tmp_path):
     net, _ = trained
     weights = tmp_path / "released.pth"
     torch.save({"model": as_stored(net.state_dict(), "proh_w")}, weights)
-    detector = detection.build_detector(parse(config_file, "--weights", weights), num_classes=3).train()
+    detector = detection.build_detector(parse(config_file, "--pretrained", weights), num_classes=3).train()
     assert torch.equal(detector.backbone.net.stem.weight, net.stem.weight)
     images = [torch.rand(3, 64, 90), torch.rand(3, 70, 64)]
     targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([label])} for label in (0, 2)]
@@ -91,7 +88,7 @@ def test_weights_of_a_hub_folder(source, config_file, trained, tmp_path, monkeyp
     monkeypatch.setattr(inference.huggingface_hub, "hf_hub_download", lambda repository, name, revision: {
         ("me/net", None): tmp_path / "hub" / name}[repository, revision])
     given = tmp_path / "hub" if source == "folder" else source
-    detector = detection.build_detector(parse(config_file, "--weights", given), num_classes=3)
+    detector = detection.build_detector(parse(config_file, "--pretrained", given), num_classes=3)
     own, expected = detector.backbone.net.state_dict(), net.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in own.items()) and len(own) > 100
 
@@ -99,7 +96,8 @@ def test_weights_of_a_hub_folder(source, config_file, trained, tmp_path, monkeyp
 def test_all_images_of_one_size(config_file, trained):
     """The weights are resized to it, and no windows are cut."""
     net, weights = trained
-    detector = detection.build_detector(parse(config_file, "--weights", weights, "--resize", 64), num_classes=3).eval()
+    args = parse(config_file, "--pretrained", weights, "--resize", 64)
+    detector = detection.build_detector(args, num_classes=3).eval()
     backbone = detector.backbone.net
     expected = adapt_size(net.state_dict(), backbone)
     key = "stages.0.0.token_mixing.cgsmm.row_strip.weight"
@@ -146,7 +144,7 @@ def test_boxes_are_drawn_where_they_were_found():
     """Of two scenes with everything found, the picture differs from the scene along the boxes alone."""
     dataset = DigitScenes("val", 2)
     drawn, plain = (draw_found(Oracle(dataset, 0), dataset, CPU, threshold=threshold) for threshold in (0.5, 1.5))
-    assert drawn.size == plain.size == (412, 208)
+    assert drawn.size == plain.size == (652, 328)
     change = ImageChops.difference(drawn, plain).convert("L").point(lambda value: 255 * (value > 2))  # beyond rounding
     assert 0.005 < sum(change.histogram()[1:]) / (change.width * change.height) < 0.2
 
@@ -181,12 +179,12 @@ def test_a_folder_in_coco_s_format(tmp_path):
 
 
 def test_training_resumes(config_file, tmp_path, capsys):
-    command = ["--cfg", str(config_file), "--data", "digits", "--output", str(tmp_path), "--channels", "8", "--scenes",
-               "4", "--batch-size", "2", "--min-size", "64", "--max-size", "64", "--device", "cpu"]
+    command = ["--cfg", str(config_file), "--data-path", "digits", "--output", str(tmp_path), "--channels", "8",
+               "--scenes", "4", "--batch-size", "2", "--min-size", "64", "--max-size", "64", "--device", "cpu"]
     assert detection.main([*command, "--epochs", "2"]) == 0
     whole = torch.load(tmp_path / "last.pth", weights_only=True)
     assert whole["epoch"] == 2 and "epoch 2  loss" in capsys.readouterr().out
-    assert Image.open(tmp_path / "found.jpg").size == (200, 200)
+    assert Image.open(tmp_path / "found.jpg").size == (320, 320)
     assert detection.main([*command, "--epochs", "3"]) == 0
     log = capsys.readouterr().out
     assert "after epoch 2" in log and "epoch 3  loss" in log and "epoch 2  loss" not in log
@@ -221,7 +219,7 @@ def test_an_odd_checkpoint_changes_nothing(path, value, message):
 
 
 def test_bad_input_is_one_line(config_file, capsys, tmp_path):
-    assert detection.main(["--cfg", str(config_file), "--data", str(tmp_path)]) == 2
+    assert detection.main(["--cfg", str(config_file), "--data-path", str(tmp_path)]) == 2
     assert "instances_train2017.json does not exist; --data takes 'digits' or a folder" in capsys.readouterr().out
 
 
@@ -267,7 +265,7 @@ def test_guide_s_commands(config_file):
     assert len(commands) >= 2
     for command in commands:
         assert detection.parse_arguments(shlex.split(command)).cfg.startswith("configs/")
-    args = detection.parse_arguments(["--cfg", "x", "--data", "digits"])
+    args = detection.parse_arguments(["--cfg", "x", "--data-path", "digits"])
     assert (args.lr, args.backbone_lr, args.epochs, args.batch_size) == (1e-4, 1e-5, 12, 4)
 
 

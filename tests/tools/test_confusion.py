@@ -3,14 +3,15 @@
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 import main
-from tests.helpers import arguments, folder
+from tests.helpers import arguments, digits_folder, few_digits, folder
 from tools import confusion
 
 HEADER = "index,image,target,prediction,probability,target_label,prediction_label\n"
@@ -37,13 +38,14 @@ def read_csv(path):
 
 def test_matrix_equals_scikit_learns(tmp_path):
     path, targets, predictions = random_predictions(tmp_path / "predictions.csv", 12, 500)
-    matrix, names = confusion.read_predictions(tmp_path)
+    matrix, names, mistakes = confusion.read_predictions(path)
     assert (matrix == confusion_matrix(targets, predictions, labels=range(12))).all()
     assert names == [f"class {i}" for i in range(12)]
-    accuracies = confusion.class_accuracies(matrix)
-    for label in range(11):
-        assert accuracies[label] == pytest.approx(100 * (predictions[targets == label] == label).mean(), rel=1e-12)
-    assert math.isnan(accuracies[11])
+    precision, recall, f1, _ = precision_recall_fscore_support(targets, predictions, labels=range(12), zero_division=0)
+    for found, expected in zip(confusion.scores(matrix), (recall, precision, f1), strict=True):
+        assert found[:11] == pytest.approx(100 * expected[:11], rel=1e-12)
+    assert math.isnan(confusion.scores(matrix)[0][11])
+    assert len(mistakes) == (targets != predictions).sum() and mistakes[0][:2] == (0.5, 7)
 
 
 def test_tables_and_printed_pairs(tmp_path, capsys):
@@ -52,13 +54,14 @@ def test_tables_and_printed_pairs(tmp_path, capsys):
     assert read_csv(tmp_path / "out" / "confusion.csv") == [
         ["true class", *"abcd"], ["a", *"1120"], ["b", *"1100"], ["c", *"0000"], ["d", *"0001"]]
     assert read_csv(tmp_path / "out" / "classes.csv") == [
-        ["class", "images", "correct", "accuracy", "predicted", "precision", "most_taken_for"],
-        ["a", "4", "1", "25.000", "2", "50.000", "c"],
-        ["b", "2", "1", "50.000", "2", "50.000", "a"],
-        ["c", "0", "0", "nan", "2", "0.000", ""],
-        ["d", "1", "1", "100.000", "1", "100.000", ""]]
+        ["class", "images", "correct", "recall", "precision", "f1", "predicted", "most_taken_for"],
+        ["a", "4", "1", "25.000", "50.000", "33.333", "2", "c"],
+        ["b", "2", "1", "50.000", "50.000", "50.000", "2", "a"],
+        ["c", "0", "0", "nan", "0.000", "0.000", "2", ""],
+        ["d", "1", "1", "100.000", "100.000", "100.000", "1", ""]]
     assert capsys.readouterr().out.splitlines()[:3] == [
-        "3 of 7 images correct: top-1 42.857", "  a classified as c: 2 of 4", "  a classified as b: 1 of 4"]
+        "3 of 7 images correct: top-1 42.857, mean recall 58.333, mean F1 45.833", "  a classified as c: 2 of 4",
+        "  a classified as b: 1 of 4"]
 
 
 def test_most_confused_leaves_out_what_was_never_confused():
@@ -66,20 +69,54 @@ def test_most_confused_leaves_out_what_was_never_confused():
     assert confusion.most_confused(matrix, 9) == [(1, 0, 3), (0, 2, 2)]
 
 
-def test_an_evaluation_s_predictions_give_its_accuracy(trained, tmp_path):
-    """From the training to the table; digits' classes are in the order of their labels."""
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    """The folder of an evaluation of the trained network."""
+    output = tmp_path_factory.mktemp("evaluated")
     flags = ["--eval", "--resume", str(folder(trained) / "best.pth")]
-    assert main.main(arguments(tmp_path, "TEST.PREDICTIONS", True, flags=flags)) == 0
-    matrix, names = confusion.read_predictions(folder(tmp_path))
-    report = json.loads((folder(tmp_path) / "eval.json").read_text())["eval_ema"]
-    assert matrix.sum() == report["images"] == 40
+    assert main.main(arguments(output, "TEST.PREDICTIONS", True, flags=flags)) == 0
+    return folder(output)
+
+
+def test_an_evaluation_s_predictions_give_its_accuracy(evaluated):
+    """From the training to the table; digits' classes are in the order of their labels."""
+    matrix, names, mistakes = confusion.read_predictions(evaluated / "predictions.csv")
+    report = json.loads((evaluated / "eval.json").read_text())["eval_ema"]
+    assert matrix.sum() == report["images"] == 40 and len(mistakes) == 40 - matrix.trace()
     assert 100 * matrix.trace() / 40 == pytest.approx(report["acc1"], rel=1e-12)
     assert names == [str(digit) for digit in range(len(names))]
 
 
+def test_the_mistakes_are_shown(evaluated, tmp_path, monkeypatch, capsys):
+    """The most confident first, each with its image, its true class and the predicted one."""
+    drawn = []
+    monkeypatch.setattr(confusion, "draw_sheet", lambda cells: drawn.extend(cells) or Image.new("RGB", (9, 9)))
+    assert confusion.main([str(evaluated), "--output", str(tmp_path), "--sheet", str(tmp_path / "sheet.png")]) == 0
+    matrix, _, mistakes = confusion.read_predictions(evaluated / "predictions.csv")
+    shown = sorted(mistakes, reverse=True)
+    assert f"{len(shown)} of {len(shown)} mistakes drawn to" in capsys.readouterr().out
+    assert [(title, classes) for title, _, classes in drawn] == [
+        (f"true: {target}", [(prediction, probability)]) for probability, _, target, prediction in shown]
+    rows = read_csv(evaluated / "predictions.csv")
+    image = Image.open(few_digits() / "val" / rows[1 + shown[0][1]][1])
+    assert drawn[0][1].resize((8, 8), Image.Resampling.BOX).tobytes() == image.convert("RGB").tobytes()
+
+
+def test_a_sheet_of_other_images_is_refused(evaluated, tmp_path, capsys):
+    digits_folder(tmp_path, train=10, val=10)
+    argv = [str(evaluated), "--output", str(tmp_path), "--sheet", str(tmp_path / "s.png")]
+    assert confusion.main([*argv, "--data-path", str(tmp_path)]) == 2
+    assert "but the data set has 10; is --data-path right?" in capsys.readouterr().err
+    shutil.copy(evaluated / "predictions.csv", tmp_path)
+    assert confusion.main([str(tmp_path), *argv[1:]]) == 2
+    assert "eval.json, which says what images were evaluated, does not exist" in capsys.readouterr().err
+    assert confusion.main([*argv[:-1], str(tmp_path / "s.gif")]) == 2
+    assert "the sheet is a PNG" in capsys.readouterr().err
+
+
 def test_picture_of_ten_classes_has_every_number_and_name(tmp_path):
     path, _, _ = random_predictions(tmp_path / "predictions.csv", 10, 500)
-    matrix, names = confusion.read_predictions(path)
+    matrix, names, _ = confusion.read_predictions(path)
     left, right, _ = confusion.draw_confusion(matrix, names).axes
     numbers = {text.get_position()[::-1]: int(text.get_text()) for text in left.texts}
     assert numbers == {(t, p): matrix[t, p] for t, p in np.argwhere(matrix)}
@@ -93,7 +130,7 @@ def test_picture_of_ten_classes_has_every_number_and_name(tmp_path):
 def test_picture_of_a_thousand_classes_loses_no_confusion(tmp_path):
     """A cell shows the largest share of its 4 x 4 classes."""
     path, _, _ = random_predictions(tmp_path / "predictions.csv", 1000, 5000)
-    matrix, names = confusion.read_predictions(path)
+    matrix, names, _ = confusion.read_predictions(path)
     left, right, _ = confusion.draw_confusion(matrix, names).axes
     cells = np.array(left.images[0].get_array())
     assert cells.shape == (250, 250) and not left.texts
@@ -117,7 +154,7 @@ def test_picture_is_drawn(tmp_path):
 
 @pytest.mark.parametrize(
     "line", ["1,,b,a,0.5,1", "1,,b,a,0.5,x,0", "1,,b,a,0.5,-1,0", "1,,wrong,a,0.5,1,0", "\x00", "half",
-             "1,,b,c,0.5,1,1000000000"])
+             "1,,b,c,0.5,1,1000000000", "1,,b,a,high,1,0"])
 def test_a_damaged_line_is_named(tmp_path, line):
     path = write(tmp_path / "predictions.csv", [0, 1], [0, 1], "ab")
     path.write_text(path.read_text() + line + "\n")
@@ -132,7 +169,7 @@ def test_errors_are_one_line(tmp_path, capsys):
     (tmp_path / "old").write_text("index,image,target,prediction,probability\n0,,a,a,0.5\n")
     for argv, message in [
         ([tmp_path / "gone"], "gone does not exist; main.py --eval writes it with --opts TEST.PREDICTIONS True"),
-        ([tmp_path / "empty"], "has no column target or prediction"),
+        ([tmp_path / "empty"], "has no column index or target"),
         ([tmp_path / "old"], "has no column target_label or prediction_label; write it again"),
         ([tmp_path / "header"], "holds no predictions"),
         ([good, "--output", good], "cannot write into"),

@@ -1,9 +1,11 @@
 import json
+import re
 import sys
 
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 import checkpoint
@@ -11,7 +13,8 @@ from config import load_config, to_dict
 from data.transforms import build_transform
 from inference import architecture, load_network
 from models import build_model, to_released_state_dict
-from tests.helpers import differences, save_network, tiny_network
+from tests.helpers import DIGITS, TINY, differences, save_network, tiny_network
+from tests.processes import ROOT
 from tools import export
 
 CLASSES = [f"digit {label}" for label in range(10)]
@@ -46,7 +49,9 @@ def test_onnx(network, tmp_path, capsys):
         assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["classes"]) == CLASSES
-    assert about["preprocessing"] == repr(build_transform(config))
+    assert json.loads(about["preprocessing"]) == {
+        "input_size": [3, 16, 16], "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic",
+        "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]  # the weights too are in it
 
 
@@ -58,19 +63,36 @@ def test_onnx_needs_a_newer_pytorch(network, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("flags", "batch_norms"), [
-    pytest.param([], 3 * 4 + 1, marks=pytest.mark.slow), (["--fuse"], 4 + 1)])
-def test_torch_export(flags, batch_norms, network, tmp_path):
-    """For any batch size; with ``--fuse``, two of the three BatchNorms of each of the four blocks are folded."""
+def test_torch_export(network, tmp_path):
+    """For any batch size."""
     path, config, model = network
-    assert export.main([str(path), str(tmp_path / "a.pt2"), *flags]) == 0
+    assert export.main([str(path), str(tmp_path / "a.pt2")]) == 0
     about = {"classes": "", "preprocessing": ""}
     program = torch.export.load(tmp_path / "a.pt2", extra_files=about)
     for batch in (1, 2, 7):
         images, expected = logits(model, batch)
         assert_close(program.module()(images), expected, rtol=1e-5, atol=1e-5)
-    assert sum("batch_norm" in str(node.target) for node in program.graph.nodes) == batch_norms
-    assert json.loads(about["classes"]) == CLASSES
+    assert json.loads(about["classes"]) == CLASSES and json.loads(about["preprocessing"])["input_size"] == [3, 16, 16]
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 8), reason="PyTorch 2.6 cannot export the network to ONNX")
+def test_the_page_s_onnxruntime_example(network, tmp_path, monkeypatch, capsys):
+    """It needs nothing of this repository, and gives what the network gives."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    config = load_config(DIGITS, [*TINY, "TEST.CROP", "True"])
+    save_network(tmp_path / "best.pth", config, network[2])
+    Image.linear_gradient("L").resize((300, 200)).save(tmp_path / "photo.jpg")  # smooth, so that both resize alike
+    monkeypatch.chdir(tmp_path)
+    assert export.main(["best.pth", "model.onnx"]) == 0
+    (code,) = re.findall(r"```python\n(import json\n.*?)```", (ROOT / "docs" / "tools.md").read_text(), re.S)
+    assert len(code.splitlines()) <= 12
+    capsys.readouterr()
+    exec(code, names := {})
+    with torch.inference_mode():
+        expected = network[2](build_transform(config)(Image.open("photo.jpg").convert("RGB"))[None])
+    assert_close(torch.from_numpy(names["logits"]), expected, rtol=0, atol=0.02)
+    assert capsys.readouterr().out == f"digit {expected.argmax()}\n"
 
 
 @pytest.mark.parametrize(("name", "flags"), [("a.safetensors", []), ("a.pth", ["--format", "native"])])
@@ -124,8 +146,6 @@ def test_timm_models(tmp_path, capsys):
     assert export.main([str(path), str(tmp_path / "a.pt2")]) == 0
     assert export.main([str(path), str(tmp_path / "b.pth"), "--format", "released"]) == 2
     assert "the released code supports Strip-MLP only; this network is a ResNet" in capsys.readouterr().err
-    assert export.main([str(path), str(tmp_path / "b.pt2"), "--fuse"]) == 2
-    assert "--fuse is for Strip-MLP only; this network is a ResNet" in capsys.readouterr().err
 
 
 def test_the_difference_is_the_largest_against_the_largest_logit():
@@ -151,7 +171,7 @@ def test_a_file_with_other_outputs_is_not_written(error, network, tmp_path, monk
         path.write_text("")
         return lambda images: network.model(images) + error
 
-    monkeypatch.setitem(export.FORMATS, "native", export.Format(".pth", write))
+    monkeypatch.setitem(export.WRITERS, "native", write)
     assert export.main([str(network[0]), str(tmp_path / "a.pth"), "--format", "native"]) == 2
     assert "a.pth was not written: its outputs differ from the network's by" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -163,7 +183,6 @@ def test_a_file_with_other_outputs_is_not_written(error, network, tmp_path, monk
         (["NETWORK", "a.foo"], "a.foo: its extension does not determine the format; add --format onnx or "),
         (["NETWORK", "a.pth"], "a.pth: its extension does not determine the format; add --format released or native"),
         (["NETWORK", "a.pth", "--format", "onnx"], "must end in .onnx"),
-        (["NETWORK", "a.safetensors", "--fuse"], "--fuse is for onnx and torch-export; safetensors stores the weights"),
         (["NETWORK", "a.pt2", "--half"], "--half is for safetensors and hub, not for torch-export"),
         (["NETWORK", "here.pt2"], "here.pt2 already exists; remove it or choose another name"),
         (["NETWORK", "gone/a.pt2"], "gone is not a writable folder"),

@@ -14,9 +14,11 @@ from timm.data import create_transform, resolve_data_config
 
 import checkpoint
 import main
+import plots
 from config import load_config, to_dict
 from data.transforms import build_transform
 from inference import WEIGHTS, load_network, weights_file
+from models import build_model
 from tests.helpers import DIGITS, TINY, arguments, folder, save_network, tiny_network
 from tools import export, predict
 from tools.model_card import model_card
@@ -129,7 +131,7 @@ def test_timm_s_own_architectures(name, tmp_path, capsys):
     opts = ["MODEL.TYPE", "timm", "MODEL.ARCH", name, "MODEL.TIMM_KWARGS", kwargs, "DATA.IMG_SIZE", 32]
     config = load_config(DIGITS, opts)
     torch.manual_seed(0)
-    net = main.build_model(config).eval()
+    net = build_model(config).eval()
     save_network(tmp_path / "best.pth", config, net)
     assert export.main([str(tmp_path / "best.pth"), str(tmp_path / "hub"), "--format", "hub"]) == 0
     assert "(hub); read back, its outputs differ by at most" in capsys.readouterr().out
@@ -165,6 +167,20 @@ def test_another_file_s_evaluation_is_not_claimed(shared, tmp_path):
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "| accuracy | not evaluated; run `python main.py --eval`" in card and "91.23" not in card
     assert "| commit | not recorded |" in card and "| recipe | not recorded |" in card
+
+
+def test_what_the_training_logged_is_the_accuracy_of_a_file_that_was_not_evaluated(trained, tmp_path):
+    """That of the file's own weights and update: not of the best epoch for the last checkpoint."""
+    run = tmp_path / "run"
+    shutil.copytree(folder(trained), run, symlinks=True)
+    records = plots.read_metrics(run)
+    for path in (run / "best.pth", *run.glob("ckpt_step_*.pth")):
+        step = checkpoint.load_file(path)["step"]
+        record, = [r for r in records if (r["kind"], r["step"]) == ("eval_ema", step)]
+        target = tmp_path / path.stem
+        assert export.main([str(path), str(target), "--format", "hub"]) == 0
+        fact = f"| accuracy | top-1 {record['acc1']:.2f} % of the validation images, logged by the training after "
+        assert f"{fact}{record['epoch'] + 1} epochs |" in (target / "README.md").read_text()
 
 
 def test_odd_files_beside_the_checkpoint(shared, tmp_path):
@@ -207,7 +223,7 @@ def test_only_a_hub_name_downloads(shared, the_hub, tmp_path):
 
 def test_an_ablated_network_is_refused(tmp_path, capsys):
     config = load_config(DIGITS, ["MODEL.STRIP_MLP.SHORTCUTS", False])
-    save_network(tmp_path / "best.pth", config, main.build_model(config))
+    save_network(tmp_path / "best.pth", config, build_model(config))
     assert export.main([str(tmp_path / "best.pth"), str(tmp_path / "hub"), "--format", "hub"]) == 2
     assert "an ablated Strip-MLP" in capsys.readouterr().err
     assert not (tmp_path / "hub").exists()

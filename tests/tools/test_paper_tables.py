@@ -53,9 +53,9 @@ def add_run(root, row, name, accuracies, *opts, commit=COMMIT, batch=200, kind="
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     about = {"git_commit": commit, "effective_batch": batch, "command": "main.py --data-path /private/data"}
     (folder / "run.yaml").write_text(yaml.safe_dump(about))
-    records = [{"kind": "train", "step": 1, "epoch": 0, "loss": 2.0, "lr": 0.1}]
+    records = [{"kind": "train", "step": 1, "epoch": 0, "epochs": 0.1, "loss": 2.0, "lr": 0.1}]
     for epoch, accuracy in enumerate(accuracies):
-        where = {"step": 7, "epoch": epoch, "loss": 1.0}
+        where = {"step": 7, "epoch": epoch, "epochs": epoch + 1, "loss": 1.0}
         records.append({"kind": "eval", **where, "acc1": 1.0, "acc5": 2.0})
         records.append({"kind": kind, **where, "acc1": accuracy, "acc5": accuracy + 5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -180,7 +180,7 @@ def test_files_and_export(tables, tmp_path):
     """What is exported holds no path of this machine and makes the same table again."""
     for seed, accuracy in enumerate((90.0, 92.0)):
         add_run(tmp_path, "first", f"a{seed}", [10.0, accuracy], "SEED", seed)
-    status, output, _ = tables("tiny", "--write", "docs/results", "--export", "records")
+    status, output, _ = tables("tiny", "--output", "docs/results", "--export", "records")
     assert status == 0 and "docs/results/tiny.csv" in output
     lines = list(csv.DictReader((tmp_path / "docs/results/tiny.csv").open(encoding="utf-8")))
     assert [line["network"] for line in lines] == ["First", "Second", "ResNet"]
@@ -193,7 +193,7 @@ def test_files_and_export(tables, tmp_path):
     assert not [path for path in exported if "/private" in (tmp_path / path).read_text()]
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "records").rename(tmp_path / "runs")
-    assert tables("tiny", "--write", "again", "--export", "records")[0] == 0  # records can be exported again
+    assert tables("tiny", "--output", "again", "--export", "records")[0] == 0  # records can be exported again
     assert (tmp_path / "again/tiny.md").read_text() == markdown
 
 

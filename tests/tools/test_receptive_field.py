@@ -122,7 +122,7 @@ def test_panels_hold_the_fields():
 
 
 def test_command_line_on_a_fresh_network(tmp_path, capsys):
-    arguments = ["--cfg", str(DIGITS), "--images", "2", "--output", str(tmp_path / "field.png")]
+    arguments = ["--cfg", str(DIGITS), "--images", "2", "--figure", str(tmp_path / "field.png")]
     receptive_field.main(arguments)
     lines = capsys.readouterr().out.splitlines()
     assert "2 images of 32 x 32" in lines[0] and len(lines) == 7
@@ -147,7 +147,7 @@ def test_errors_are_one_line(tmp_path, capsys):
         ([tmp_path / "bad.pth"], "bad.pth"),
         (["--cfg", DIGITS, "--images", 0], "--images is 0; it must be at least 1"),
         (["--cfg", DIGITS.parent / "small" / "smlp_nano_alpha3_patch2_32_cifar10.yaml"], "--data-path DIR"),
-        (["--cfg", DIGITS, "--noise", "--images", 1, "--output", tmp_path], "cannot write"),
+        (["--cfg", DIGITS, "--noise", "--images", 1, "--figure", tmp_path], "cannot write"),
     ]:
         assert receptive_field.main([str(word) for word in argv]) == 2
         error = capsys.readouterr().err

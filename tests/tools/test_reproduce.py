@@ -47,7 +47,8 @@ def options(command):
 
 def finish(folder, epochs=2, last=""):
     folder.mkdir(parents=True)
-    records = [{"kind": "eval", "step": 7 * (i + 1), "epoch": i, "acc1": 50.0, "loss": 1.0} for i in range(epochs)]
+    records = [{"kind": "eval", "step": 7 * (i + 1), "epoch": i, "epochs": i + 1, "acc1": 50.0, "loss": 1.0}
+               for i in range(epochs)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + last)
 
 
@@ -127,10 +128,6 @@ def test_what_a_failure_does(table, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--rows", "frist"], "there is no row frist; did you mean first?; there are first, second"),
-    (["--tag", "x"], "--tag is set by this tool for each run; leave it out"),
-    (["--cfg=x"], "--cfg is set by this tool"),
-    (["--eval"], "--eval is for a single run; use it with main.py"),
-    (["--resume=x"], "--resume is for a single run"),
     (["--seeds", "0"], "--seeds 0 and --nproc 1 must be at least 1"),
     (["--opts", "TRAIN.EPOCH", "3"], "unknown config key TRAIN.EPOCH; did you mean TRAIN.EPOCHS?"),
 ])
@@ -138,6 +135,17 @@ def test_bad_input(table, capsys, flags, message):
     status, commands = table(*flags)
     assert (status, commands) == (2, [])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--tag=x", "--cfg", "--eval", "--resume=x", "--throughput"])
+def test_flags_of_a_single_run_are_refused_and_not_in_the_help(table, capsys, flag):
+    for words, status in (([flag], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit, match=str(status)):
+            table(*words)
+    out, err = capsys.readouterr()
+    name = flag.partition("=")[0]
+    assert f"{name} is for a single run, with main.py" in err
+    assert name not in out.split() and "--accumulation-steps N" in out and "--output DIR" in out
 
 
 def test_a_flag_s_value_before_the_table_is_not_the_table(table, tmp_path, capsys):
@@ -167,6 +175,10 @@ def test_unknown_flags_and_tables_are_errors(table, capsys, tmp_path):
     for text, message in (("[1, 2]", "is not a file of tables like tools/tables.yaml"),
                           ("tiny: {rows: {a: {}}}", "is not a file of tables like tools/tables.yaml"),
                           ("tiny: {title: a, rows: {a: {}}}", "is not a file of tables like tools/tables.yaml"),
+                          ("tiny: {title: a, row: {}}", "tables.yaml: tiny: unknown key row; did you mean rows?"),
+                          ("tiny: {title: a, opts: [], rows: {}}", "tiny: unknown key opts; it belongs into a row"),
+                          ("tiny: {title: a, rows: {a: {name: b, opt: []}}}",
+                           "tables.yaml: tiny: a: unknown key opt; did you mean opts?"),
                           ("{", "is not a YAML file")):
         table.file.write_text(text)
         assert table()[0] == 2

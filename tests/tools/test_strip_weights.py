@@ -56,7 +56,7 @@ def test_summary_of_known_weights():
 
 def test_command_line(trained, tmp_path, capsys):
     model, path = trained
-    strip_weights.main([path, "--output", str(tmp_path / "weights.png")])
+    strip_weights.main([path, "--figure", str(tmp_path / "weights.png")])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12
     spread = strip_weights.summarise(model.stages[0][0].token_mixing.cgsmm.column_strip.weight.detach())
@@ -74,7 +74,7 @@ def test_errors_are_one_line(trained, tmp_path, capsys):
         ([tmp_path / "gone.pth"], "gone.pth does not exist"),
         ([tmp_path / "timm.pth"], "ResNet has no strip layers to draw"),
         ([path, "--channel", 8], "--channel is 8; the smallest layer has channels 0 to 7"),
-        ([path, "--output", tmp_path / "gone" / "x.png"], "cannot write"),
+        ([path, "--figure", tmp_path / "gone" / "x.png"], "cannot write"),
     ]:
         assert strip_weights.main([str(word) for word in argv]) == 2
         error = capsys.readouterr().err
