@@ -11,7 +11,7 @@ from tests.processes import ROOT, run_interpreter
 
 SCRIPTS = sorted(path for pattern in ("*.py", "tools/**/*.py", "examples/*.py") for path in ROOT.glob(pattern)
                  if re.search(r"parse_arg\w*\(.*^if __name__", path.read_text(), re.M | re.S))
-TOOLS = [path for path in SCRIPTS if path.parent != ROOT and path.name != "convert_dataset.py"]
+TOOLS = [path for path in SCRIPTS if path.parent != ROOT]
 
 
 def parser_of(script, monkeypatch):

@@ -207,7 +207,7 @@ def draw_mistakes(mistakes: list, report: Path, data_path: str | None):
         raise InputError(f"--sheet: image {beyond[0]} was evaluated, but the data set has {len(dataset)}; is "
                          "--data-path right?")
     return draw_sheet([
-        (f"true: {target}", thumbnail(dataset.images[index][0]), [(prediction, probability)])
+        (f"true: {target}", thumbnail(dataset[index][0]), [(prediction, probability)])
         for probability, index, target, prediction in shown
     ])
 

@@ -15,27 +15,47 @@ results.
 """
 
 import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import InputError, one_line_errors, printable
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("source", metavar="DIR", type=Path, help="the data set, in any form")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="an empty or new folder")
+    parser.add_argument("--to", choices=["folders", "zip", "shards", "hub"], required=True, help="the form to write")
+    parser.add_argument("--short-side", type=int, default=0, metavar="N", help="shrink larger images to N pixels")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), metavar="N",
+                        help="processes that read and shrink; default: one per core, at most 16")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # before the slow imports, so that --help is fast
+
 import functools
 import io
 import multiprocessing
-import os
-import sys
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from data.datasets import check_same_classes, open_images
 from data.images import decode
 from data.zipped import ZipDataset
-from utils import InputError, one_line_errors, printable
 
 SPLITS = ("train", "val")
 SHARD = 1000  # images in a tar
@@ -202,16 +222,7 @@ _WRITERS = {"folders": _write_folders, "zip": _write_zip, "shards": _write_shard
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("source", metavar="DIR", type=Path, help="the data set, in any form")
-    parser.add_argument("target", metavar="TARGET", type=Path, help="an empty or new folder")
-    parser.add_argument("--to", choices=list(_WRITERS), required=True, help="the form to write")
-    parser.add_argument("--short-side", type=int, default=0, metavar="N", help="shrink larger images to N pixels")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), metavar="N",
-                        help="processes that read and shrink; default: one per core, at most 16")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     if args.short_side < 0 or args.workers < 1:
         raise InputError("--short-side and --workers must be at least 1")
     counts = convert(args.source, args.target, args.to, args.short_side, args.workers)

@@ -38,10 +38,10 @@ if __name__ == "__main__":
 import json
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from config import load_config
 from data.images import ImageError, load_image
+from data.listing import IMAGE_EXTENSIONS, is_image, is_system
 from data.transforms import build_transform
 from distributed import choose_device
 from inference import load_network
@@ -60,10 +60,10 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     pictures = []
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS
-                           and not any(part.startswith(".") for part in file.relative_to(path).parts))
+            found = sorted(file for file in path.rglob("*")
+                           if is_image(file.name) and not any(map(is_system, file.relative_to(path).parts)))
             if not found:
-                raise MissingFileError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
+                raise MissingFileError(f"{path} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
             pictures += found
         elif path.exists():
             pictures.append(path)

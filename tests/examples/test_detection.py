@@ -20,7 +20,6 @@ from tests.helpers import DIGITS, save_network
 from tests.nets import as_stored
 from tests.processes import ROOT
 from tools import export
-from utils import InputError
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install pycocotools")
 
@@ -211,16 +210,16 @@ def test_an_odd_checkpoint_changes_nothing(path, value, message):
     *above, last = path
     functools.reduce(dict.__getitem__, above, content)[last] = value
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         detection.restore(content, state)
     assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
-    with pytest.raises(InputError, match="lacks scaler, epoch"):
+    with pytest.raises(ValueError, match="lacks scaler, epoch"):
         detection.restore({"model": {}, "optimizer": {}}, state)
 
 
 def test_bad_input_is_one_line(config_file, capsys, tmp_path):
     assert detection.main(["--cfg", str(config_file), "--data-path", str(tmp_path)]) == 2
-    assert "instances_train2017.json does not exist; --data takes 'digits' or a folder" in capsys.readouterr().out
+    assert "instances_train2017.json does not exist; --data-path takes 'digits' or a folder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("annotations, message", [
@@ -234,10 +233,10 @@ def test_annotations_that_cannot_be_used(tmp_path, annotations, message):
     (tmp_path / "annotations").mkdir()
     file = tmp_path / "annotations" / "instances_train2017.json"
     file.write_text(annotations)
-    with pytest.raises(InputError, match="train2017 of the images does not exist"):
+    with pytest.raises(ValueError, match="train2017 of the images does not exist"):
         CocoScenes(tmp_path, "train")
     (tmp_path / "train2017").mkdir()
-    with pytest.raises(InputError, match=re.escape(f"{file} {message}")):
+    with pytest.raises(ValueError, match=re.escape(f"{file} {message}")):
         CocoScenes(tmp_path, "train")
 
 
