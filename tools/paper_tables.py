@@ -1,7 +1,7 @@
 """The paper's tables with this repository's results, from finished runs, as Markdown and CSV:
 
     python tools/paper_tables.py                              # all tables, from the runs under output/
-    python tools/paper_tables.py cifar10 --runs output docs/results --throughput
+    python tools/paper_tables.py cifar10 --runs output docs/results
     python tools/paper_tables.py cifar10_cpu --output docs/results     # docs/results/cifar10_cpu.md and .csv
 
 A run counts for the row with the same network, data and recipe, whatever its folder is called: its saved config is
@@ -28,8 +28,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="DIR", help="write DIR/TABLE.md and DIR/TABLE.csv; default: print Markdown")
     parser.add_argument("--export", metavar="DIR", help="copy the records of the runs that the tables hold to "
                         "DIR/ROW/seedN/, without paths of this machine; --runs DIR makes the same tables again")
-    parser.add_argument("--throughput", action="store_true", help="measure images per second of the forward pass here")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of --throughput; default: 64")
     parser.add_argument("--tables", default=Path(__file__).with_name("tables.yaml"), metavar="FILE",
                         help="default: tools/tables.yaml")
     return parser.parse_args(argv)
@@ -48,9 +46,8 @@ import torch
 import yaml
 
 from config import flat_config, read_yaml
-from engine import Precision, measure_throughput
 from inference import build_network
-from logger import count_macs, describe_environment
+from logger import count_macs
 from resume import FREE_KEYS
 from tools.tables import Row, choose, final_results, read_tables
 
@@ -96,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         title, rows = tables[name]
         found = {row.key: [run for run in runs if not run.differences(row)] for row in rows}
         placed += [run for row_runs in found.values() for run in row_runs]
-        table = make_table(rows, found, measure_rows(rows, args.batch_size) if args.throughput else {})
+        table = make_table(rows, found)
         if args.output:
             write_table(Path(args.output, name), title, table)
         else:
@@ -185,7 +182,7 @@ def report_strays(runs: list[Run], tables: dict, chosen: list[str]) -> None:
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def make_table(rows: list[Row], found: dict[str, list[Run]], speeds: dict[str, dict[str, str]]) -> list[dict[str, str]]:
+def make_table(rows: list[Row], found: dict[str, list[Run]]) -> list[dict[str, str]]:
     """The lines of a table, by column."""
     metrics = [metric for metric in METRICS if metric == "acc1" or any(metric in row.paper for row in rows)]
     has_paper = any(row.paper for row in rows)
@@ -193,7 +190,7 @@ def make_table(rows: list[Row], found: dict[str, list[Run]], speeds: dict[str, d
     for row in rows:
         trained = one_of_each_seed([run for run in found[row.key] if not run.checkpoint])
         evaluated = {run.checkpoint: [run] for run in found[row.key] if run.checkpoint}
-        statistics_cells = describe(row, speeds)
+        statistics_cells = describe(row)
         sources = {"": trained} | evaluated if trained or not evaluated else evaluated
         for source, runs in sources.items():
             line = {"network": f"{row.name}, checkpoint {source}" if source else row.name} | statistics_cells
@@ -207,14 +204,14 @@ def make_table(rows: list[Row], found: dict[str, list[Run]], speeds: dict[str, d
     return table
 
 
-def describe(row: Row, speeds: dict[str, dict[str, str]]) -> dict[str, str]:
+def describe(row: Row) -> dict[str, str]:
     """The cells on the network itself."""
     config = row.config()
     with torch.device("meta"):
         model = build_network(config)
     macs = count_macs(model, (3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
     parameters = sum(p.numel() for p in model.parameters())
-    return {"params (M)": f"{parameters / 1e6:.2f}", "MACs (G)": f"{macs / 1e9:#.3g}"} | speeds.get(row.key, {})
+    return {"params (M)": f"{parameters / 1e6:.2f}", "MACs (G)": f"{macs / 1e9:#.3g}"}
 
 
 def compare(row: Row, runs: list[Run], metric: str, has_paper: bool) -> dict[str, str]:
@@ -239,25 +236,6 @@ def shorten(commit: str) -> str:
     """Seven digits of a commit; the mark of differing files is kept."""
     digits, dash, mark = commit.partition("-")
     return digits[:7] + dash + mark
-
-
-def measure_rows(rows: list[Row], batch_size: int) -> dict[str, dict[str, str]]:
-    """A cell for each row: images per second of its forward pass, on the GPU if there is one, else the CPU.
-
-    The column's name states the device, the precision and the batch size.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = Precision("auto", device)
-    column = f"images/s ({describe_environment(device)['device']}, {precision.name}, batch {batch_size})"
-    torch.backends.cudnn.benchmark = True  # as in main.py
-    cells = {row.key: {column: ""} for row in rows}
-    for row in rows:
-        config = row.config()
-        images = torch.randn(batch_size, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=device)
-        images = images.contiguous(memory_format=torch.channels_last)
-        model = build_network(config).to(device, memory_format=torch.channels_last)
-        cells[row.key][column] = f"{measure_throughput(model, images, precision, repeats=5):.0f}"
-    return cells
 
 
 # ---- what is written -----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 
 import pytest
@@ -195,14 +194,6 @@ def test_files_and_export(tables, tmp_path):
     (tmp_path / "records").rename(tmp_path / "runs")
     assert tables("tiny", "--output", "again", "--export", "records")[0] == 0  # records can be exported again
     assert (tmp_path / "again/tiny.md").read_text() == markdown
-
-
-def test_throughput(tables, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back afterwards
-    _, output, _ = tables("--throughput", "--batch-size", "2")
-    column = f"images/s (CPU, {os.cpu_count()} cores, fp32, batch 2)"
-    assert float(cells(output, "First")[column]) > 0
 
 
 def test_bad_input(tables, tmp_path):

@@ -11,9 +11,6 @@ from models import StripMLPNet
 from tools.bench.published import published_formulation
 from utils import InputError
 
-NAMES = ("[compiled:][published:]NAME: a timm model, such as strip_mlp_tiny, or a config file; compiled: by "
-         "torch.compile; published: computed as the authors' code does")
-
 
 class Named(NamedTuple):
     """A network in PyTorch's memory format (published) or channels last, its image size, whether to compile it."""
