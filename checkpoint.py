@@ -1,24 +1,26 @@
-"""Checkpoint files: save, verify, load safely, find the newest good one.
+"""Checkpoint files: save, read without running anything in them, lock a run's folder, find the newest good one.
 
-A checkpoint is a PyTorch file, a zip archive with a CRC-32 for every record. Saving is atomic. Loading verifies the
-checksums first and then admits only tensors and plain containers, so that no file can run code.
+A checkpoint is a PyTorch file. Saving is atomic. Reading uses one reader, below, for both of PyTorch's formats: a zip
+archive whose records have checksums, and the older one. It builds tensors and plain containers; for everything else in a
+file an inert ``Unknown`` stands in, so that no file can run code.
 """
 
 import errno
+import functools
+import io
 import json
 import logging
-import mmap
+import math
 import os
 import pickle
 import platform
 import re
+import struct
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open  # which timm requires
-from torch import nn
 
 from utils import InputError, MissingFileError, check_place, move, printable, replacing
 
@@ -30,29 +32,47 @@ except ImportError:  # Windows
 logger = logging.getLogger("strip_mlp")
 
 BEST = "best.pth"
-SAFETENSORS_ABOUT = ("config", "classes")  # entries of a checkpoint that a safetensors file stores as JSON
-_ENCODE = b"c_codecs\nencode\n"  # PyTorch's unpickler creates bytes with it; the Punycode codec takes quadratic time
-_NAME = re.compile(r"ckpt_step_(\d+)\.pth")
+SAFETENSORS_METADATA = ("config", "classes")  # entries of a checkpoint that a safetensors file stores as JSON
 MAX_DEPTH = 32  # of containers in containers
 MAX_ENTRIES = 1_000_000  # a training on 1,000 processes, mostly their random states, has fewer
 MAX_TEXT = 500  # characters of a key, a config value or a class name
-_SCALARS = (type(None), bool, float, complex, str, torch.dtype, torch.device)
+MAX_PICKLE = 2**24  # bytes of a file that describe its content; the numbers of its tensors come in addition
+_NAME = re.compile(r"ckpt_step_(\d+)\.pth")
+_SCALARS = (type(None), bool, float, str)
 
 
 class CheckpointError(InputError):
     """A checkpoint file that cannot be used; the message names the file and the problem."""
 
 
-def load_file(path: str | Path) -> dict:
-    """Reads a checkpoint, this project's or a released one, onto the CPU without running anything in it.
+class Unknown:
+    """Stands in for an object of a class that no network needs. It ignores what it is given."""
 
-    PyTorch's restricted unpickler does the reading. A released checkpoint also holds a pickled ``yacs.config.CfgNode``,
-    for which a plain mapping stands in. A ``.safetensors`` file gives ``model`` and, where ``tools/export.py`` made it,
-    ``config`` and ``classes``.
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def append(self, item):
+        """Ignores an item, as ``extend`` and ``[key] = item`` do."""
+
+    extend = append
+
+    def __setitem__(self, key, item):
+        pass
+
+    def __repr__(self):
+        return "an object of an unknown class"
+
+
+def load_file(path: str | Path) -> dict:
+    """Reads a checkpoint, this project's, a released one or another trainer's, onto the CPU.
+
+    Nothing in the file runs. Mappings come as ``dict``, among them the ``yacs.config.CfgNode`` of a released
+    checkpoint; objects of other classes come as ``Unknown``. A ``.safetensors`` file gives ``model`` and, where
+    ``tools/export.py`` made it, ``config`` and ``classes``.
 
     Raises:
         MissingFileError: there is no such file.
-        CheckpointError: the file is damaged, is not a checkpoint, or holds an object of a class that is not admitted.
+        CheckpointError: the file is damaged or is not a checkpoint.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -64,14 +84,6 @@ def load_file(path: str | Path) -> dict:
         if not isinstance(content, dict):
             raise InputError(f"it holds {type(content).__name__}, not a mapping of checkpoint entries")
         return plain(content, tensor_bytes=2 * path.stat().st_size)  # an entry may share its numbers with another one
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{path} holds a pickled {printable(refused[1])}; only tensors and plain containers are loaded, "
-                "because unpickling anything else could run code"
-            ) from error
-        raise CheckpointError(f"{path} is not a PyTorch file, or is damaged") from error
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file can fail in any way inside the reader
@@ -93,6 +105,8 @@ def save_file(content: dict, path: str | Path) -> None:
             raise
         raise OSError(f"cannot write {path}: {_first_line(error)}") from error
 
+
+# ---- the checkpoints of a run --------------------------------------------------------------------
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """The run's numbered checkpoints, the newest (by step) first."""
@@ -158,43 +172,45 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
 def lock_folder(folder: str | Path):
     """Keeps other runs out of an output folder while the returned file is open.
 
-    The lock belongs to this process, not to its forked data workers, so a dead run does not leave it locked.
+    The lock belongs to this process, not to its forked data workers, so a dead run does not leave it locked. Where the
+    system or the file system has no locks, a warning is logged instead.
 
     Raises:
-        InputError: another run holds it, the lock's path is not a regular file, or the file system does not support
-            locks.
+        InputError: another run holds it, or the lock's path is not a regular file.
     """
     path = Path(folder, ".lock")
     check_place(path)
     file = open(path, "a+", encoding="utf-8", errors="replace")
-    if fcntl is None:
-        logger.warning("this system has no file locks: nothing stops a second run from writing into %s", folder)
-        return file
     try:
+        if fcntl is None:
+            raise OSError(errno.ENOLCK, "this system has no file locks")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            logger.warning("cannot lock %s (%s): make sure that no second run writes into it", folder, error.strerror)
+            return file
         file.seek(0)
         holder = printable(file.read(200).strip())
         file.close()
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise InputError(f"{folder} is in use by another run ({holder}); give this run another --tag") from None
-        raise InputError(f"cannot lock {folder} ({error.strerror}); its file system must support locks") from None
+        raise InputError(f"{folder} is in use by another run ({holder}); give this run another --tag") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
 
 
+# ---- reading -------------------------------------------------------------------------------------
+
 def plain(content, tensor_bytes: int):
-    """The same content in plain containers, its tensors reduced to their numbers.
+    """The same content in plain containers: ``dict``, ``list``, ``tuple``, tensors in memory of their own, numbers and
+    text; anything else is ``Unknown``.
 
     Args:
         content: the content of a file.
         tensor_bytes: the most memory that its tensors may take.
 
     Raises:
-        InputError: it is nested too deep, has too many entries or too large tensors, a tensor that is not dense and on
-            the CPU, or a value other than tensors, numbers and text.
+        InputError: it is nested too deep, has too many entries, odd keys or too large tensors.
     """
     entries = 0
 
@@ -210,14 +226,11 @@ def plain(content, tensor_bytes: int):
         if isinstance(value, (list, tuple)):
             return (list if isinstance(value, list) else tuple)(visit(item, depth + 1) for item in value)
         if isinstance(value, torch.Tensor):
-            _check_tensor(value)
             tensor_bytes -= value.numel() * value.element_size()
             if tensor_bytes < 0:
                 raise InputError("its tensors are larger than the file that holds them")
-            return value.detach().clone()  # in memory of its own
-        if type(value) in _SCALARS or type(value) is int and abs(value) < 2**64:
-            return value
-        raise InputError(f"it holds an entry of the type {type(value).__name__}, which no checkpoint needs")
+            return value.clone()
+        return value if type(value) in _SCALARS or type(value) is int and abs(value) < 2**64 else Unknown()
 
     return visit(content, 0)
 
@@ -230,48 +243,212 @@ def _plain_key(key) -> str | int:
     raise InputError(f"it holds an entry named {short(key)}")
 
 
-def _check_tensor(tensor: torch.Tensor) -> None:
-    is_dense = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or not is_dense or tensor.device.type != "cpu":
-        raise InputError("it holds a tensor that is not dense and on the CPU (sparse, quantised, nested, meta)")
-    if tensor.is_conj() or tensor.is_neg():
-        raise InputError("it holds a tensor that is a conjugate or negative view of another one")
-
-
-def _load_torch(path: Path):
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data.find(_ENCODE) >= 0:
-            raise InputError("it holds pickled bytes, which no checkpoint needs and which can take hours to decode")
-    is_zip = zipfile.is_zipfile(path)
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            is_stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
-            if not is_stored or sum(record.file_size for record in records) > path.stat().st_size:
-                raise InputError("its records are compressed or overlap, unlike those that PyTorch writes")
-            damaged = archive.testzip()
-        if damaged:
-            raise InputError(f"it is damaged: the checksum of its record {printable(damaged)} does not match")
-    torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
-    # With a memory-mapped file, no version of PyTorch reads beyond the end of a record that claims too many bytes.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+def short(value) -> str:
+    """A value for an error message: escaped, and cut after 80 characters."""
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _load_safetensors(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
-            about = {key: json.loads(text) for key, text in (file.metadata() or {}).items() if key in SAFETENSORS_ABOUT}
-            return {"model": {key: file.get_tensor(key) for key in file.keys()}} | about
+            metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()
+                        if key in SAFETENSORS_METADATA}
+            return {"model": {key: file.get_tensor(key) for key in file.keys()}} | metadata
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from error
+        raise InputError(f"it is damaged or not a safetensors file: {_first_line(error)}") from error
+
+
+def _load_torch(path: Path):
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        return _load_zip(file) if is_zip else _load_legacy(file)
+
+
+def _load_zip(file):
+    """PyTorch's zip format: NAME/data.pkl and, for each storage, its numbers in NAME/data/KEY, all uncompressed."""
+    file.seek(-22, os.SEEK_END)
+    end = file.read()
+    with zipfile.ZipFile(file) as archive:
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        ends = [record.header_offset + 30 + len(record.filename) + record.file_size for record in records]
+        starts = [record.header_offset for record in records[1:]] + [archive.start_dir]
+        names = {record.filename for record in records}
+        if (
+            end[:4] != b"PK\x05\x06" or end[20:] != b"\0\0" or not records or records[0].header_offset
+            or any(record.compress_type != zipfile.ZIP_STORED for record in records)
+            or any(end > start for end, start in zip(ends, starts, strict=True)) or len(names) < len(records)
+        ):
+            raise InputError("it is not an archive as PyTorch writes it: one list of uncompressed records, nothing "
+                             "before or after it")
+        pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1 or archive.getinfo(pickles[0]).file_size > MAX_PICKLE:
+            raise InputError(f"it must hold one record data.pkl, of at most {MAX_PICKLE} bytes")
+        folder = pickles[0].removesuffix("data.pkl")
+
+        @functools.cache
+        def read(name: str) -> bytearray:
+            try:
+                return bytearray(archive.read(name))
+            except zipfile.BadZipFile:
+                raise InputError(f"it is damaged: the checksum of its record {printable(name)} does not match") from None
+
+        def storage(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+            numbers = read(f"{folder}data/{key}")
+            return torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
+
+        if folder + "byteorder" in names and read(folder + "byteorder") != b"little":
+            raise InputError("it was written on a big-endian machine")
+        content = _Unpickler(io.BytesIO(read(pickles[0])), storage).load()
+        for name in names:  # the checksums of what nothing refers to
+            read(name)
+    return content
+
+
+def _load_legacy(file):
+    """The format before PyTorch 1.6: pickles of a magic number, a version, the machine, the content and the storages'
+    keys, then each storage as its length and its numbers, in the order of the keys."""
+    size, storages = os.fstat(file.fileno()).st_size, {}
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+        if key not in storages:
+            if not 0 <= count * dtype.itemsize <= size - sum(other.nbytes for other in storages.values()):
+                raise InputError("its tensors are larger than the file that holds them")
+            storages[key] = torch.empty(count, dtype=dtype)
+        return storages[key]
+
+    head = _Limited(file)
+    magic, version, machine, content, keys = (_Unpickler(head, storage).load() for _ in range(5))
+    if (magic, version) != (0x1950A86A20F9469CFC6C, 1001) or machine.get("little_endian") is not True:
+        raise InputError("it is not a PyTorch file")
+    for key in keys:
+        if struct.unpack("<q", file.read(8)) != (storages[key].numel(),):
+            raise InputError("the length of a tensor differs from its description")
+        if len(storages[key]):
+            into = storages[key].view(torch.uint8).numpy()
+            if file.readinto(into) != len(into):
+                raise InputError("it ends early")
+    if len(set(keys)) < len(storages) or file.read(1):
+        raise InputError("it has more or fewer bytes than its content")
+    return content
+
+
+class _Limited:
+    """A file of which a reader gets at most MAX_PICKLE bytes."""
+
+    def __init__(self, file):
+        self.file, self.left = file, MAX_PICKLE
+
+    def read(self, count: int) -> bytes:
+        return self._given(self.file.read(min(count, self.left + 1)))
+
+    def readline(self) -> bytes:
+        return self._given(self.file.readline(self.left + 1))
+
+    def _given(self, data: bytes) -> bytes:
+        self.left -= len(data)
+        if self.left < 0:
+            raise InputError(f"its description of the content has over {MAX_PICKLE} bytes")
+        return data
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's unpickler in Python (the one in C can be made to allocate any amount of memory), knowing only what a
+    state dict needs.
+
+    Args:
+        file: has ``read`` and ``readline``.
+        storage: (key, dtype, number of elements) -> the numbers of a storage, a tensor of one dimension.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file, storage):
+        super().__init__(file, encoding="utf-8")
+        self.storage = storage
+
+    def find_class(self, module: str, name: str):
+        if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
+        kind = getattr(torch, name, None) if module == "torch" else None
+        return kind if isinstance(kind, torch.dtype) else _CLASSES.get(f"{module}.{name}", Unknown)
+
+    def persistent_load(self, pid):
+        _, dtype, key, _, count, *view = pid
+        if view not in ([], [None]):
+            raise InputError("it holds a view of another storage, which PyTorch has not written since 0.4")
+        return self.storage(str(key), dtype, count)
+
+    def _ignore_state(self):
+        """BUILD would set attributes or call ``__setstate__``."""
+        self.stack.pop()
+
+    def _refuse(self):
+        raise InputError("it holds an operation that no checkpoint needs")
+
+    def _checked(method, depth: int, *kinds: type):
+        """An operation that refuses another kind of object than it is for at that depth of the stack: to spread or to
+        change a tensor can take any amount of memory and time."""
+        def check(self):
+            if not isinstance(self.stack[-depth] if depth else self.metastack[-1][-1], kinds):
+                self._refuse()
+            method(self)
+        return check
+
+    dispatch[pickle.BUILD[0]] = _ignore_state
+    for opcode in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.NEWOBJ_EX):
+        dispatch[opcode[0]] = _refuse
+    for opcode, depth, *kinds in (
+        (pickle.REDUCE, 1, tuple), (pickle.NEWOBJ, 1, tuple), (pickle.APPEND, 2, list, Unknown),
+        (pickle.SETITEM, 3, dict, Unknown), (pickle.APPENDS, 0, list, Unknown), (pickle.SETITEMS, 0, dict, Unknown),
+    ):
+        dispatch[opcode[0]] = _checked(dispatch[opcode[0]], depth, *kinds)
+
+
+class _Mapping(dict):
+    """An OrderedDict, a CfgNode."""
+
+    def __init__(self, items=()):
+        super().__init__(items if isinstance(items, list) else ())
+
+
+def _tensor(storage, offset, size, stride, *rest) -> torch.Tensor:
+    if math.prod(size) > max(storage.numel(), 2**20):
+        raise InputError("it holds a tensor that repeats its numbers too often")
+    return storage.as_strided(size, stride, offset)  # PyTorch checks the bounds
+
+
+def _tensor_of_type(storage, offset, size, stride, requires_grad, hooks, dtype, *rest) -> torch.Tensor:
+    return _tensor(storage.view(dtype), offset, size, stride)
+
+
+def _tensor_of_class(rebuild, kind, args, state):
+    """A subclass of Tensor, or a tensor with attributes."""
+    return rebuild(*args) if rebuild in (_tensor, _tensor_of_type) and isinstance(args, tuple) else Unknown()
+
+
+_STORAGES = {  # the names that PyTorch gives to storages of its types
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8, "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
+}
+_CLASSES = {  # every class and function that a file may name, and what is called in its place
+    "collections.OrderedDict": _Mapping,
+    "collections.defaultdict": lambda *args: {},
+    "yacs.config.CfgNode": _Mapping,
+    "torch.Size": lambda sizes=(): sizes if isinstance(sizes, tuple) else Unknown(),
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_type,
+    "torch._utils._rebuild_parameter": lambda tensor, *rest: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *rest: tensor,
+    "torch._tensor._rebuild_from_type_v2": _tensor_of_class,
+}
 
 
 def _first_line(error: Exception) -> str:
     return printable(next(iter(str(error).splitlines()), type(error).__name__))[:300]
-
-
-def short(value) -> str:
-    if isinstance(value, (dict, list, tuple)):
-        return f"a {type(value).__name__} of {len(value)}"
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."
