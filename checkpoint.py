@@ -1,8 +1,8 @@
 """Checkpoint files: save, read without running anything in them, lock a run's folder, find the newest good one.
 
 A checkpoint is a PyTorch file. Saving is atomic. Reading uses one reader, below, for both of PyTorch's formats: a zip
-archive whose records have checksums, and the older one. It builds tensors and plain containers; for everything else in a
-file an inert ``Unknown`` stands in, so that no file can run code.
+archive whose records have checksums, and the older one. It builds tensors and plain containers; an inert ``Unknown``
+stands in for everything else, so that no file can run code.
 """
 
 import errno
@@ -202,15 +202,15 @@ def lock_folder(folder: str | Path):
 # ---- reading -------------------------------------------------------------------------------------
 
 def plain(content, tensor_bytes: int):
-    """The same content in plain containers: ``dict``, ``list``, ``tuple``, tensors in memory of their own, numbers and
-    text; anything else is ``Unknown``.
+    """The same content in plain containers: ``dict`` by text and numbers, ``list``, ``tuple``, tensors in memory of
+    their own, numbers and text; anything else is ``Unknown``.
 
     Args:
         content: the content of a file.
         tensor_bytes: the most memory that its tensors may take.
 
     Raises:
-        InputError: it is nested too deep, has too many entries, odd keys or too large tensors.
+        InputError: it is nested too deep, or has too many entries or too large tensors.
     """
     entries = 0
 
@@ -222,25 +222,22 @@ def plain(content, tensor_bytes: int):
         if depth > MAX_DEPTH:
             raise InputError(f"its entries are nested more than {MAX_DEPTH} deep")
         if isinstance(value, dict):
-            return {_plain_key(key): visit(item, depth + 1) for key, item in value.items()}
+            return {key: visit(item, depth + 1) for key, item in value.items() if _is_plain_key(key)}
         if isinstance(value, (list, tuple)):
             return (list if isinstance(value, list) else tuple)(visit(item, depth + 1) for item in value)
         if isinstance(value, torch.Tensor):
             tensor_bytes -= value.numel() * value.element_size()
             if tensor_bytes < 0:
                 raise InputError("its tensors are larger than the file that holds them")
-            return value.clone()
+            return value.detach().clone()
         return value if type(value) in _SCALARS or type(value) is int and abs(value) < 2**64 else Unknown()
 
     return visit(content, 0)
 
 
-def _plain_key(key) -> str | int:
-    if isinstance(key, str) and len(key) <= MAX_TEXT and key.isprintable():
-        return key
-    if type(key) is int and abs(key) < 2**64:
-        return key
-    raise InputError(f"it holds an entry named {short(key)}")
+def _is_plain_key(key) -> bool:
+    """Others are left out: no network has them, and no message could show them."""
+    return type(key) is int and abs(key) < 2**64 or type(key) is str and len(key) <= MAX_TEXT and key.isprintable()
 
 
 def short(value) -> str:
@@ -294,7 +291,7 @@ def _load_zip(file):
             try:
                 return bytearray(archive.read(name))
             except zipfile.BadZipFile:
-                raise InputError(f"it is damaged: the checksum of its record {printable(name)} does not match") from None
+                raise InputError(f"it is damaged: the checksum of its record {printable(name)} is wrong") from None
 
         def storage(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
             numbers = read(f"{folder}data/{key}")
@@ -380,7 +377,7 @@ class _Unpickler(pickle._Unpickler):
         _, dtype, key, _, count, *view = pid
         if view not in ([], [None]):
             raise InputError("it holds a view of another storage, which PyTorch has not written since 0.4")
-        return self.storage(str(key), dtype, count)
+        return self.storage(str(key), dtype, count) if isinstance(dtype, torch.dtype) else Unknown()
 
     def _ignore_state(self):
         """BUILD would set attributes or call ``__setstate__``."""

@@ -420,16 +420,25 @@ def read_yaml(path: Path):
 
     Raises:
         MissingFileError: there is no such file.
-        InputError: it is not YAML, repeats a key, uses aliases, or is too large or too deep; the line is named.
+        InputError: as ``parse_yaml``, or it is too large.
         OSError: it cannot be read.
     """
     if not path.is_file():  # opening a pipe could block forever
         raise MissingFileError(f"{path} does not exist or is not a regular file")
     if path.stat().st_size > MAX_YAML_BYTES:
         raise InputError(f"{path} has over {MAX_YAML_BYTES} bytes, too many for a file of settings")
+    return parse_yaml(path.read_bytes(), str(path))
+
+
+def parse_yaml(text: str | bytes, source: str):
+    """The value that a text in YAML spells.
+
+    Raises:
+        InputError: it is not YAML, repeats a key, uses aliases, or is nested too deep; source and line are named.
+    """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return yaml.load(text.decode() if isinstance(text, bytes) else text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a date or number out of range
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise InputError(f"{path} is not a YAML file that can be read: {where}{problem.splitlines()[0]}") from None
+        raise InputError(f"{source} is not YAML: {where}{problem.splitlines()[0]}") from None

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import huggingface_hub  # which timm requires
 import torch
-import yaml
 from torch import nn
 from yacs.config import CfgNode
 
 from checkpoint import MAX_TEXT, load_file, short
-from config import from_dict
-from models import adapt_size, build_model, check_fit, load_strict, model_state_dict
+from config import flat_keys, from_dict, parse_yaml
+from models import adapt_size, average_state_dict, build_model, check_fit, model_state_dict
 from utils import InputError, input_errors, printable
 
 logger = logging.getLogger("strip_mlp")
@@ -32,6 +31,7 @@ _SIZES = {  # of other numbers: 65,536
 }
 _CHOSEN_BY_CHECKPOINTS = {"DATA": ("DATASET", "IMG_SIZE", "INTERPOLATION"), "TEST": ("CROP",)}
 _CHOSEN_BY_USERS = ("PRETRAINED", "RESUME")  # of MODEL; its other keys, except STRIP_MLP.FORM, are the architecture
+_NETWORK_KEYS = ("TYPE", "ARCH", "TIMM_KWARGS", "STRIP_MLP.")  # of MODEL, those that weights depend on
 _TIMM_ARGUMENTS = {  # the arguments of timm's networks that a checkpoint may set, and the largest number in each
     **dict.fromkeys("depth depths layers".split(), 256),
     **dict.fromkeys("img_size patch_size window_size in_chans output_stride".split(), 4096),
@@ -75,17 +75,13 @@ def weights_file(source: str | Path) -> Path:
 
 
 def load_network(
-    checkpoint: str | Path, config: CfgNode | None = None, device: str | torch.device = "cpu"
+    source: str | Path, config: CfgNode | None = None, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, CfgNode, list[str]]:
-    """Builds the network of a checkpoint with its weights, or with their average if it has one.
-
-    The checkpoint need not be trusted. Its config determines only the network and the preparation of images; everything
-    else in the returned config has its default.
+    """Builds the network of a checkpoint with its weights, or with their average where that was better.
 
     Args:
-        checkpoint: a file of this project or a released one, or anything else that ``weights_file`` takes.
-        config: for a checkpoint without a config, such as a released one, or for another input size, to which the
-            weights are then resized; by default the checkpoint's own.
+        source: a checkpoint file of this project or a released one, or anything else that ``weights_file`` takes.
+        config: see ``read_network``.
         device: the network's device.
 
     Returns:
@@ -94,58 +90,106 @@ def load_network(
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: it is not a checkpoint, has no config and none is given, its weights do not fit the config or are
-            not finite, its config is not that of a network of bounded size, or there is no such device.
+        InputError: as ``read_network`` and ``build_with_weights``, or there is no such device.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise InputError("PyTorch finds no GPU here; use the device cpu")
-    checkpoint = weights_file(checkpoint)
-    content = load_file(checkpoint)
+    path = weights_file(source)
+    is_given = config is not None
+    content, config, classes = read_network(path, config)
+    uses_average = content.get("model_ema") is not None and content.get("is_average_best") is not False
+    weights = content["model_ema" if uses_average else "model"]
+    model = build_with_weights(path, weights, config, may_resize=is_given)
+    return model.to(device).eval(), config, classes
+
+
+def read_network(path: Path, config: CfgNode | None = None) -> tuple[dict, CfgNode, list[str]]:
+    """What a checkpoint says about its network: its entries, with the weights as ``model`` and, if there is one, their
+    average as ``model_ema``; the config of the network; the names of its classes.
+
+    The checkpoint's own config says which network it holds. Only for one without it, such as a released one, ``config``
+    does. Everything that is not part of the network comes from ``config``: image size, data, settings of the run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it is not a checkpoint, its config is not that of a network, or it has none and none is given.
+    """
+    content = load_file(path)
+    with input_errors(path):
+        content |= {"model": model_state_dict(content), "model_ema": average_state_dict(content)}
+        config = _network_config(content.get("config"), config, path)
+        return content, config, class_names(content.get("classes"), config.MODEL.NUM_CLASSES)
+
+
+def build_with_weights(
+    path: Path, weights: dict[str, torch.Tensor], config: CfgNode, may_resize: bool = True
+) -> nn.Module:
+    """The network of a config with weights from a file.
+
+    It is first built on the meta device, where it takes no memory: a small file cannot request a huge network.
+
+    Args:
+        path: the file.
+        weights: its weights, under this project's keys.
+        config: the network's.
+        may_resize: resize the weights if the config has another image size.
+
+    Raises:
+        InputError: the weights do not fit the config or are not finite, or the network is too large.
+    """
     try:
-        has_average = content.get("model_ema") is not None
-        state_dict = model_state_dict({"model": content["model_ema"]} if has_average else content)
-        is_own, config = config is None, config or _own_config(content)
-        classes = class_names(content.get("classes"), config.MODEL.NUM_CLASSES)
-        outline = _outline(config)
-        if not is_own:  # its own must fit unchanged, so that a small file cannot request a huge network
-            state_dict = adapt_size(state_dict, outline)
-        check_fit(outline, state_dict)
-        model = build_network(config)
-        load_strict(model, state_dict)
+        try:
+            with torch.device("meta"):
+                outline = build_model(config)
+        except ValueError:
+            raise
+        except Exception as error:  # wrong sizes can fail anywhere in a timm model
+            raise InputError(f"its network cannot be built ({type(error).__name__}: {error})") from error
+        check_size(outline)
+        weights = adapt_size(weights, outline) if may_resize else weights
+        check_fit(outline, weights)
+        model = build_model(config)
+        model.load_state_dict(weights)
+        return model
     except ValueError as error:
         lines = [printable(line)[:300] for line in str(error).splitlines()]
         if len(lines) > 10:
             lines[10:] = [f"  ... and {len(lines) - 10} more"]
-        raise InputError(f"{checkpoint}: " + "\n".join(lines)) from error
-    return model.to(device).eval(), config, classes
+        raise InputError(f"{path}: " + "\n".join(lines)) from error
+
+
+def _network_config(saved, given: CfgNode | None, path: Path) -> CfgNode:
+    """The config ``given``, or the defaults, with the network of a checkpoint's config where it has one."""
+    try:
+        if not isinstance(saved, dict):
+            raise InputError("it holds no config")
+        own = architecture(saved, "its config")
+    except InputError as error:
+        if given is None:
+            raise InputError(f"{error}; use --cfg to name the config that it was trained with") from error
+        return given
+    if given is None:
+        return own
+    config, before, now = given.clone(), flat_keys(given.MODEL), flat_keys(own.MODEL)
+    differing = [key for key in now if key.startswith(_NETWORK_KEYS) and before[key] != now[key]]
+    if differing:
+        logger.warning("%s holds another network than --cfg describes, and its own is used: %s", path, ", ".join(
+            f"MODEL.{key} {short(now[key])} instead of {short(before[key])}" for key in differing))
+    config.defrost()
+    for key, value in own.clone().MODEL.items():
+        if key not in (*_CHOSEN_BY_USERS, "NAME"):
+            config.MODEL[key] = value
+    config.defrost()
+    if config.DATA.IMG_SIZE != own.DATA.IMG_SIZE:
+        config.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = given.MODEL.STRIP_MLP.TRAINED_IMG_SIZE
+    config.freeze()
+    return config
 
 
 def build_network(config: CfgNode) -> nn.Module:
     """``models.build_model`` for a config that a user wrote; a network that cannot be built is an InputError."""
     with input_errors():
         return build_model(config)
-
-
-def _own_config(content: dict) -> CfgNode:
-    if not isinstance(content.get("config"), dict):
-        raise InputError("it holds no config; use --cfg to name the one that it was trained with")
-    try:
-        return architecture(content["config"], "its config")
-    except InputError as error:
-        raise InputError(f"{error}; use --cfg to name the config that it was trained with") from error
-
-
-def _outline(config: CfgNode) -> nn.Module:
-    """The network on the meta device, where it takes no memory, so that a network that does not fit is never built."""
-    try:
-        with torch.device("meta"):
-            outline = build_network(config)
-    except InputError:
-        raise
-    except Exception as error:  # wrong sizes can fail anywhere in a timm model
-        raise InputError(f"its network cannot be built ({type(error).__name__}: {error})") from error
-    check_size(outline)
-    return outline
 
 
 def image_shape(config) -> tuple[int, int, int]:
@@ -244,10 +288,7 @@ def _check_bounds(value, source: str, name: str = "") -> None:
 def _check_timm_arguments(text: str, source: str) -> None:
     """A checkpoint's MODEL.TIMM_KWARGS may hold the sizes and choices of an architecture: numbers and plain words."""
     key = f"{source}: MODEL.TIMM_KWARGS"
-    try:
-        arguments = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError, RecursionError):
-        arguments = None
+    arguments = parse_yaml(text, key) or {}
     if not isinstance(arguments, dict):
         raise InputError(f"{key} is {short(text)}, which does not name arguments")
     for name, value in arguments.items():

@@ -13,6 +13,7 @@ from .strip_mlp import StripMLPNet
 from .wavemlp import WaveMLP
 from .weights import (
     adapt_size,
+    average_state_dict,
     check_fit,
     convert_released_state_dict,
     load_pretrained,
@@ -28,6 +29,7 @@ __all__ = [
     "StripMLPNet",
     "WaveMLP",
     "adapt_size",
+    "average_state_dict",
     "build_model",
     "check_fit",
     "convert_released_state_dict",

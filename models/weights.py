@@ -52,7 +52,11 @@ _RENAMES = (  # (ours, released); each applies to one part of a key
     ("shortcut_m2.", "conv_s2_14."),
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # prefixes of DistributedDataParallel and torch.compile
+_WEIGHTS = ("model", "state_dict", "model_state_dict", "network", "net", "weights")  # where trainers keep them
+_AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "timm_model.")  # of DDP, torch.compile, Lightning, ...
+# Keys that AveragedModel and thop add.
+_COUNTERS = re.compile(r"(^n_averaged|total_ops|total_params)$")
 
 # timm reads checkpoints with torch.load, which would reject the pickled config of a released one.
 torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
@@ -96,25 +100,54 @@ def to_released_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 def model_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
-    """The network's weights in a checkpoint of either kind, or in a bare state dict, under this project's keys.
+    """The network's weights in a checkpoint, or in a bare state dict, under this project's keys.
+
+    Checkpoints of other trainers do too: timm's, torchvision's, Lightning's, mmpretrain's. Their wrappers' prefixes are
+    stripped, and what stands beside the network's weights is left out.
 
     Raises:
-        InputError: it has no weights, or other entries among them.
+        ValueError: it has no weights.
     """
-    state_dict = checkpoint.get("model", checkpoint)
-    if not isinstance(state_dict, dict) or not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        entries = ", ".join(map(str, list(checkpoint)[:20])) or "none"
-        raise InputError(f"no weights under 'model'; the entries are: {entries}")
-    for key, value in state_dict.items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"the entry {key} among the weights is a {type(value).__name__}, not a tensor")
-    return _under_own_keys(state_dict)
+    weights = _find(checkpoint, _WEIGHTS) or _find(checkpoint, _AVERAGES)
+    if weights is None:
+        if not isinstance(checkpoint.get("model", {}), dict):
+            raise ValueError("its model is not a state dict but a whole pickled network or something else, which is "
+                             "not loaded; save network.state_dict()")
+        raise ValueError(f"no weights under {', '.join(_WEIGHTS)}; the entries are: "
+                         f"{', '.join(map(str, list(checkpoint)[:20])) or 'none'}")
+    return _under_own_keys(weights)
+
+
+def average_state_dict(checkpoint: dict) -> dict[str, torch.Tensor] | None:
+    """The exponential moving average of the weights in a checkpoint, beside its weights; None if it has none."""
+    weights, average = _find(checkpoint, _WEIGHTS), _find(checkpoint, _AVERAGES)
+    return _under_own_keys(average) if weights and average else None
+
+
+def _find(checkpoint: dict, names: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
+    """The tensors in the first entry of these names that has some; a bare state dict counts as ``model``."""
+    for entry in (*map(checkpoint.get, names), *([checkpoint] if names is _WEIGHTS else [])):
+        if isinstance(entry, dict):
+            tensors = {key: value for key, value in entry.items() if isinstance(value, torch.Tensor)}
+            if tensors or entry is not checkpoint and (tensors := _find(entry, names)):
+                return tensors
+    return None
 
 
 def _under_own_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    state_dict = {_WRAPPERS.sub("", str(key)): value for key, value in state_dict.items()}
+    state_dict = {str(key): value for key, value in state_dict.items() if not _COUNTERS.search(str(key))}
+    while wrapper := _wrapper(state_dict):  # what is not within the wrapped network is its trainer's
+        state_dict = {key.removeprefix(wrapper): value for key, value in state_dict.items() if key.startswith(wrapper)}
     is_released = any(key.startswith("blocks1.") for key in state_dict)
     return convert_released_state_dict(state_dict) if is_released else state_dict
+
+
+def _wrapper(state_dict: dict[str, torch.Tensor]) -> str:
+    """The prefix of the network's keys if it is wrapped in other modules, e.g. ``"module."``, else an empty string."""
+    prefixes = {key[:key.find(".") + 1] for key in state_dict}
+    if len(prefixes) == 1 and len(state_dict) > 1:
+        return prefixes.pop()
+    return next((prefix for prefix in _WRAPPERS if prefix in prefixes), "")
 
 
 def fit_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -194,8 +227,8 @@ def _resize_table(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int
 def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
     """Loads a checkpoint's weights as the start of a training.
 
-    Weights for another input size are resized. If the class count differs, the head keeps its new initialisation.
-    Everything else must fit.
+    Weights for another input size are resized. If the class count differs, or the checkpoint is a backbone without a
+    head, the head keeps its new initialisation. Everything else must fit.
 
     Returns:
         The keys of the head that were skipped; empty if everything was loaded.
@@ -206,11 +239,9 @@ def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
     state_dict = adapt_size(model_state_dict(checkpoint), model)
     own = model.state_dict()
     head = {name for name, module in model.named_modules() if module is model.get_classifier()}
-    skipped = [
-        key for key, value in state_dict.items()
-        if key in own and key.rpartition(".")[0] in head and value.shape != own[key].shape
-    ]
-    load_strict(model, {key: own[key] if key in skipped else value for key, value in state_dict.items()})
+    skipped = [key for key in own if key.rpartition(".")[0] in head
+               and (key not in state_dict or state_dict[key].shape != own[key].shape)]
+    load_strict(model, state_dict | {key: own[key] for key in skipped})
     return skipped
 
 

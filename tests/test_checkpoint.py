@@ -82,11 +82,12 @@ def test_what_a_network_does_not_need_is_inert_and_the_weights_load(tmp_path, fu
 
 
 @pytest.mark.parametrize("value", [
-    argparse.Namespace(lr=0.1), np.zeros(3), {1, 2}, bytearray(3), b"bytes", Path("a"), Counter("aab"), slice(1), 1 + 2j,
-    torch.zeros(2, 2).to_sparse(), torch.nn.Linear(1, 1), torch.device("cpu"), 2**70,
+    argparse.Namespace(lr=0.1), np.zeros(3), {1, 2}, bytearray(3), b"bytes", Path("a"), Counter("aab"), slice(1),
+    1 + 2j,    torch.zeros(2, 2).to_sparse(), torch.nn.Linear(1, 1), torch.device("cpu"), 2**70,
 ])
 def test_objects_of_other_trainers_stand_beside_the_weights(tmp_path, value):
-    loaded = checkpoint.load_file(saved(tmp_path / "a.pth", {"model": content()["model"], "args": value, "in": [value]}))
+    path = saved(tmp_path / "a.pth", {"model": content()["model"], "args": value, "in": [value]})
+    loaded = checkpoint.load_file(path)
     assert torch.equal(loaded["model"]["w"], content()["model"]["w"])
     assert all(isinstance(found, checkpoint.Unknown) for found in (loaded["args"], *loaded["in"]))
 
@@ -133,8 +134,9 @@ def test_a_small_file_does_not_allocate_much(tmp_path, how, new_format):
 
 
 def raw(content: bytes) -> dict:
-    return {"tail": content + b"PK\5\6", "end record": content + b"PK\5\6" + bytes(18), "comment": content[:-2] + b"\1\0x",
-            "prefix": b"x" + content, "twice": content + content, "byte": content + b"\0", "cut": content[:-1]}
+    return {"tail": content + b"PK\5\6", "end record": content + b"PK\5\6" + bytes(18),
+            "comment": content[:-2] + b"\1\0x", "prefix": b"x" + content,
+            "twice": content + content, "byte": content + b"\0", "cut": content[:-1]}
 
 
 @pytest.mark.parametrize("how", raw(b"xx"))

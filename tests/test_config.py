@@ -359,8 +359,8 @@ def test_shares(key):
     ("SEED: 1\nSEED: 2", "line 2: the key SEED occurs twice"),
     ('TAG: "a\\eb"', "TAG is 'a\\x1bb'; it must be a plain folder name"),
     ("- SEED", "holds list, not a mapping"),
-    ("SEED: [", "is not a YAML file"),
-    ("SEED: !!python/object/apply:os.getcwd []", "is not a YAML file"),
+    ("SEED: [", "is not YAML"),
+    ("SEED: !!python/object/apply:os.getcwd []", "is not YAML"),
     ("BASE: 5", "BASE takes a list of config files; got 5"),
     ("BASE: [5]", "BASE takes a list of config files; got [5]"),
 ])
@@ -413,7 +413,7 @@ def test_a_missing_config_is_looked_for_among_configs():
 def test_refused_calls(tmp_path):
     path = tmp_path / "binary.yaml"
     path.write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(ValueError, match=r"binary\.yaml is not a YAML file"):
+    with pytest.raises(ValueError, match=r"binary\.yaml is not YAML"):
         load_config(path)
     with pytest.raises(FileNotFoundError, match=r"did you mean .*smlp_tiny_alpha3_patch4_224_cifar10\.yaml\?"):
         load_config(CONFIGS / "smlp_tiny_alpha3_patch4_224_cifar1.yaml")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from models import (
     adapt_size,
+    average_state_dict,
     convert_released_state_dict,
     load_pretrained,
     load_strict,
@@ -17,7 +18,6 @@ from models import (
 )
 from models.strip_ops import strip_mix
 from tests.nets import as_stored, tiny_net
-from utils import InputError
 
 LAYOUTS = ("own", "proj_w", "proh_w")
 
@@ -54,17 +54,60 @@ def test_model_state_dict(prefix, layout, nested):
 
 
 def test_prefixes_are_stripped_at_the_beginning_only():
-    stored = {"module.a.module.weight": torch.ones(1), "b._orig_mod.bias": torch.ones(1), "modules.c": torch.ones(1)}
-    assert list(model_state_dict(stored)) == ["a.module.weight", "b._orig_mod.bias", "modules.c"]
+    stored = {"module.a.module.weight": torch.ones(1), "module.modules.c": torch.ones(1)}
+    assert list(model_state_dict(stored)) == ["a.module.weight", "modules.c"]
+
+
+def other_trainers(weights, average) -> dict[str, dict]:
+    """How other trainers store a network's weights, and an average of them."""
+    def under(prefix, weights=weights):
+        return {prefix + key: value for key, value in weights.items()}
+
+    counters = {"stages.0.0.total_ops": torch.zeros(1), "total_params": torch.zeros(1)}
+    return {
+        "timm": {"state_dict": weights, "state_dict_ema": average, "epoch": 3, "args": object()},
+        "torchvision": {"model": weights, "model_ema": under("module.", average) | {"n_averaged": torch.tensor(3)}},
+        "Lightning": {"state_dict": under("model.") | {"criterion.weight": torch.ones(3)}, "hyper_parameters": {}},
+        "Lightning, any name": {"state_dict": under("classifier.")},
+        "mmpretrain": {"state_dict": under("backbone."), "meta": {}},
+        "timm in mmpretrain": {"state_dict": under("backbone.timm_model.")},
+        "DDP in torch.compile": {"model": under("_orig_mod.module.")},
+        "nested": {"model": {"state_dict": weights}},
+        "thop": weights | counters,
+        "an average alone": {"model_ema": weights},
+        "a state dict with other things": weights | {"_metadata": object()},
+    }
+
+
+@pytest.mark.parametrize("name", other_trainers({}, {}))
+def test_checkpoints_of_other_trainers(name):
+    weights, average = copies(tiny_model(0)), copies(tiny_model(1))
+    stored = other_trainers(weights, average)[name]
+    assert same(model_state_dict(stored), weights)
+    found = average_state_dict(stored)
+    assert same(found, average) if name in ("timm", "torchvision") else found is None
+
+
+def test_a_backbone_without_a_head_starts_a_training():
+    source, target = tiny_model(1), tiny_model(2)
+    weights, before = copies(source), copies(target)
+    stored = {f"backbone.{key}": value for key, value in weights.items() if not key.startswith("head.")}
+    assert load_pretrained(target, {"state_dict": stored}) == ["head.weight", "head.bias"]
+    assert same(copies(target), weights | {key: before[key] for key in ("head.weight", "head.bias")})
 
 
 @pytest.mark.parametrize("checkpoint, named", [
-    ({}, "none"), ({"model": {}}, "model"), ({"state_dict": {"a": torch.ones(1)}, "epoch": 3}, "state_dict, epoch"),
-    ({"model": torch.ones(1)}, "model"), ({"model": {"a": "b"}}, "model"), ({"epoch": 3}, "epoch"),
+    ({}, "none"), ({"model": {}}, "model"), ({"module": {"a": torch.ones(1)}, "epoch": 3}, "module, epoch"),
+    ({"model": {"a": "b"}}, "model"), ({"epoch": 3}, "epoch"),
 ])
 def test_no_weights(checkpoint, named):
-    with pytest.raises(ValueError, match=f"no weights under 'model'; the entries are: {named}$"):
+    with pytest.raises(ValueError, match=f"no weights under model, state_dict, .*; the entries are: {named}$"):
         model_state_dict(checkpoint)
+
+
+def test_a_pickled_network_is_named():
+    with pytest.raises(ValueError, match="not a state dict but a whole pickled network"):
+        model_state_dict({"model": object()})
 
 
 def test_released_layout_of_the_strip_weights():
@@ -280,7 +323,7 @@ def test_meaningless_weights_are_refused(spoil, message):
     before = copies(model)
     weights = copies(tiny_model(1))
     weights["head.weight"] = spoil(weights["head.weight"])
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         load_strict(model, weights)
     assert same(copies(model), before)
 
@@ -291,13 +334,13 @@ def test_a_variance_below_zero_is_refused():
     weights = copies(model)
     key = next(key for key in weights if key.endswith("running_var"))
     weights[key] = weights[key] - 2
-    with pytest.raises(InputError, match=f"{key} holds a variance below 0"):
+    with pytest.raises(ValueError, match=f"{key} holds a variance below 0"):
         load_strict(model, weights)
 
 
 def test_a_long_list_of_what_does_not_fit_is_cut():
     weights = copies(tiny_model(0)) | {f"odd{i}": torch.zeros(1) for i in range(1000)}
-    with pytest.raises(InputError, match=r"in 1000 places") as caught:
+    with pytest.raises(ValueError, match=r"in 1000 places") as caught:
         load_strict(tiny_model(0), weights)
     assert str(caught.value).count("\n") == 101 and str(caught.value).endswith("... and 900 more")
 
@@ -305,7 +348,7 @@ def test_a_long_list_of_what_does_not_fit_is_cut():
 def test_counts_of_another_type_are_refused():
     model = tiny_model(0)
     weights = {key: value.float() for key, value in copies(model).items()}
-    with pytest.raises(InputError, match="num_batches_tracked has the type torch.float32, not torch.int64"):
+    with pytest.raises(ValueError, match="num_batches_tracked has the type torch.float32, not torch.int64"):
         load_strict(model, weights)
 
 
@@ -323,5 +366,5 @@ def test_released_strips_of_odd_shapes_are_named(shape):
     model = tiny_model(0)
     released = to_released_state_dict(copies(model))
     released["blocks1.0.token_mixing.smlp_block.proj_h.weight"] = torch.zeros(shape)
-    with pytest.raises(InputError, match=r"shape: stages\.0\.0\.token_mixing\.cgsmm\.row_strip\.weight is "):
+    with pytest.raises(ValueError, match=r"shape: stages\.0\.0\.token_mixing\.cgsmm\.row_strip\.weight is "):
         load_pretrained(model, released)

@@ -46,8 +46,8 @@ def row(name):
 # ---- configs and flags -----------------------------------------------------------------------------
 
 for name, text, *message in [
-    ("config that is not YAML", "TRAIN: [", "x.yaml is not a YAML file"),
-    ("config of bytes", "\udcff\udcfe\udc81", "x.yaml is not a YAML file"),
+    ("config that is not YAML", "TRAIN: [", "x.yaml is not YAML"),
+    ("config of bytes", "\udcff\udcfe\udc81", "x.yaml is not YAML"),
     ("config that is a list", "- SEED", "x.yaml holds list"),
     ("config with an unknown key", "TRAIN: {EPOCH: 3}", "x.yaml", "TRAIN.EPOCH; did you mean TRAIN.EPOCHS?"),
     ("config with an unknown group", "TRIAN: {EPOCHS: 3}", "x.yaml", "TRIAN; did you mean TRAIN?"),

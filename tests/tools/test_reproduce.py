@@ -179,7 +179,7 @@ def test_unknown_flags_and_tables_are_errors(table, capsys, tmp_path):
                           ("tiny: {title: a, opts: [], rows: {}}", "tiny: unknown key opts; it belongs into a row"),
                           ("tiny: {title: a, rows: {a: {name: b, opt: []}}}",
                            "tables.yaml: tiny: a: unknown key opt; did you mean opts?"),
-                          ("{", "is not a YAML file")):
+                          ("{", "is not YAML")):
         table.file.write_text(text)
         assert table()[0] == 2
         assert message in capsys.readouterr().err
