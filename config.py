@@ -1,11 +1,13 @@
 """Every option of a run, with its default and a comment on what it does; loading, merging and checking of configs.
 
-Later ones override earlier ones: the defaults below, the YAML file's ``BASE`` files, the YAML file, ``opts``.
+Precedence, lowest first: the defaults below, BASE files, the YAML file, ``--opts``, other flags.
 """
 
 import copy
 import difflib
 import math
+import os
+import re
 from pathlib import Path
 
 import yaml
@@ -123,7 +125,6 @@ _C.WANDB_PROJECT = ""  # also log to this Weights & Biases project (pip install 
 _C.SAVE_FREQ = 1  # epochs between two checkpoints
 _C.SAVE_STEPS = 0  # updates between two checkpoints within an epoch; 0: none
 _C.SAVE_MINUTES = 0.0  # minutes between two checkpoints within an epoch; 0: none
-_C.SAVE_ELSEWHERE = ""  # folder on another disk for the last checkpoint if OUTPUT's disk stays full
 _C.KEEP_CHECKPOINTS = 3  # number of newest checkpoints to keep, besides the best one
 
 _CHOICES = {
@@ -141,7 +142,7 @@ _CHOICES = {
     "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),
     "COMPILE": ("auto", "on", "off"),
 }
-_RETIRED = ("DATA.PIN_MEMORY",)  # ignored; configs and checkpoints of older versions have them
+_RETIRED = ("SAVE_ELSEWHERE",)  # ignored: configs and checkpoints of version 1.0 have them
 _AT_LEAST_ONE = (
     "DATA.IMG_SIZE DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS PRINT_FREQ SAVE_FREQ "
     "KEEP_CHECKPOINTS TRAIN.MAX_SKIPPED AUG.RECOUNT TRAIN.LR_SCHEDULER.DECAY_EPOCHS MODEL.STRIP_MLP.PATCH_SIZE "
@@ -307,6 +308,8 @@ def _merge(node: CfgNode, values: dict, source: str, prefix: str = "") -> None:
 
 def _decode(value):
     """The Python value that a string spells (``"5e-4"``, ``"[2, 2]"``, ``"True"``), else the string itself."""
+    if isinstance(value, str) and re.match(r"\s*[+-]?0[xob]|.*\d_\d", value, re.IGNORECASE):
+        return value  # YAML and Python read 0o17 and 1_000 differently
     try:
         return CfgNode._decode_cfg_value(value)
     except (RecursionError, MemoryError):  # thousands of brackets
@@ -385,7 +388,13 @@ def _check(config: CfgNode) -> None:
     for key in ("TAG", "MODEL.NAME"):
         require("/" not in values[key] and values[key] not in (".", "..") and values[key].isprintable(), key,
                 "a plain folder name")
+        require(len(os.fsencode(values[key])) <= 255, key, "a name of at most 255 bytes")
     require(config.TAG.strip(), "TAG", "the name of a folder; it may not be empty")
+    for key, value in values.items():
+        require(not isinstance(value, str) or "\0" not in value, key, "text without a NUL character")
+    if re.match(r"\w+://[^/]*@", config.DATA.MIRROR):  # not shown: it would be in the log, too
+        raise InputError("DATA.MIRROR holds a user name or password, which config.yaml and the checkpoints would keep; "
+                         "leave it out and put it into ~/.netrc")
 
 
 # ---- YAML ------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from models import set_train_mode
 from models.strip_ops import strip_triton
 from optimizer import skips_on_device
 from resume import TrainState
-from utils import InputError
+from utils import InputError, error_message
 
 logger = logging.getLogger("strip_mlp")
 
@@ -93,7 +93,7 @@ def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, prec
 
     Args:
         config: the run's config.
-        state: the TrainState; advanced, update by update, to the beginning of the next epoch.
+        state: the TrainState; advanced, update by update, to the end of the epoch.
         model: ``state.model``, wrapped in DistributedDataParallel if there are several processes.
         loader: batches of this process, on its device; its ``batch_sampler`` is a ``TrainBatchSampler``.
         precision: the precision of the forward pass.
@@ -140,7 +140,14 @@ def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, prec
         if is_due:
             checkpointer.save(state)
 
-    state.epoch, state.batch = state.epoch + 1, 0
+
+def build_ema(config, model: nn.Module) -> ModelEmaV3 | None:
+    """The exponential moving average of the weights, if TRAIN.EMA is enabled.
+
+    Its decay rises to TRAIN.EMA.DECAY, as ``1 - (1 + updates) ** (-2 / 3)``: a short run would otherwise average its
+    random initial weights.
+    """
+    return ModelEmaV3(model, decay=config.TRAIN.EMA.DECAY, use_warmup=True) if config.TRAIN.EMA.ENABLED else None
 
 
 class _Updater:
@@ -180,7 +187,7 @@ class _Updater:
         if self.statistics:
             self._settle_statistics(skipped)
         if state.ema:
-            state.ema.update(state.model)
+            state.ema.update(state.model, step=state.step)
         return grad_norm, skipped
 
     @torch.no_grad()
@@ -286,25 +293,34 @@ def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, pred
             added.
 
     Returns:
-        ``{"acc1", "acc5", "loss", "images"}``. The loss is rounded to 6 decimals, so that it does not depend on how the
-        images were batched; with fewer than five classes ``acc5`` counts all of them.
+        ``{"acc1", "acc5", "loss", "images"}``. The loss has 6 decimals; it depends on how the images were batched by at
+        most 1e-6. With fewer than five classes ``acc5`` counts all of them.
+
+    Raises:
+        InputError: on all processes, if one of them cannot read an image.
     """
     model.eval()
     device = next(model.parameters()).device
     hits1 = hits5 = torch.zeros((), dtype=torch.int64, device=device)
     count = torch.zeros((), dtype=torch.int64, device=device)
     losses = [torch.zeros(0, device=device)]  # of every image; the CPU sums them in 64 bits, which MPS does not support
-    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=not _shows_progress()):
-        with precision.autocast():
-            logits = model(images)
-        losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
-        count = count + (targets >= 0).sum()  # without the images that could not be read
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        hits1 = hits1 + hits[:, 0].sum()
-        hits5 = hits5 + hits.sum()
-        if predictions is not None:
-            probabilities, classes = logits.float().softmax(dim=1).max(dim=1)
-            predictions += zip(targets.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
+    failure = ""
+    try:
+        for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=not _shows_progress()):
+            with precision.autocast():
+                logits = model(images)
+            losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
+            count = count + (targets >= 0).sum()  # without the images that could not be read
+            hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+            hits1 = hits1 + hits[:, 0].sum()
+            hits5 = hits5 + hits.sum()
+            if predictions is not None:
+                probabilities, classes = logits.float().softmax(dim=1).max(dim=1)
+                predictions += zip(targets.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
+    except InputError as error:  # an unreadable image; all processes stop together and can save the training
+        failure = error_message(error)
+    if failures := list(filter(None, distributed.gather_objects(failure))):
+        raise InputError(failures[0])
     for message in loader.bad_images():
         logger.error("%s; skipped", message)
     losses = torch.cat(losses).cpu().double()

@@ -267,13 +267,13 @@ def _device_name(device: torch.device) -> str:
     return f"CPU, {os.cpu_count()} cores" if device.type == "cpu" else device.type
 
 
-def describe_run(config, state: TrainState, device: torch.device, precision: str, about: dict) -> dict:
+def describe_run(config, state: TrainState, device: torch.device, precision: str, metadata: dict) -> dict:
     """The content of ``run.yaml``.
 
     Args:
         config, state, device: the run's.
         precision: the name of the forward pass's precision.
-        about: what the run's checkpoints record: classes, and changes of its settings on the way.
+        metadata: what the run's checkpoints record: classes, and changes of its settings on the way.
 
     Raises:
         InputError: the network does not take images of the config's size.
@@ -296,8 +296,8 @@ def describe_run(config, state: TrainState, device: torch.device, precision: str
         "macs": macs,
         "amp_dtype": precision,
         "augment_on": layout.augment_on,
-        "changes": about["changes"],
-        "classes": about["classes"],
+        "changes": metadata["changes"],
+        "classes": metadata["classes"],
     }
 
 

@@ -33,7 +33,6 @@ import sys
 from pathlib import Path
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,7 +45,9 @@ from device import settle_form
 from distributed import choose_device, machine_failures
 from engine import (
     Precision,
+    build_ema,
     compile_network,
+    evaluate,
     evaluate_all,
     inference_form,
     log_results,
@@ -54,7 +55,7 @@ from engine import (
     measure_throughput,
     train_one_epoch,
 )
-from inference import build_network, check_classes, image_shape, weights_file
+from inference import build_network, build_with_weights, check_classes, image_shape, read_network, weights_file
 from logger import (
     MetricsWriter,
     describe_environment,
@@ -67,7 +68,7 @@ from logger import (
     whereabouts,
 )
 from lr_scheduler import LRScheduler
-from models import adapt_size, count_batches_once, load_pretrained, load_strict, model_state_dict
+from models import count_batches_once, load_pretrained
 from optimizer import build_optimizer
 from resume import (
     NOT_SAVED,
@@ -77,6 +78,7 @@ from resume import (
     NotSavedError,
     Preempted,
     TrainState,
+    check_data,
     find_resume,
     is_finished,
     resume,
@@ -156,14 +158,16 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
     """
     with machine_failures(), Checkpointer(config, folder) as checkpointer:
         # 0. The run so far.
-        resume_path, resume_content, checkpointer.about["changes"] = find_resume(config, folder, allow_changes)
+        resume_path, resume_content, checkpointer.metadata["changes"] = find_resume(config, folder, allow_changes)
 
         # 1. Data and model; every process draws the same weights.
         distributed.once_per_machine(lambda: prepare_data(config))
         train_loader = build_train_loader(config, distributed.rank(), distributed.world_size(), device)
         val_loader = build_val_loader(config, distributed.rank(), distributed.world_size(), device)
         classes = list(train_loader.dataset.classes)
-        checkpointer.about["classes"] = classes
+        checkpointer.metadata["classes"] = classes
+        if resume_content:
+            check_data(resume_content, resume_path, classes)
         if distributed.broadcast_object(is_finished(resume_content, config, len(train_loader.dataset))):
             _report_finished(resume_content, folder)
             return
@@ -206,7 +210,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
             optimizer=optimizer,
             lr_scheduler=LRScheduler(config, optimizer, updates_per_epoch),
             scaler=precision.scaler(),
-            ema=ModelEmaV3(model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLED else None,
+            ema=build_ema(config, model),
         )
         if resume_path:
             resume(resume_path, resume_content, state, checkpointer, folder)
@@ -214,7 +218,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         metrics = None
         open_log(folder)
         if distributed.rank() == 0:
-            run = describe_run(config, state, device, precision.name, checkpointer.about)
+            run = describe_run(config, state, device, precision.name, checkpointer.metadata)
             save_description(config, run, folder)
             metrics = _open_metrics(config, state, len(train_loader), folder)
         if resume_path:
@@ -229,17 +233,24 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         # 4. The epochs.
         while state.epoch < config.TRAIN.EPOCHS:
             train_one_epoch(config, state, wrapped, train_loader, precision, metrics, checkpointer)
-            results = evaluate_all(state.model, state.ema, val_loader, precision)
-            accuracy = list(results.values())[-1]["acc1"]  # the average's, where there is one
-            best_before, state.max_accuracy = state.max_accuracy, max(accuracy, state.max_accuracy)
-            is_best = accuracy > best_before
+            try:
+                results = evaluate_all(state.model, state.ema, val_loader, precision)
+            except InputError:  # an unreadable image, for example: resume with the evaluation
+                checkpointer.save(state)
+                raise
+            best_before = state.max_accuracy, state.best_loss
+            is_best, checkpointer.metadata["is_average_best"] = state.finish_epoch(results)
             log_results(results, f"epoch {state.epoch - 1}  ", f"  best {state.max_accuracy:.3f}")
             if metrics:
                 for name, result in results.items():
                     metrics.write(name, state.step, state.epoch - 1, state.epoch, **result)
             if is_best or state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
                 if not checkpointer.save(state, is_best, is_last=state.epoch == config.TRAIN.EPOCHS):
-                    state.max_accuracy = best_before  # best.pth is still the one before
+                    state.max_accuracy, state.best_loss = best_before  # best.pth is still the one before
+            if not any(math.isfinite(result["loss"]) for result in results.values()):
+                raise FloatingPointError(
+                    f"the network's outputs are not finite after epoch {state.epoch - 1}; start again with a lower "
+                    "TRAIN.BASE_LR or a longer TRAIN.WARMUP_EPOCHS")
         if not distributed.broadcast_object(checkpoint.list_checkpoints(folder)):  # nothing was left to train
             checkpointer.save(state, is_last=True)
         if metrics:
@@ -260,26 +271,26 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     if not path.is_file():
         raise MissingFileError(f"no checkpoint to evaluate at {path}; name one with --resume")
     logger.info(f"evaluating {path}")
-    content = checkpoint.load_file(path)
+    content, config, saved_classes = read_network(path, config)
     _warn_of_other_data(content, config, path)
     distributed.once_per_machine(lambda: prepare_data(config))
     loader = build_val_loader(config, distributed.rank(), distributed.world_size(), device)
     precision = Precision(config.AMP_DTYPE, device)
     logger.info(f"precision: {precision.name} ({precision.reason})")
-    model, ema = build_network(config).to(device, memory_format=torch.channels_last), None
-    settle_form(config, model, device, precision.dtype)
     with input_errors(path):
-        check_classes(content.get("classes"), loader.dataset.classes)
-        load_strict(model, adapt_size(model_state_dict(content), model))
-        if content.get("model_ema") is not None:
-            ema = ModelEmaV3(model)
-            average = model_state_dict({"model": content["model_ema"]})
-            load_strict(ema.module, adapt_size(average, model, warn=False))
-            inference_form(config, ema.module)
-    inference_form(config, model)
+        check_classes(saved_classes, loader.dataset.classes)
+    networks = {}
+    for name, weights in (("eval", content["model"]), ("eval_ema", content["model_ema"])):
+        if weights is not None:
+            network = build_with_weights(path, weights, config).to(device, memory_format=torch.channels_last)
+            settle_form(config, network, device, precision.dtype)
+            networks[name] = inference_form(config, network)
     open_log(folder)
     predictions = [] if config.TEST.PREDICTIONS else None
-    results = evaluate_all(model, ema, loader, precision, predictions)
+    results = {
+        name: evaluate(network, loader, precision, predictions if network is list(networks.values())[-1] else None)
+        for name, network in networks.items()
+    }
     log_results(results)
     if not all(math.isfinite(result["loss"]) for result in results.values()):
         hint = "" if precision.name == "fp32" else "try --amp-dtype fp32, or "

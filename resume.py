@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 import random
 import signal
@@ -16,7 +17,8 @@ from torch import nn
 
 import checkpoint
 import distributed
-from config import flat_config, flat_keys, to_dict
+from checkpoint import short
+from config import flat_keys, from_dict, to_dict
 from inference import weights_file
 from lr_scheduler import LRScheduler
 from models import check_fit, load_strict, model_state_dict
@@ -29,12 +31,11 @@ PREEMPTED = 75  # exit status (EX_TEMPFAIL) of a run that a signal stopped after
 NO_ACCURACY = -1.0  # below any accuracy, so that the first evaluation is the best so far even at 0 %
 SECONDS_WHEN_STOPPED = 20  # seconds to retry on a full disk after a signal; torchrun kills the processes after 30
 SECONDS_BETWEEN = 10  # two such tries
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 _SAME_SIGNAL = 1  # seconds
 _SAME_SIGNAL_FROM_LAUNCHER = 5  # a launcher passes on signals that its processes may already have received
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 MAX_EPOCHS = 1_000_000
-MAX_SETTING = 4096  # characters
 # Keys that change neither the network nor what it learns: where, how fast and in what portions a run computes.
 # TrainState explains how a run resumes with another batch size.
 FREE_KEYS = {
@@ -63,7 +64,7 @@ class Layout:
     batch_size: int  # images per process and micro-batch
     world_size: int
     accumulation_steps: int
-    augment_on: str = "worker"  # or "device"; older checkpoints, without this choice, lack it
+    augment_on: str  # "worker" or "device"
 
     @property
     def images_per_batch(self) -> int:
@@ -85,6 +86,7 @@ class TrainState:
     batch: int = 0  # micro-batches of that epoch already trained, per process
     step: int = 0  # updates done
     max_accuracy: float = NO_ACCURACY  # best top-1 so far, in percent
+    best_loss: float = math.inf  # validation loss of the best: among equal accuracies the lower loss is better
     skipped_in_row: torch.Tensor | int = 0  # updates skipped since the last good one; on the device while training
 
     def state_dict(self) -> dict:
@@ -99,6 +101,7 @@ class TrainState:
             "batch": self.batch,
             "step": self.step,
             "max_accuracy": self.max_accuracy,
+            "best_loss": self.best_loss,
             "skipped_in_row": int(self.skipped_in_row),
             "rng": distributed.gather_objects(get_rng_state()),
             "layout": vars(self.layout),
@@ -114,7 +117,7 @@ class TrainState:
             InputError: as ``check_training``; then nothing is changed.
         """
         changed = check_training(content, self)
-        load_strict(self.model, model_state_dict(content))
+        load_strict(self.model, model_state_dict({"model": content["model"]}))
         if self.ema:
             load_strict(self.ema.module, model_state_dict({"model": content["model_ema"]}))
         groups = self.optimizer.state_dict()["param_groups"]
@@ -125,6 +128,7 @@ class TrainState:
             self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.batch, self.step = content["epoch"], content["batch"], content["step"]
         self.max_accuracy, self.skipped_in_row = content["max_accuracy"], content["skipped_in_row"]
+        self.best_loss = content.get("best_loss", math.inf)
         if changed.keys() - {"augment_on"}:  # the others determine the order of the images
             self._move_to(self.batch * Layout(**content["layout"]).images_per_batch)
         else:
@@ -135,6 +139,24 @@ class TrainState:
                 "for bit like an uninterrupted run", ", ".join(changed.values()), self.epoch, self.batch,
             )
         self.lr_scheduler.step_update(self.step)
+
+    def finish_epoch(self, results: dict[str, dict]) -> tuple[bool, bool]:
+        """Moves to the next epoch, after its evaluation.
+
+        Args:
+            results: what ``engine.evaluate`` returned for the network and, if there is one, for its average.
+
+        Returns:
+            Whether this is the best epoch so far, by the better of the two: by top-1, and if equal by the loss; and
+            whether the average is that better one.
+        """
+        self.epoch, self.batch = self.epoch + 1, 0
+        name, result = max(results.items(), key=lambda item: (item[1]["acc1"], -item[1]["loss"]))
+        found, before = (result["acc1"], -result["loss"]), (self.max_accuracy, -self.best_loss)
+        is_best = found > before and math.isfinite(result["loss"])
+        if is_best:
+            self.max_accuracy, self.best_loss = result["acc1"], result["loss"]
+        return is_best, name == "eval_ema"
 
     def _moments(self, saved: dict) -> dict:
         """The optimiser's state with the memory layout of the parameters, which its fused form requires."""
@@ -200,20 +222,20 @@ class NotSavedError(Exception):
 class Checkpointer:
     """Saves a run into its folder. All processes call every method together; rank 0 writes.
 
-    Used as a context manager, the first SIGTERM, SIGUSR1 or SIGINT to reach any process makes all of them finish their
-    update, save and stop. Another signal more than a second later (5 seconds under a launcher) has its usual effect; an
+    Used as a context manager, the first SIGTERM, SIGUSR1, SIGINT or SIGHUP to reach any process makes all of them
+    finish their update, save and stop. Another signal more than a second later (5 seconds under a launcher) has its usual effect; an
     earlier one is taken for the same signal, passed on by a launcher.
 
     Args:
         config: the run's config, saved along.
         folder: where the checkpoints go.
 
-    ``about`` holds entries that describe the network to readers of a checkpoint; resume does not restore them.
+    ``metadata`` holds entries that describe the run to readers of a checkpoint; they are not restored.
     """
 
     def __init__(self, config, folder: Path):
         self.config, self.folder = config, folder
-        self.about = {"config": to_dict(config), "changes": []}
+        self.metadata = {"config": to_dict(config), "changes": []}
         self.signal: signal.Signals | None = None
         self.saved_at = time.monotonic()
         self.agreement = None  # started at the previous update
@@ -245,8 +267,7 @@ class Checkpointer:
     def save(self, state: TrainState, is_best: bool = False, is_last: bool = False) -> bool:
         """Saves the run. If writing fails, the error is logged and the run continues; older checkpoints stay intact.
 
-        For the last checkpoint of a finished or stopped run, it retries for half of HANG_MINUTES and then writes to
-        SAVE_ELSEWHERE.
+        For the last checkpoint of a finished or stopped run, it retries for half of HANG_MINUTES.
 
         Returns:
             Whether it was saved.
@@ -256,11 +277,11 @@ class Checkpointer:
             NotSavedError: the last checkpoint is not in the run's folder.
         """
         patience = 30 * self.config.HANG_MINUTES  # seconds: half as long as the other processes wait for this one
-        content = state.state_dict() | self.about
-        is_saved = distributed.rank() != 0 or self._write(content, self.folder, is_best)
+        content = state.state_dict() | self.metadata
+        is_saved = distributed.rank() != 0 or self._write(content, is_best)
         is_stopping = distributed.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP
         if not is_saved and (is_last or is_stopping):
-            is_saved = self._insist(content, is_best, SECONDS_WHEN_STOPPED if is_stopping else patience)
+            is_saved = self._retry(content, is_best, SECONDS_WHEN_STOPPED if is_stopping else patience)
         is_saved = distributed.broadcast_object(is_saved)
         self.saved_at = time.monotonic()
         if not is_saved and (is_last or is_stopping):
@@ -269,10 +290,13 @@ class Checkpointer:
             raise Preempted(self.signal.name if self.signal else "signal to another process")
         return is_saved
 
-    def _write(self, content: dict, folder: Path, is_best: bool) -> bool:
+    def _write(self, content: dict, is_best: bool) -> bool:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = checkpoint.save_checkpoint(content, folder, is_best, self.config.KEEP_CHECKPOINTS)
+            if not self.folder.is_dir():
+                logger.error("%s WAS DELETED while the run wrote into it, with its log and metrics; creating it again "
+                             "for the checkpoints", self.folder)
+                self.folder.mkdir(parents=True)
+            path = checkpoint.save_checkpoint(content, self.folder, is_best, self.config.KEEP_CHECKPOINTS)
             logger.info(f"saved {path}{' (best)' if is_best else ''}")
             return True
         except OSError as error:
@@ -280,18 +304,14 @@ class Checkpointer:
                          "may be lost", error)
             return False
 
-    def _insist(self, content: dict, is_best: bool, seconds: float) -> bool:
-        """Retries until it succeeds, time is up or a signal comes; then saves elsewhere, which counts as not saved."""
+    def _retry(self, content: dict, is_best: bool, seconds: float) -> bool:
+        """Tries again until it succeeds, time is up or another signal comes."""
         logger.warning("this is the run's last checkpoint: retrying for %.0f seconds", seconds)
         deadline, signal_before = time.monotonic() + seconds, self.signal
         while time.monotonic() < deadline and self.signal is signal_before:
             time.sleep(SECONDS_BETWEEN)
-            if self._write(content, self.folder, is_best):
+            if self._write(content, is_best):
                 return True
-        if self.config.SAVE_ELSEWHERE:
-            other = Path(self.config.SAVE_ELSEWHERE, self.config.MODEL.NAME, self.config.TAG)
-            if self._write(content, other, is_best):
-                logger.warning("the last checkpoint is in %s; move it to %s to resume from it", other, self.folder)
         return False
 
     def _receive(self, number: int, frame) -> None:
@@ -339,6 +359,21 @@ def find_resume(config, folder: Path, allow_changes: bool) -> tuple[Path | None,
     return distributed.broadcast_object(path), content, changes
 
 
+def check_data(content: dict, path: Path, classes: list[str]) -> None:
+    """Checks that the data set of a run is still the one that its checkpoint was trained on.
+
+    Raises:
+        InputError: the classes have other names, or come in another order; the first difference is named.
+    """
+    saved = content.get("classes")
+    if isinstance(saved, list) and saved != classes:
+        label = next((i for i, pair in enumerate(zip(saved, classes, strict=False)) if pair[0] != pair[1]),
+                     min(len(saved), len(classes)))
+        before, now = (short(names[label]) if label < len(names) else "missing" for names in (saved, classes))
+        raise InputError(f"{path} was trained on other classes: label {label} was {before} and is {now} now. Restore "
+                         "the class folders, or give the new run another --tag and start it with --pretrained")
+
+
 def is_finished(content: dict | None, config, training_images: int) -> bool:
     """Whether a checkpoint is the last of this run; one trained on another number of images is not."""
     is_whole = bool(content) and content.keys() >= {"epoch", "layout"}
@@ -361,8 +396,9 @@ def resume(path: Path, content: dict | None, state: TrainState, checkpointer: Ch
 
 def changed_keys(saved: dict, config) -> dict[str, str]:
     """``{"TRAIN.EPOCHS": "2 -> 4"}``: the keys that affect what is learnt and differ from a saved config."""
-    before, now = flat_config(saved), flat_keys(config)
-    return {key: f"{before[key]!r} -> {now[key]!r}" for key in now if key not in FREE_KEYS and before[key] != now[key]}
+    before, now = flat_keys(from_dict(saved, "its config")), flat_keys(config)
+    changed = [key for key in now if key not in FREE_KEYS and before[key] != now[key]]
+    return {key: f"{before[key]!r:.200} -> {now[key]!r:.200}" for key in changed}
 
 
 def accept_changes(content: dict, path: Path, config, allow_changes: bool) -> list[dict]:
@@ -394,36 +430,24 @@ def check_run(content: dict) -> None:
     """Checks the entries that are read before the training is set up: its settings and its progress.
 
     Raises:
-        InputError: an entry has the wrong type, or a setting is not one that a config could hold.
+        InputError: an entry is missing or of another kind than a run writes.
     """
     if "layout" not in content:  # not a training's checkpoint
         return
     kinds = {"layout": dict, "config": dict, "changes": list, "epoch": int, "step": int, "max_accuracy": int | float}
     for key, kind in kinds.items():
-        if key not in content:
-            if key in ("epoch", "step", "max_accuracy"):
-                raise InputError(f"the checkpoint cannot be resumed: it lacks {key}")
-        elif not isinstance(content[key], kind):
+        if key not in content and key in ("epoch", "step", "max_accuracy"):
+            raise InputError(f"the checkpoint cannot be resumed: it lacks {key}")
+        if key in content and not isinstance(content[key], kind):
             raise InputError(f"its {key} is {content[key]!r:.60}")
-    _check_settings(content.get("config", {}), "config")
     for change in content.get("changes", []):
-        if not isinstance(change, dict) or change.keys() != {"step", "keys"} or not isinstance(change["keys"], dict):
+        keys = change.get("keys") if isinstance(change, dict) else None
+        if not isinstance(keys, dict) or not all(isinstance(text, str) for pair in keys.items() for text in pair) \
+                or type(change.get("step")) is not int:
             raise InputError(f"its changes hold {change!r:.60}")
-        _check_settings(change, "changes")
 
 
-def _check_settings(value, name: str) -> None:
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        for key, item in value.items():
-            _check_settings(item, f"{name}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_settings(item, name)
-    elif not isinstance(value, (type(None), bool, int, float, str)) or len(str(value)) > MAX_SETTING:
-        raise InputError(f"its {name:.60} is {value!r:.60}, which is not a setting")
-
-
-def check_training(content: dict, state) -> dict[str, str]:
+def check_training(content: dict, state: "TrainState") -> dict[str, str]:
     """Checks every entry that ``TrainState.load_state_dict`` restores: types, shapes, lengths, ranges, and the run.
 
     Args:
@@ -437,7 +461,7 @@ def check_training(content: dict, state) -> dict[str, str]:
         InputError: the checkpoint lacks entries of a training, as released ones do, has an entry that
             ``TrainState.state_dict`` would not write, or is of another data set, network or optimiser.
     """
-    missing = state.state_dict().keys() - content.keys()
+    missing = state.state_dict().keys() - content.keys() - {"best_loss"}
     if missing:
         raise InputError(
             f"the checkpoint cannot be resumed: it lacks {', '.join(sorted(missing))}; use --pretrained to start a new "
@@ -447,14 +471,12 @@ def check_training(content: dict, state) -> dict[str, str]:
     _check_position(content, content["layout"])
     moved = changed.keys() - {"augment_on"}  # the others determine the order of the images
     if moved and content["batch"] and (content["layout"]["is_sharded"] or state.layout.is_sharded):
-        raise InputError(
-            f"the checkpoint is from the middle of an epoch over shards of the images, and the shards changed "
-            f"({', '.join(changed.values())}), so the rest of the epoch is not defined; resume with the old settings, "
-            "or from a checkpoint at the end of an epoch"
-        )
+        raise InputError(f"cannot resume in the middle of an epoch: the data sharding changed "
+                         f"({', '.join(changed.values())}). Resume with the old settings, or from a checkpoint at the "
+                         "end of an epoch")
     if state.ema and content["model_ema"] is None:
         raise InputError("TRAIN.EMA.ENABLED is True but the checkpoint holds no average; resume with it False")
-    check_fit(state.model, model_state_dict(content))
+    check_fit(state.model, model_state_dict({"model": content["model"]}))
     if state.ema:
         check_fit(state.ema.module, model_state_dict({"model": content["model_ema"]}))
     check_optimizer(content["optimizer"], state.optimizer)
@@ -464,8 +486,6 @@ def check_training(content: dict, state) -> dict[str, str]:
 
 
 def _check_layout(saved, own: dict) -> dict[str, str]:
-    if isinstance(saved, dict):
-        saved = {"augment_on": "worker"} | saved  # the setting of checkpoints without the key
     if not isinstance(saved, dict) or saved.keys() != own.keys():
         raise InputError("the checkpoint was written by another version of this code (layout); use --pretrained")
     for key, value in own.items():
@@ -498,20 +518,11 @@ def _check_position(content: dict, layout: dict) -> None:
     expected = epoch * -(-batches // accumulation) + -(-batch // accumulation)
     if step != expected:
         raise InputError(f"its step is {step}, but epoch {epoch} and batch {batch} come after {expected} updates")
-    best = content["max_accuracy"]
+    best, loss = content["max_accuracy"], content.get("best_loss", math.inf)
     if type(best) not in (int, float) or not -1 <= best <= 100:
         raise InputError(f"its max_accuracy is {best!r:.60}; it must be a percentage, or -1 for none yet")
-
-
-def check_scaler(saved, scaler: torch.amp.GradScaler) -> None:
-    """Raises InputError if a saved state is not a GradScaler's; an empty one was saved without fp16."""
-    if not isinstance(saved, dict):
-        raise InputError(f"its scaler is {type(saved).__name__}, not a mapping")
-    for key, own in scaler.state_dict().items() if saved else ():
-        value = saved.get(key)
-        limit = 2**31 if type(own) is int else 1e38
-        if type(value) is not type(own) or not 0 <= value < limit or own > 0 and value == 0:
-            raise InputError(f"its scaler's {key} is {value!r:.60}")
+    if type(loss) is not float or math.isnan(loss):
+        raise InputError(f"its best_loss is {loss!r:.60}")
 
 
 def _check_rng(states, world_size: int) -> None:
@@ -543,68 +554,47 @@ def check_optimizer(saved, optimizer: torch.optim.Optimizer) -> None:
     Raises:
         InputError: the state is of another optimiser, of other parameters, or damaged.
     """
-    _check_groups(saved, optimizer)
-    entries, parameters = saved.get("state"), [p for group in optimizer.param_groups for p in group["params"]]
-    if not isinstance(entries, dict) or not entries.keys() <= set(range(len(parameters))):
+    twin = copy.deepcopy(optimizer)  # what it holds after a step, here on gradients of zero, is listed nowhere
+    for group in twin.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    twin.step()
+    twin = twin.state_dict()
+    groups, entries = (saved.get(key) for key in ("param_groups", "state")) if isinstance(saved, dict) else (None, None)
+    ours = [(group.keys() | {"step"}, group["params"]) for group in twin["param_groups"]]  # timm's may count steps here
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups) or ours != [
+        (group.keys() | {"step"}, group.get("params")) for group in groups
+    ]:
+        raise InputError(
+            "its optimizer is another one or has other parameter groups; set TRAIN.OPTIMIZER.NAME, TRAIN.FREEZE_STAGES "
+            "and TRAIN.LAYER_DECAY to their old values, or start from its weights with --pretrained"
+        )
+    if not isinstance(entries, dict) or not entries.keys() <= {index for _, params in ours for index in params}:
         raise InputError("its optimizer's state is not a mapping from the numbers of its parameters")
-    twin = _after_a_step(optimizer)
     for index, entry in entries.items():
         _check_like(entry, twin["state"].get(index, {}), f"its optimizer's state of parameter {index}")
     missing = optimizer.state_dict()["state"].keys() - entries.keys()
     if missing:
         raise InputError(f"its optimizer's state lacks parameter {min(missing)}")
-    for number, (group, own) in enumerate(zip(saved["param_groups"], twin["param_groups"], strict=True)):
+    for number, (group, own) in enumerate(zip(groups, twin["param_groups"], strict=True)):
         if "step" in group and "step" in own:
             _check_like(group["step"], own["step"], f"its optimizer's group {number}: step")
 
 
-def _check_groups(saved, optimizer: torch.optim.Optimizer) -> None:
-    groups = saved.get("param_groups") if isinstance(saved, dict) else None
-    if not isinstance(groups, list) or not all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
-    ):
-        raise InputError("its optimizer has no param_groups")
-    own = optimizer.param_groups[0].keys() | {"step"}  # some of timm's count it here, from the first update on
-    if any(group.keys() | {"step"} != own for group in groups):
-        raise InputError(
-            "the checkpoint was written with another optimiser, or by another version of this code; set "
-            "TRAIN.OPTIMIZER.NAME to it, or start from its weights with --pretrained"
-        )
-    counts = [len(group["params"]) for group in optimizer.param_groups]
-    if counts != [len(group["params"]) for group in groups]:
-        raise InputError(
-            "the checkpoint was written with other parameter groups; set TRAIN.FREEZE_STAGES to its old "
-            "value, and TRAIN.LAYER_DECAY to 1 if it was 1, and below 1 if it was below"
-        )
-    if [index for group in groups for index in group["params"]] != list(range(sum(counts))):
-        raise InputError("its optimizer numbers the parameters in another order")
-
-
-def _after_a_step(optimizer: torch.optim.Optimizer) -> dict:
-    """The state dict of a copy of the optimiser after a step on gradients of zero."""
-    twin = copy.deepcopy(optimizer)
-    for group in twin.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    twin.step()
-    return twin.state_dict()
+def check_scaler(saved, scaler: torch.amp.GradScaler) -> None:
+    """Raises InputError if a saved state is not a GradScaler's; an empty one was saved without fp16."""
+    own = scaler.state_dict()
+    _check_like(saved, own if own and saved != {} else {}, "its scaler")
 
 
 def _check_like(value, own, where: str) -> None:
-    """A value is of the same kind as this optimiser's own, a tensor also of its shape and type, and a sane number."""
-    if isinstance(own, dict):
-        if not isinstance(value, dict):
-            raise InputError(f"{where} is not a mapping")
-        if value.keys() != own.keys():
-            raise InputError(f"{where} does not hold {', '.join(sorted(own)) or 'nothing'}")
-        for key in own:
+    """A value is of the same kind as this run's own, a tensor also of its shape and type, and a sane number."""
+    if type(own) in (dict, list, tuple) and type(value) is type(own):
+        keys, others = (range(len(x)) if type(x) is not dict else sorted(x) for x in (value, own))
+        if list(keys) != list(others):
+            raise InputError(f"{where} does not hold {', '.join(map(str, others)) or 'nothing'}")
+        for key in keys:
             _check_like(value[key], own[key], f"{where}: {key}")
-        return
-    if isinstance(own, (list, tuple)):
-        if type(value) is not type(own) or len(value) != len(own):
-            raise InputError(f"{where} is not a {type(own).__name__} of {len(own)}")
-        for one, other in zip(value, own, strict=True):
-            _check_like(one, other, where)
         return
     is_tensor = isinstance(own, torch.Tensor)
     if type(value) is not type(own) or is_tensor and (value.shape, value.dtype) != (own.shape, own.dtype):
@@ -612,7 +602,8 @@ def _check_like(value, own, where: str) -> None:
         wanted = f"{tuple(own.shape)} of {own.dtype}" if is_tensor else type(own).__name__
         raise InputError(f"{where} is {found}, but must be {wanted}")
     if is_tensor or type(own) in (int, float):
-        key, number = where.rpartition(" ")[2], torch.as_tensor(value, dtype=None if is_tensor else torch.float64)
+        number = torch.as_tensor(value, dtype=None if is_tensor else torch.float64)
+        key = where.rpartition(" ")[2]
         is_sane = number >= 0 if key == "step" or "sq" in key else number.isfinite()  # squares overflow first
-        if not is_sane.all():
-            raise InputError(f"{where} is not finite or is below 0")
+        if not is_sane.all() or type(own) is int and not 0 <= value < 2**31:
+            raise InputError(f"{where} is not finite, below 0 or too large")

@@ -24,7 +24,7 @@ class RunError(RuntimeError):
 # Disks, permissions and limits, which the user can fix. Other OSErrors are bugs: problems with a path that a user names
 # are turned into an InputError.
 _USERS_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE,
-                 errno.EMFILE, errno.ENFILE, errno.EISDIR}
+                 errno.EMFILE, errno.ENFILE, errno.EISDIR, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def exit_status(error: BaseException) -> int | None:
@@ -131,6 +131,9 @@ def move(source: Path, target: Path) -> None:
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # so that the renaming itself reaches the disk
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # CIFS and FUSE cannot do it for folders
+            raise
     finally:
         os.close(folder)
 

@@ -104,7 +104,7 @@ def test_one_update_is_the_textbook_update():
     optimizer.step()
     torch.testing.assert_close(weights(state), torch.cat([p.detach().flatten() for p in model.parameters()]),
                                rtol=1e-6, atol=1e-8)
-    assert state.step == 1 and state.epoch == 1 and state.batch == 0
+    assert (state.step, state.epoch, state.batch) == (1, 0, 1)
 
 
 def frozen_statistics(config):

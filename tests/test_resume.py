@@ -83,14 +83,6 @@ def test_no_room_is_an_error(full, tmp_path):
     assert len(failures) > 2
 
 
-def test_elsewhere(full, tmp_path):
-    full(10**9)
-    with pytest.raises(NotSavedError):
-        checkpointer(tmp_path, "SAVE_ELSEWHERE", str(tmp_path / "other")).save(STATE, is_last=True)
-    saved = tmp_path / "other" / DIGITS.stem / "a" / "ckpt_step_00000003.pth"
-    assert checkpoint.load_file(saved)["step"] == 3
-
-
 def test_a_stopped_run_that_could_not_be_saved_does_not_claim_to_be(full, tmp_path):
     failures = full(10**9)
     with checkpointer(tmp_path) as saver:
@@ -210,7 +202,7 @@ def training(optimizer="adamw", fp16=False, **changed):
     model = tiny_network()[1]
     optimizer = build_optimizer(config, model)
     layout = {"dataset": "digits", "training_images": 1437, "num_classes": 10, "seed": 0, "is_sharded": False,
-              "batch_size": 200, "world_size": 1, "accumulation_steps": 2} | changed
+              "batch_size": 200, "world_size": 1, "accumulation_steps": 2, "augment_on": "worker"} | changed
     state = TrainState(Layout(**layout), model, optimizer, LRScheduler(config, optimizer, 4),
                        torch.amp.GradScaler("cpu", enabled=fp16), ModelEmaV3(model), epoch=1, batch=2, step=5)
     model(torch.randn(2, 3, 16, 16)).square().sum().backward()
@@ -265,33 +257,33 @@ CASES = [
     (("max_accuracy",), 101, "its max_accuracy is 101"),
     (("max_accuracy",), [1], "its max_accuracy is"),
     (("skipped_in_row",), -1, "its skipped_in_row is -1"),
-    (("scaler",), 3, "its scaler is int"),
-    (("model",), None, "no weights"),
+    (("scaler",), 3, "its scaler is int, but must be dict"),
+    (("model",), None, "its model is not a state dict"),
     (("model", "head.bias"), torch.zeros(3), "shape: head.bias"),
     (("model", "head.bias"), torch.full((10,), torch.inf), "not finite: head.bias"),
     (("model_ema",), None, "holds no average"),
-    (("model_ema",), 3, "no weights"),
+    (("model_ema",), 3, "its model is not a state dict"),
     (("model_ema", "head.bias"), torch.full((10,), torch.nan), "not finite: head.bias"),
-    (("optimizer",), 3, "no param_groups"),
+    (("optimizer",), 3, "another one or has other parameter groups"),
     (("optimizer", "param_groups"), [], "parameter groups"),
-    (("optimizer", "param_groups"), {"params": []}, "no param_groups"),
-    (("optimizer", "param_groups", 0, "params"), 3, "no param_groups"),
+    (("optimizer", "param_groups"), {"params": []}, "another one or has other parameter groups"),
+    (("optimizer", "param_groups", 0, "params"), 3, "another one or has other parameter groups"),
     (("optimizer", "param_groups", 0, "params"), lambda ids: ids[:-1], "other parameter groups"),
-    (("optimizer", "param_groups", 0, "params"), lambda ids: [*ids[1:], ids[0]], "in another order"),
-    (("optimizer", "param_groups", 0, "params"), lambda ids: [str(i) for i in ids], "in another order"),
-    (("optimizer", "param_groups", 0), lambda group: group | {"nesterov": True}, "another optimiser"),
+    (("optimizer", "param_groups", 0, "params"), lambda ids: [*ids[1:], ids[0]], "other parameter groups"),
+    (("optimizer", "param_groups", 0, "params"), lambda ids: [str(i) for i in ids], "other parameter groups"),
+    (("optimizer", "param_groups", 0), lambda group: group | {"nesterov": True}, "another one or has"),
     (("optimizer", "state"), [], "not a mapping"),
     (("optimizer", "state"), lambda state: state | {10**6: state[0]}, "not a mapping from the numbers"),
-    (("optimizer", "state", 0), 3, "parameter 0 is not a mapping"),
+    (("optimizer", "state", 0), 3, "parameter 0 is int, but must be dict"),
     (("optimizer", "state", 0), {}, "parameter 0 does not hold"),
     (("optimizer", "state", 0, "step"), 3, "parameter 0: step is int"),
     (("optimizer", "state", 0, "step"), torch.zeros(2), r"step is \(2,\) of torch.float32, but must be \(\)"),
-    (("optimizer", "state", 0, "step"), torch.tensor(-1.0), "step is not finite or is below 0"),
+    (("optimizer", "state", 0, "step"), torch.tensor(-1.0), "step is not finite, below 0 or too"),
     (EXP_AVG, torch.zeros(1), r"exp_avg is \(1,\) of torch.float32, but must be"),  # once a heap corruption
     (EXP_AVG, lambda value: value[..., :-1], "exp_avg is"),
     (EXP_AVG, lambda value: value.double(), "exp_avg is .* of torch.float64"),
     (EXP_AVG, lambda value: value * torch.nan, "exp_avg is not finite"),
-    (("optimizer", "state", 0, "exp_avg_sq"), lambda value: value - 1, "exp_avg_sq is not finite or is below 0"),
+    (("optimizer", "state", 0, "exp_avg_sq"), lambda value: value - 1, "exp_avg_sq is not finite, below 0 or too"),
     (("rng",), [], "not a list of 1 random states"),
     (("rng",), {}, "not a list of 1 random states"),
     (("rng", 0), None, "invalid random state"),
@@ -332,7 +324,7 @@ def stepped(name, steps=1):
     ("lamb", ("state", 0, "exp_avg"), torch.zeros(1), r"parameter 0: exp_avg is \(1,\) of torch.float32, but must be"),
     ("lamb", ("state", 0), {}, "parameter 0 does not hold exp_avg, exp_avg_sq"),
     ("lamb", ("param_groups", 0, "step"), "1", "group 0: step is str"),
-    ("lamb", ("param_groups", 0, "step"), torch.tensor(-1.0), "group 0: step is not finite or is below 0"),
+    ("lamb", ("param_groups", 0, "step"), torch.tensor(-1.0), "group 0: step is not finite, below 0 or too"),
     ("adan", ("param_groups", 1, "step"), 1.5, "group 1: step is float, but must be int"),
     ("adan", ("state", 1, "neg_pre_grad"), None, "parameter 1: neg_pre_grad is NoneType"),
     ("adafactor", ("state", 0, "RMS"), "x", "parameter 0: RMS is str"),
@@ -360,7 +352,7 @@ def test_every_optimiser_s_own_state_is_accepted(name):
 
 
 def test_missing_entries_are_named(state, saved):
-    for key in saved:
+    for key in saved.keys() - {"best_loss"}:
         with pytest.raises(InputError, match=f"it lacks {key};"):
             state.load_state_dict({other: value for other, value in saved.items() if other != key})
 
@@ -368,9 +360,9 @@ def test_missing_entries_are_named(state, saved):
 def test_odd_scalers_are_refused():
     state = training(fp16=True)
     content = state.state_dict()
-    for key, value in [("scale", 0.0), ("scale", float("inf")), ("scale", "1"), ("growth_interval", 1.5),
+    for key, value in [("scale", float("inf")), ("scale", "1"), ("growth_interval", 1.5),
                        ("_growth_tracker", 2**40), ("backoff_factor", None)]:
-        with pytest.raises(InputError, match=f"its scaler's {key} is"):
+        with pytest.raises(InputError, match=f"its scaler: {key} is"):
             state.load_state_dict(content | {"scaler": content["scaler"] | {key: value}})
 
 

@@ -190,9 +190,9 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize("options, reason", [
     (("MODEL.STRIP_MLP.EMBED_DIM", 16), "another network or data set: MODEL.STRIP_MLP.EMBED_DIM 8 -> 16"),
-    (("TRAIN.OPTIMIZER.NAME", "sgd"), "written with another optimiser"),
-    (("TRAIN.FREEZE_STAGES", 1), "written with other parameter groups; set TRAIN.FREEZE_STAGES to its old value"),
-    (("TRAIN.LAYER_DECAY", 0.9), "written with other parameter groups"),
+    (("TRAIN.OPTIMIZER.NAME", "sgd"), "its optimizer is another one or has"),
+    (("TRAIN.FREEZE_STAGES", 1), "other parameter groups; set TRAIN.OPTIMIZER.NAME, TRAIN.FREEZE_STAGES"),
+    (("TRAIN.LAYER_DECAY", 0.9), "has other parameter groups"),
     (("DATA.DATA_PATH", "ANOTHER_FOLDER"),
      "trained on another data set"),
 ])
