@@ -223,8 +223,8 @@ class Checkpointer:
     """Saves a run into its folder. All processes call every method together; rank 0 writes.
 
     Used as a context manager, the first SIGTERM, SIGUSR1, SIGINT or SIGHUP to reach any process makes all of them
-    finish their update, save and stop. Another signal more than a second later (5 seconds under a launcher) has its usual effect; an
-    earlier one is taken for the same signal, passed on by a launcher.
+    finish their update, save and stop. Another signal more than a second later (5 seconds under a launcher) has its
+    usual effect; an earlier one is taken for the same signal, passed on by a launcher.
 
     Args:
         config: the run's config, saved along.
