@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import inspect
 import logging
 import os
 import platform
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils import InputError, RunError
 
@@ -47,6 +50,8 @@ def choose_device(name: str = "", index: int = 0) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if name in ("", "cuda") and torch.cuda.is_available():
+        if torch.cuda.device_count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            index = 0  # SLURM can show each task only its own GPU
         if index >= torch.cuda.device_count():
             raise InputError(f"process {index} of this machine has no GPU: {torch.cuda.device_count()} found; lower "
                              "--nproc_per_node")
@@ -161,11 +166,11 @@ def init_distributed(device: torch.device, limit_minutes: float = 10.0) -> None:
         raise InputError(f"--device {device.type} runs as one process; start it without torchrun")
     try:
         _init_process_group(device, datetime.timedelta(minutes=limit_minutes))
-    except dist.DistError as error:
+    except RuntimeError as error:  # of which PyTorch's DistError is one
         raise InputError(
             f"process {os.environ['RANK']} cannot join the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); if another run uses this port, give the "
-            "launcher another --master_port"
+            "launcher another --master_port; if the network interface is the wrong one, set GLOO_SOCKET_IFNAME"
         ) from error
 
 
@@ -194,10 +199,7 @@ def _check_number(name: str, value: str, low: int, high: int) -> None:
 
 
 def _init_process_group(device: torch.device, limit: datetime.timedelta) -> None:
-    try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-    except RuntimeError as error:  # PyTorch 2.6's, where the port is in use
-        raise dist.DistError(str(error)) from error
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # torchrun 2.11 keeps one store over its restarts, in which a process may find a dead one's address. On several
         # machines restarts may be counted differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.
@@ -213,6 +215,13 @@ def _init_process_group(device: torch.device, limit: datetime.timedelta) -> None
         _host_group = dist.new_group(backend="gloo", timeout=limit)
     _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     _places, _store = gather_objects(f"process {os.getpid()} on {platform.node()}"), store
+
+
+def wrap(model: nn.Module) -> DistributedDataParallel:
+    """The network with its gradients averaged over all processes; the running statistics are averaged elsewhere."""
+    old_name = "forward_sync_buffers" not in inspect.signature(DistributedDataParallel).parameters
+    no_buffers = {"broadcast_buffers" if old_name else "forward_sync_buffers": False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **no_buffers)
 
 
 def leave() -> None:
@@ -344,7 +353,7 @@ def machine_failures():
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         text = str(error) or type(error).__name__
         silent = silent_processes(error)
         if silent is not None:
@@ -353,12 +362,14 @@ def machine_failures():
             raise RunError(f"{cause}. Rerun the same command to resume, or use torchrun --max-restarts") from error
         if isinstance(error, torch.OutOfMemoryError):
             advice = "Lower --batch-size and raise --accumulation-steps to compensate, or add --use-checkpoint."
-        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "could not create a primitive" in text:
             advice = "Lower --batch-size and raise --accumulation-steps to compensate, or lower DATA.NUM_WORKERS."
         elif "Too many open files" in text:
             advice = "Raise the limit (ulimit -n), or lower DATA.NUM_WORKERS."
         elif "DataLoader worker" in text and "Original Traceback" not in text:  # one that died
             advice = "Memory is often the reason: lower DATA.NUM_WORKERS, or cache less (--cache-mode)."
+        elif "Expected more than 1 value per channel when training" in text:
+            advice = "BatchNorm needs more: raise --batch-size, or DATA.IMG_SIZE."
         elif isinstance(error, dist.DistError) or "gloo/transport" in text:
             advice = "Another process of this run has ended; see its error message."
         elif "deterministic" in text and torch.are_deterministic_algorithms_enabled():

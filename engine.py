@@ -5,6 +5,7 @@ import datetime
 import logging
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def make_deterministic() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+
+
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The network on a device, with the weights of its convolutions channels last, as its activations are."""
+    model.to(device)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+    return model
 
 
 # ---- training --------------------------------------------------------------------------------------
@@ -427,14 +437,19 @@ def compile_network(model: nn.Module, setting: str, device: torch.device, determ
         problem = f"PyTorch {torch.__version__} counts BatchNorm's batches twice in a compiled, checkpointed network"
         if setting == "on":
             raise InputError(f"{problem}; use --compile off, or leave out --use-checkpoint")
+    elif setting == "auto" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        problem = "SyncBatchNorm (TRAIN.SYNC_BN) would cut it into a graph for each norm"
     elif setting == "auto" and not EARLY:
         problem = (f"if the backward pass fails to compile, PyTorch {torch.__version__} cannot fall back; --compile on "
                    "compiles the network all the same")
     if problem:
         logger.info(f"not compiling the network: {problem}")
         return model
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strip_mlp"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        cache = Path(tempfile.gettempdir())
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "strip_mlp"))
     logger.info(f"compiling the network at the first batch, which takes minutes the first time (COMPILE {setting}); "
                 f"results are kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']}")
     return CompiledNetwork(model, may_fail=setting == "auto")

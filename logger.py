@@ -84,6 +84,9 @@ def setup_console(is_first: bool) -> None:
     Records logged before ``open_log`` are kept for the file.
     """
     _fill_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the console cannot show must not end the log
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     handler = _ConsoleHandler(sys.stdout)
@@ -281,13 +284,14 @@ def describe_run(config, state: TrainState, device: torch.device, precision: str
     layout = state.layout
     try:
         macs = count_macs(state.model, image_shape(config))
-    except AssertionError as error:  # a timm model's, about its input
-        size = config.DATA.IMG_SIZE
-        raise InputError(f"{config.MODEL.ARCH} does not take a DATA.IMG_SIZE of {size}: {error}") from error
+    except Exception as error:  # PyTorch's counter fails on some of timm's networks, which train all the same
+        _check_img_size(state.model, config)
+        logger.warning(f"the multiply-accumulates could not be counted ({error})")
+        macs = None
     parameters = list(state.model.parameters())
     return describe_environment(device) | {
         "command": " ".join(sys.argv),
-        "effective_batch": layout.images_per_batch * layout.accumulation_steps,
+        "effective_batch": layout.effective_batch,
         "base_lr": config.TRAIN.BASE_LR,
         "updates_per_epoch": state.lr_scheduler.steps_per_epoch,
         "training_images": layout.training_images,
@@ -301,6 +305,19 @@ def describe_run(config, state: TrainState, device: torch.device, precision: str
     }
 
 
+@torch.inference_mode()
+def _check_img_size(model: nn.Module, config) -> None:
+    """Raises InputError if a timm model does not take images of the config's size."""
+    parameter, is_training = next(model.parameters()), model.training
+    try:
+        model.eval()(torch.zeros(1, *image_shape(config), device=parameter.device))
+    except AssertionError as error:
+        size = config.DATA.IMG_SIZE
+        raise InputError(f"{config.MODEL.ARCH} does not take a DATA.IMG_SIZE of {size}: {error}") from error
+    finally:
+        model.train(is_training)
+
+
 def save_description(config, run: dict, folder: Path) -> None:
     """Saves the config and the description of a run as YAML, and logs it; ``--cfg`` accepts ``config.yaml``."""
     write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -310,8 +327,8 @@ def save_description(config, run: dict, folder: Path) -> None:
         if key not in ("classes", "changes"):
             logger.info(f"{key}: {value}")
     frozen = f", {run['frozen_parameters'] / 1e6:.2f} M of them frozen" if run["frozen_parameters"] else ""
-    logger.info(f"{run['parameters'] / 1e6:.2f} M parameters{frozen}; "
-                f"{run['macs'] / 1e9:.3f} G multiply-accumulates per image")
+    macs = f"; {run['macs'] / 1e9:.3f} G multiply-accumulates per image" if run["macs"] else ""
+    logger.info(f"{run['parameters'] / 1e6:.2f} M parameters{frozen}{macs}")
 
 
 def draw_curves(folder: Path) -> None:

@@ -18,7 +18,13 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
     try:
+        from arguments import argument_parser, parse_arguments
+
+        parse_arguments(argument_parser(__doc__))  # --help and mistyped flags answer before PyTorch is imported
         import models  # noqa: F401, before timm: it checks torchvision
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"main.py: {error}; activate the environment that has it (source .venv/bin/activate), or run "
+                         "pip install -r requirements.txt") from None
     except ImportError as error:
         raise SystemExit(f"main.py: {error}") from None
 
@@ -30,11 +36,11 @@ import logging
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import distributed
@@ -53,6 +59,7 @@ from engine import (
     log_results,
     make_deterministic,
     measure_throughput,
+    to_device,
     train_one_epoch,
 )
 from inference import build_network, build_with_weights, check_classes, image_shape, read_network, weights_file
@@ -111,6 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     status = 0
     setup_console(is_first=os.environ.get("RANK", "0") == "0")
     try:
+        if len(tempfile.gettempdir()) > 75:  # the data workers' sockets are in it; they would wait for ever
+            raise InputError(f"the temporary folder {tempfile.gettempdir()} has a name of over 75 characters, too long "
+                             "for sockets; set TMPDIR to a shorter one")
         config = load_config(args.cfg, config_overrides(args))
         if args.amp_opt_level:
             logger.warning("--amp-opt-level belongs to apex and is ignored; use --amp-dtype {bf16,fp16,fp32}")
@@ -172,11 +182,11 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
             _report_finished(resume_content, folder)
             return
         seed_everything(config.SEED)
-        model = build_network(config).to(device, memory_format=torch.channels_last)
+        model = to_device(build_network(config), device)
         if config.MODEL.PRETRAINED and not resume_path:
             _load_pretrained(config, model)
         if config.TRAIN.WARMUP_EPOCHS == config.TRAIN.EPOCHS:
-            logger.warning(f"all {config.TRAIN.EPOCHS} epochs are warm-up: the learning rate rises to the end; for a "
+            logger.warning(f"all {config.TRAIN.EPOCHS} epochs are warm-up, so the learning rate only rises; for a "
                            "short run add --opts TRAIN.WARMUP_EPOCHS 0")
         if config.TRAIN.FREEZE_STAGES and not (config.MODEL.PRETRAINED or resume_path):
             logger.warning("TRAIN.FREEZE_STAGES freezes newly initialised weights; load trained ones with --pretrained")
@@ -213,7 +223,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
             ema=build_ema(config, model),
         )
         if resume_path:
-            resume(resume_path, resume_content, state, checkpointer, folder)
+            resume(resume_path, resume_content, state, checkpointer)
         del resume_content  # it is as large as the state
         metrics = None
         open_log(folder)
@@ -228,7 +238,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         # 3. The network as the loop calls it.
         wrapped = compile_network(model, config.COMPILE, device, config.DETERMINISTIC)
         if distributed.is_distributed():
-            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False, gradient_as_bucket_view=True)
+            wrapped = distributed.wrap(wrapped)
 
         # 4. The epochs.
         while state.epoch < config.TRAIN.EPOCHS:
@@ -282,7 +292,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     networks = {}
     for name, weights in (("eval", content["model"]), ("eval_ema", content["model_ema"])):
         if weights is not None:
-            network = build_with_weights(path, weights, config).to(device, memory_format=torch.channels_last)
+            network = to_device(build_with_weights(path, weights, config), device)
             settle_form(config, network, device, precision.dtype)
             networks[name] = inference_form(config, network)
     open_log(folder)
@@ -313,7 +323,7 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
 def throughput(config, device: torch.device) -> None:
     """Logs images per second of the forward pass, on random images of the config's size and batch size."""
     precision = Precision(config.AMP_DTYPE, device)
-    model = build_network(config).to(device, memory_format=torch.channels_last)
+    model = to_device(build_network(config), device)
     settle_form(config, model, device, precision.dtype)
     model = inference_form(config, model)
     images = torch.randn(config.DATA.BATCH_SIZE, *image_shape(config), device=device)

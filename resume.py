@@ -71,6 +71,11 @@ class Layout:
         """Images of a micro-batch over all processes."""
         return self.batch_size * self.world_size
 
+    @property
+    def effective_batch(self) -> int:
+        """Images of an update."""
+        return self.images_per_batch * self.accumulation_steps
+
 
 @dataclass
 class TrainState:
@@ -241,7 +246,9 @@ class Checkpointer:
         self.agreement = None  # started at the previous update
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        # What is ignored stays ignored: SIGHUP under nohup, SIGINT in a shell's background job.
+        signals = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.handlers = {number: signal.signal(number, self._receive) for number in signals}
         return self
 
     def __exit__(self, *exception):
@@ -381,11 +388,17 @@ def is_finished(content: dict | None, config, training_images: int) -> bool:
         config.TRAIN.EPOCHS, training_images)
 
 
-def resume(path: Path, content: dict | None, state: TrainState, checkpointer: Checkpointer, folder: Path) -> None:
-    """Restores a checkpoint and sets aside those in ``folder`` that would seem newer."""
-    content = content or checkpoint.load_file(path)
+def resume(path: Path, content: dict | None, state: TrainState, checkpointer: Checkpointer) -> None:
+    """Restores a checkpoint and sets aside those in the run's folder that would seem newer."""
+    content, folder, layout = content or checkpoint.load_file(path), checkpointer.folder, state.layout
     with input_errors(path):
         state.load_state_dict(content)
+    before, now = Layout(**content["layout"]).effective_batch, layout.effective_batch
+    if before != now:
+        logger.warning(f"the effective batch (images per update) changes from {before} to {now}: the learning rate "
+                       "does not follow, and the run no longer compares with others; run.yaml records it")
+        change = {"step": content["step"], "keys": {"effective batch": f"{before} -> {now}"}}
+        checkpointer.metadata["changes"] = checkpointer.metadata["changes"] + [change]
     if state.step != content["step"]:  # updates are counted differently now, so first save the run under its new step
         if not checkpointer.save(state):
             raise InputError(f"{path} was resumed with another batch size, but the checkpoint with the new number of "
