@@ -344,13 +344,12 @@ def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, pred
             "images": int(count)}
 
 
-def evaluate_all(model: nn.Module, ema: ModelEmaV3 | None, loader, precision: Precision, predictions=None) -> dict:
-    """The results of the network and, last, of its average if there is one; the predictions are those of the last."""
-    if ema is None:
-        return {"eval": evaluate(model, loader, precision, predictions)}
+def evaluate_all(networks: dict[str, nn.Module], loader, precision: Precision, predictions=None) -> dict[str, dict]:
+    """The results of each network by its name; the predictions are those of the last."""
+    last = list(networks)[-1]
     return {
-        "eval": evaluate(model, loader, precision),
-        "eval_ema": evaluate(ema.module, loader, precision, predictions),
+        name: evaluate(network, loader, precision, predictions if name == last else None)
+        for name, network in networks.items()
     }
 
 

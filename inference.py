@@ -122,7 +122,7 @@ def read_network(path: Path, config: CfgNode | None = None) -> tuple[dict, CfgNo
 
 
 def build_with_weights(
-    path: Path, weights: dict[str, torch.Tensor], config: CfgNode, may_resize: bool = True
+    path: Path, weights: dict[str, torch.Tensor], config: CfgNode, may_resize: bool = True, warn: bool = True
 ) -> nn.Module:
     """The network of a config with weights from a file.
 
@@ -133,6 +133,7 @@ def build_with_weights(
         weights: its weights, under this project's keys.
         config: the network's.
         may_resize: resize the weights if the config has another image size.
+        warn: log a warning then.
 
     Raises:
         InputError: the weights do not fit the config or are not finite, or the network is too large.
@@ -146,7 +147,7 @@ def build_with_weights(
         except Exception as error:  # wrong sizes can fail anywhere in a timm model
             raise InputError(f"its network cannot be built ({type(error).__name__}: {error})") from error
         check_size(outline)
-        weights = adapt_size(weights, outline) if may_resize else weights
+        weights = adapt_size(weights, outline, warn) if may_resize else weights
         check_fit(outline, weights)
         model = build_model(config)
         model.load_state_dict(weights)
@@ -224,8 +225,8 @@ def architecture(values: dict, source: str):
         InputError: an unknown key, or a value that is out of range or that a checkpoint may not set; the key is named.
     """
     model = values.get("MODEL")
-    if not isinstance(model, dict):
-        raise InputError(f"{source} does not describe a network: it has no group MODEL")
+    if not isinstance(model, dict) or "STRIP_MLP" not in model:  # as in every config that this project saves
+        raise InputError(f"{source} does not describe a network: it has no group MODEL.STRIP_MLP")
     chosen = {"MODEL": {key: value for key, value in model.items() if key not in _CHOSEN_BY_USERS}}
     for group, keys in _CHOSEN_BY_CHECKPOINTS.items():
         found = values.get(group, {})

@@ -53,7 +53,6 @@ from engine import (
     Precision,
     build_ema,
     compile_network,
-    evaluate,
     evaluate_all,
     inference_form,
     log_results,
@@ -244,7 +243,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         while state.epoch < config.TRAIN.EPOCHS:
             train_one_epoch(config, state, wrapped, train_loader, precision, metrics, checkpointer)
             try:
-                results = evaluate_all(state.model, state.ema, val_loader, precision)
+                results = evaluate_all(state.networks(), val_loader, precision)
             except InputError:  # an unreadable image, for example: resume with the evaluation
                 checkpointer.save(state)
                 raise
@@ -292,15 +291,12 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     networks = {}
     for name, weights in (("eval", content["model"]), ("eval_ema", content["model_ema"])):
         if weights is not None:
-            network = to_device(build_with_weights(path, weights, config), device)
+            network = to_device(build_with_weights(path, weights, config, warn=not networks), device)
             settle_form(config, network, device, precision.dtype)
             networks[name] = inference_form(config, network)
     open_log(folder)
     predictions = [] if config.TEST.PREDICTIONS else None
-    results = {
-        name: evaluate(network, loader, precision, predictions if network is list(networks.values())[-1] else None)
-        for name, network in networks.items()
-    }
+    results = evaluate_all(networks, loader, precision, predictions)
     log_results(results)
     if not all(math.isfinite(result["loss"]) for result in results.values()):
         hint = "" if precision.name == "fp32" else "try --amp-dtype fp32, or "

@@ -145,6 +145,10 @@ class TrainState:
             )
         self.lr_scheduler.step_update(self.step)
 
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks to evaluate, by the name of their records in the metrics."""
+        return {"eval": self.model} | ({"eval_ema": self.ema.module} if self.ema else {})
+
     def finish_epoch(self, results: dict[str, dict]) -> tuple[bool, bool]:
         """Moves to the next epoch, after its evaluation.
 
@@ -453,6 +457,8 @@ def check_run(content: dict) -> None:
             raise InputError(f"the checkpoint cannot be resumed: it lacks {key}")
         if key in content and not isinstance(content[key], kind):
             raise InputError(f"its {key} is {content[key]!r:.60}")
+    if "config" in content:
+        from_dict(content["config"], "its config")
     for change in content.get("changes", []):
         keys = change.get("keys") if isinstance(change, dict) else None
         if not isinstance(keys, dict) or not all(isinstance(text, str) for pair in keys.items() for text in pair) \
