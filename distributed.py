@@ -355,6 +355,9 @@ def machine_failures():
         yield
     except (RuntimeError, MemoryError, ValueError) as error:
         text = str(error) or type(error).__name__
+        if "DataLoader timed out" in text:
+            raise RunError("the data workers gave no batch within HANG_MINUTES; they or their storage hang. Rerun the "
+                           "same command to resume") from error
         silent = silent_processes(error)
         if silent is not None:
             cause = (f"no answer within HANG_MINUTES from {', '.join(silent)}; it hangs, or its network is down"

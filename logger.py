@@ -85,8 +85,9 @@ def setup_console(is_first: bool) -> None:
     """
     _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a name that the console cannot show must not end the log
+        if "utf" not in (getattr(stream, "encoding", None) or "utf").lower():  # a console that cannot show every name
+            with contextlib.suppress(OSError, AttributeError):
+                stream.reconfigure(errors="backslashreplace")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     handler = _ConsoleHandler(sys.stdout)

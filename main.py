@@ -174,9 +174,9 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         train_loader = build_train_loader(config, distributed.rank(), distributed.world_size(), device)
         val_loader = build_val_loader(config, distributed.rank(), distributed.world_size(), device)
         classes = list(train_loader.dataset.classes)
-        checkpointer.metadata["classes"] = classes
+        checkpointer.metadata |= {"classes": classes, "fingerprint": train_loader.dataset.fingerprint}
         if resume_content:
-            check_data(resume_content, resume_path, classes)
+            check_data(resume_content, resume_path, classes, train_loader.dataset.fingerprint)
         if distributed.broadcast_object(is_finished(resume_content, config, len(train_loader.dataset))):
             _report_finished(resume_content, folder)
             return

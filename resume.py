@@ -370,11 +370,12 @@ def find_resume(config, folder: Path, allow_changes: bool) -> tuple[Path | None,
     return distributed.broadcast_object(path), content, changes
 
 
-def check_data(content: dict, path: Path, classes: list[str]) -> None:
+def check_data(content: dict, path: Path, classes: list[str], fingerprint: str) -> None:
     """Checks that the data set of a run is still the one that its checkpoint was trained on.
 
     Raises:
-        InputError: the classes have other names, or come in another order; the first difference is named.
+        InputError: the classes have other names, or come in another order (the first difference is named), or the
+            images have other names or labels.
     """
     saved = content.get("classes")
     if isinstance(saved, list) and saved != classes:
@@ -383,6 +384,9 @@ def check_data(content: dict, path: Path, classes: list[str]) -> None:
         before, now = (short(names[label]) if label < len(names) else "missing" for names in (saved, classes))
         raise InputError(f"{path} was trained on other classes: label {label} was {before} and is {now} now. Restore "
                          "the class folders, or give the new run another --tag and start it with --pretrained")
+    if content.get("fingerprint", fingerprint) != fingerprint:
+        raise InputError(f"{path} was trained on other images: their names or labels differ. Restore the data set, or "
+                         "give the new run another --tag and start it with --pretrained")
 
 
 def is_finished(content: dict | None, config, training_images: int) -> bool:

@@ -1,5 +1,7 @@
 """From the config to the batches of training and evaluation."""
 
+import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -151,18 +153,54 @@ def _loading(config, device: torch.device) -> dict:
         "prefetch_factor": _PREFETCH if workers else None,
         "persistent_workers": workers > 0,
         "pin_memory": device.type == "cuda",  # page-locked, so that copies to the GPU do not wait
+        "patience": 60 * config.HANG_MINUTES,
         "worker_init_fn": _end_with_the_parent,
         "generator": torch.Generator(),  # otherwise each new iterator would draw from the global one
     }
 
 
 class _Loader(DataLoader):
-    """A loader whose workers block the stop signals from the beginning.
+    """A loader whose workers block the stop signals from the beginning, and are killed if they hang.
 
-    A stop signal often reaches them too, while the training process still needs them to finish its update.
+    A stop signal often reaches them too, while the training process still needs them to finish its update. They hang
+    where a network drive stalls. PyTorch's own ``timeout`` does not see all of that: a batch may be announced, but its
+    memory must be fetched from a worker that is stopped.
+
+    Args:
+        patience: seconds to wait for a batch.
     """
 
+    def __init__(self, *args, patience: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.patience = patience
+
     def __iter__(self):
+        batches, self.has_killed = self._start(), False
+        while True:
+            timer = threading.Timer(self.patience, self._kill)
+            timer.daemon = True
+            timer.start()
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                if self.has_killed:
+                    for _ in range(2):  # PyTorch's handler raises the news of killed workers, wherever Python is then
+                        with contextlib.suppress(RuntimeError):
+                            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    raise RuntimeError("DataLoader timed out") from error
+                raise
+            finally:
+                timer.cancel()
+            if batch is None:
+                return
+            yield batch
+
+    def _kill(self) -> None:
+        self.has_killed = True
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    def _start(self):
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

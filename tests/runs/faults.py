@@ -180,6 +180,12 @@ def kill_data_worker_at_step(step):
 
 
 @fault
+def stop_data_worker_at_step(step):
+    """SIGSTOP to a data worker, which then neither works nor ends."""
+    _before_update(lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP), int(step))
+
+
+@fault
 def kill_data_worker_while_saving(nth):
     """SIGKILL to a data worker when half of the n-th checkpoint is written."""
 

@@ -240,3 +240,11 @@ def test_two_nodes_through_the_launcher_s_rendezvous(tmp_path):
     assert [node.wait() for node in nodes] == [0, 0], [node.stderr for node in nodes]
     assert yaml.safe_load((folder(tmp_path) / "run.yaml").read_text())["world_size"] == 2
     assert sum(node.stdout.count("Best top-1") for node in nodes) == 1
+
+
+def test_stopped_data_workers_end_the_run(tmp_path):
+    """As on a network drive that stalls: nothing ends, and nothing comes."""
+    options = ("DATA.NUM_WORKERS", 1, "HANG_MINUTES", 0.05)
+    result = run([FAULTS, "stop_data_worker_at_step", 2, "--", *arguments(tmp_path, *options)], timeout=60)
+    assert result.returncode == 1, result.stderr
+    assert "the data workers gave no batch within HANG_MINUTES" in result.stdout.splitlines()[-1], result.stderr

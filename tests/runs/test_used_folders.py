@@ -15,7 +15,7 @@ import main
 from data.datasets import read_digits
 from logger import MetricsWriter, open_log, start_wandb
 from resume import check_run
-from tests.helpers import arguments, folder
+from tests.helpers import arguments, differences, few_digits, folder
 from utils import InputError
 
 
@@ -118,7 +118,7 @@ def test_a_run_at_0_percent_has_a_best_checkpoint(tmp_path, monkeypatch):
 
 def test_an_evaluation_keeps_other_runs_out_of_its_folder(trained, monkeypatch):
     """Asked from another process, since the lock belongs to the one that evaluates."""
-    locked = []
+    locked, original = [], engine.evaluate
 
     def evaluate(*arguments):
         child = os.fork()
@@ -129,7 +129,7 @@ def test_an_evaluation_keeps_other_runs_out_of_its_folder(trained, monkeypatch):
                 os._exit(3)
             os._exit(0)
         locked.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        return engine.evaluate(*arguments)
+        return original(*arguments)
 
     monkeypatch.setattr(engine, "evaluate", evaluate)
     assert main.main([*arguments(trained), "--eval"]) == 0
@@ -146,3 +146,23 @@ def test_an_evaluation_on_other_classes_is_refused(trained, tmp_path, monkeypatc
     monkeypatch.setattr("data.datasets.read_digits", lambda split: (images, labels, names))
     assert main.main(arguments(tmp_path, "DATA.DATASET", "digits", flags=["--eval", "--resume", swapped])) == 2
     assert "label 0 is '0' in the checkpoint and 'zero' in the data set" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_only_with_its_own_data(trained, tmp_path, capsys):
+    """A renamed class folder moves every label after it."""
+    shutil.copytree(trained, tmp_path / "out")
+    data = tmp_path / "data"
+    shutil.copytree(few_digits(), data)
+    longer = arguments(tmp_path / "out", "TRAIN.EPOCHS", 3, "DATA.DATA_PATH", data, flags=["--allow-changes"])
+    before = checkpoint.load_file(folder(tmp_path / "out") / "best.pth")
+    for split in ("train", "val"):
+        (data / split / "0").rename(data / split / "zero")
+    assert main.main(longer) == 2
+    assert "was trained on other classes: label 0 was '0' and is '1' now." in capsys.readouterr().out
+    for split in ("train", "val"):
+        (data / split / "zero").rename(data / split / "0")
+    image = next((data / "train" / "3").iterdir())
+    image.rename(image.with_name("another.png"))
+    assert main.main(longer) == 2
+    assert "was trained on other images: their names or labels differ" in capsys.readouterr().out
+    assert differences(checkpoint.load_file(folder(tmp_path / "out") / "best.pth"), before) == []
