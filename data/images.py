@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import stat
 import struct
 import tempfile
@@ -24,12 +25,13 @@ from utils import InputError, MissingFileError, printable
 
 Image.init()
 # Pillow tries 43 formats on a file, whatever its name; one of them starts Ghostscript.
-FORMATS = [name for name in ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "AVIF") if name in Image.OPEN]
+FORMATS = [name for name in ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF") if name in Image.OPEN]
 _UPRIGHT = {  # what turns an image of an EXIF orientation upright
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
-_ZEROS = bytes(128)  # no compressed data that a writer made has so many zero bytes in a row
+_ZEROS = 128  # coded pixels never have so many zero bytes in a row
+_COMPLAINT = re.compile(rb"JPEG|Inconsistent|\.tif: |Decode: ")
 _stderr = threading.Lock()
 
 
@@ -133,12 +135,12 @@ def decode(data: bytes, name: str) -> np.ndarray:
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a global setting of Pillow that some libraries turn on
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            pixels = None
-            if image.format in ("JPEG", "MPO"):
-                pixels = _decode_jpeg(data)  # the same libjpeg-turbo as Pillow's, faster and strict
-            else:
-                _check_whole(data, image.format)
-            if pixels is None or pixels.shape[2] == 4:  # CMYK, which only Pillow converts
+            if image.format in _CHECKS:
+                _CHECKS[image.format](data)
+            with _complaints_are_errors():
+                # torchvision has the same libjpeg-turbo as Pillow, without Pillow's copies and patience.
+                pixels = _decode_jpeg(data) if image.format in ("JPEG", "MPO") else np.asarray(_to_rgb(image))
+            if pixels.shape[2] == 4:  # CMYK, which only Pillow converts
                 pixels = np.asarray(_to_rgb(image))
             turn = _UPRIGHT.get(_orientation(image))
     except UnidentifiedImageError:
@@ -166,57 +168,100 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray:
-    """A JPEG file as uint8 (H, W, 3), or (H, W, 4) for CMYK; libjpeg's warnings are errors.
-
-    torchvision has libjpeg print them to the standard error: corrupt data, or too much or too little of it.
-    """
-    file = _messages(os.getpid())
-    with _stderr:
-        before = os.dup(2)
-        os.dup2(file, 2)
-        try:
-            planes = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        except RuntimeError as error:
-            raise ValueError(str(error).splitlines()[0].rpartition(": ")[2]) from None
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
-            message = b""
-            if size := os.fstat(file).st_size:
-                os.lseek(file, 0, os.SEEK_SET)
-                message = os.read(file, size)
-                os.lseek(file, 0, os.SEEK_SET)
-                os.ftruncate(file, 0)
-    if b"JPEG" in message:
-        raise ValueError(message.decode(errors="replace").strip())
-    if message:
-        os.write(2, message)  # of another thread
+    """A JPEG file as uint8 (H, W, 3), or (H, W, 4) for CMYK; the file must reach to its end marker."""
+    try:
+        planes = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0].rpartition(": ")[2]) from None
     if planes.shape[0] == 1:
         planes = planes.expand(3, -1, -1)
     return planes.permute(1, 2, 0).contiguous().numpy()  # (C, H, W) -> (H, W, C), its layout in memory
 
 
+@contextlib.contextmanager
+def _complaints_are_errors():
+    """What libjpeg and libtiff print to the standard error, about data that is corrupt, too short or too long."""
+    file, message = _messages(os.getpid()), b""
+    with _stderr:
+        before = os.dup(2)
+        os.dup2(file, 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            if size := os.fstat(file).st_size:
+                os.lseek(file, 0, os.SEEK_SET)
+                message = os.read(file, size)
+                os.lseek(file, 0, os.SEEK_SET)
+                os.ftruncate(file, 0)
+    if _COMPLAINT.search(message):
+        raise ValueError(message.decode(errors="replace").splitlines()[0])
+    os.write(2, message)  # of others: a warning, another thread
+
+
 @functools.lru_cache(maxsize=1)
 def _messages(pid: int) -> int:
-    """A file for libjpeg's messages, of this process alone."""
+    """A file for messages, of this process alone."""
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
 
-def _check_whole(data: bytes, kind: str) -> None:
-    """Raises ValueError for damage that Pillow reads past; BMP, PPM and TIFF have nothing that would tell."""
-    if kind == "PNG":
-        position = 8
-        while position + 12 <= len(data):
-            length, name = struct.unpack_from(">I4s", data, position)
-            end = position + 8 + length
-            if data[end : end + 4] != struct.pack(">I", zlib.crc32(data[position + 4 : end])):
-                raise ValueError(f"the checksum of its part {name.decode('latin-1')} is wrong")
-            if name == b"IEND":
-                return
-            position = end + 4
+# ---- damage that decoders read past --------------------------------------------------------------
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Raises ValueError for a zeroed part of a JPEG, which decodes to something, if no code of its tables explains it.
+
+    The first code of a Huffman table is all zeros. If it stands for an empty block in all tables, or in one of several
+    scans, flat areas are zeros too; in progressive files refinements are. libjpeg finds most of the damage there.
+    """
+    position, firsts = 2, {}
+    while data[position : position + 1] == b"\xff" and (kind := data[position + 1]) not in (0xC2, 0xDA):
+        if kind == 0xFF:
+            position += 1
+            continue
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        tables = data[position + 4 : position + 2 + length] if kind == 0xC4 else b""
+        while len(tables) > 17:  # class and number, 16 counts of codes, the symbols
+            if tables[0] >= 16:  # of everything but the blocks' means
+                firsts[tables[0]] = tables[17]
+            tables = tables[17 + sum(tables[1:17]) :]
+        position += 2 + max(length, 2)
+    components = data[position + 4 : position + 5]  # of the first scan
+    if data[position + 1 : position + 2] == b"\xda" and any(firsts.values()) and components >= bytes([len(firsts)]):
+        _check_zeros(data[position : data.find(b"\xff\xd9", position)])
+
+
+def _check_png(data: bytes) -> None:
+    """Raises ValueError if a part is missing or its checksum wrong; Pillow does not look at that of the pixels."""
+    position = 8
+    while position + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        if data[end : end + 4] != struct.pack(">I", zlib.crc32(data[position + 4 : end])):
+            raise ValueError(f"the checksum of its part {name.decode('latin-1')} is wrong")
+        if name == b"IEND":
+            return
+        position = end + 4
+    raise ValueError("its end is missing")
+
+
+def _check_webp(data: bytes) -> None:
+    """Raises ValueError if a WebP file is cut, or a part of its pixels is zeroed."""
+    position, end = 12, 8 + int.from_bytes(data[4:8], "little")
+    if len(data) < end:
         raise ValueError("its end is missing")
-    if kind == "WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
-        raise ValueError("its end is missing")
-    if kind in ("WEBP", "AVIF", "GIF") and _ZEROS in data:
-        raise ValueError(f"it holds {len(_ZEROS)} zero bytes in a row, as an unfinished download does")
+    while position < end:
+        name, size = struct.unpack_from("<4sI", data, position)
+        if name in (b"VP8 ", b"VP8L", b"ALPH", b"ANMF"):  # not metadata, which may hold zeros
+            _check_zeros(data[position + 8 : position + 8 + size], tail=16)
+        position += 8 + size + size % 2
+
+
+def _check_zeros(coded: bytes, tail: int = 0) -> None:
+    if bytes(_ZEROS) in coded or tail and coded.endswith(bytes(tail)):
+        raise ValueError("a part of it is zeros, as in an unfinished copy or download")
+
+
+_CHECKS = {"JPEG": _check_jpeg, "MPO": _check_jpeg, "PNG": _check_png, "WEBP": _check_webp}

@@ -21,8 +21,7 @@ from utils import InputError, printable
 
 logger = logging.getLogger("strip_mlp")
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif",
-                    ".avif")  # fmt: skip
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 _SYSTEM = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "lost+found", "$recycle.bin", "system volume information")
 WORTH_CACHING = 20_000  # files; listing fewer is fast
 _SETTLED = 3  # seconds; a folder's time stamp may not show two changes within them
@@ -78,7 +77,7 @@ class Names(Sequence):
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:
-        begin = self.ends[index - 1] if index % len(self) else 0
+        begin = self.ends[index - 1] if index % (len(self) or 1) else 0
         return self.text[begin : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 

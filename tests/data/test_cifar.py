@@ -169,3 +169,25 @@ def test_nothing_is_downloaded_when_a_version_is_there(tmp_path, monkeypatch):
     download_cifar("cifar10", tmp_path / "b")
     with pytest.raises(FileNotFoundError):
         download_cifar("cifar10", tmp_path / "a")
+
+
+def test_a_half_unpacked_folder_is_repaired(tmp_path, monkeypatch):
+    """From the archive beside it; without one, the message says to remove the folder."""
+    name, layout = "cifar10", CIFAR["cifar10"]
+    write_binary(tmp_path / layout.binary_folder, name, monkeypatch)
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(tmp_path / layout.binary_folder, layout.binary_folder)
+    digest = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(cifar.CIFAR, name, dataclasses.replace(layout, binary_md5=digest))
+    whole = read_cifar(name, tmp_path, "train")[0]
+    (tmp_path / layout.binary_folder / "data_batch_4.bin").unlink()
+    path = tmp_path / layout.binary_folder / "data_batch_3.bin"
+    path.write_bytes(path.read_bytes()[:100])
+    download_cifar(name, tmp_path)
+    assert np.array_equal(read_cifar(name, tmp_path, "train")[0], whole)
+    path.write_bytes(path.read_bytes()[:100])
+    archive.unlink()
+    download_cifar(name, tmp_path)
+    with pytest.raises(ValueError, match=r"data_batch_3\.bin is damaged: .*; remove its folder and unpack or download"):
+        read_cifar(name, tmp_path, "train")

@@ -1,3 +1,4 @@
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -6,7 +7,8 @@ import pytest
 from PIL import Image
 
 from config import load_config
-from data.datasets import build_dataset, read_digits
+from data.datasets import ArraySet, build_dataset, hold_out, read_digits
+from utils import InputError
 
 
 def config(dataset, root="", num_classes=2, *opts):
@@ -53,6 +55,99 @@ def test_held_out_images_come_from_the_training_set():
     assert np.abs(shares - 0.25).max() < 0.005
     again = build_dataset(config("digits", "", 10, *opts, "SEED", 7), "val")
     assert np.array_equal(again.images, val.images)
+
+
+def test_images_are_held_out_of_class_folders(tmp_path):
+    """Of train/, and of a folder without splits; every class in both parts, the same parts every time."""
+    opts = ("DATA.HOLD_OUT", 0.2)
+    write_folders(tmp_path / "split", per_class=10, val=())
+    write_folders(tmp_path / "made", per_class=10, val=())
+    (tmp_path / "made" / "train").rename(tmp_path / "whole")
+    for root in (tmp_path / "split", tmp_path / "whole"):
+        train, val = (build_dataset(config("imagefolder", root, 2, *opts), split) for split in ("train", "val"))
+        assert train.classes == val.classes == ["cat", "dog"]
+        assert np.bincount(train.labels).tolist() == [8, 8] and np.bincount(val.labels).tolist() == [2, 2]
+        names = [dataset.name(i) for dataset in (train, val) for i in range(len(dataset))]
+        assert len(set(names)) == 20 and all(Path(name).is_file() for name in names)
+        picture = Image.open(val.name(3)).convert("RGB")
+        assert val[3][0].tobytes() == picture.tobytes() and val[3][1] == 1
+        again = build_dataset(config("imagefolder", root, 2, *opts), "val")
+        assert list(again.names) == list(val.names) and again.fingerprint == val.fingerprint != train.fingerprint
+    fails(FileNotFoundError, "to evaluate on a part of the training images, add --opts DATA.HOLD_OUT 0.2", "val",
+          "imagefolder", tmp_path / "split")
+    fails(FileNotFoundError, "to evaluate on a part of the training images, add --opts DATA.HOLD_OUT 0.2", "train",
+          "imagefolder", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("labels", "held"), [([0] * 2 + [1] * 100, [1, 10]), ([0] + [1] * 9, [0, 1])])
+def test_rare_classes_are_held_out_too(labels, held):
+    images = ArraySet(np.zeros((len(labels), 1, 1, 3), np.uint8), labels, ["a", "b"])
+    assert np.bincount(hold_out(images, 0.1, "val").labels, minlength=2).tolist() == held
+    assert set(hold_out(images, 0.1, "train").labels) == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_other_names_of_the_validation_folder(name, tmp_path):
+    write_folders(tmp_path)
+    (tmp_path / "val").rename(tmp_path / name)
+    assert build_dataset(config("imagefolder", tmp_path), "val").name(0) == f"{tmp_path}/{name}/cat/0.png"
+
+
+def test_class_folders_come_before_the_archives_that_they_were_in(tmp_path):
+    """torchvision's ImageNet leaves its archives beside what it unpacks; the Hub's metadata is a Parquet file."""
+    write_folders(tmp_path)
+    for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "train.tar", "train_metadata.parquet"):
+        (tmp_path / name).write_bytes(b"an archive")
+    for split in ("train", "val"):
+        assert build_dataset(config("imagefolder", tmp_path), split).name(5) == f"{tmp_path}/{split}/dog/2.png"
+
+
+def test_what_systems_leave_is_skipped_and_counted(tmp_path, caplog):
+    root = write_folders(tmp_path)
+    for split in ("train", "val"):
+        for folder in (".ipynb_checkpoints", "__MACOSX", "cat/.ipynb_checkpoints", "cat/__MACOSX"):
+            (root / split / folder).mkdir()
+            (root / split / folder / "0.png").write_bytes(b"a copy")
+        for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini", "notes.txt", "1.heic", "2.heic"):
+            (root / split / "cat" / name).write_bytes(b"no image")
+        (root / split / "._stray.jpg").touch()
+    shutil.copy(root / "train" / "dog" / "0.png", root / "train" / "dog" / "3.jfif")
+    shutil.copy(root / "train" / "dog" / "0.png", root / "train" / "dog" / "4.JPE")
+    train, val = (build_dataset(config("imagefolder", root), split) for split in ("train", "val"))
+    assert train.classes == ["cat", "dog"] and len(train) == 8 and len(val) == 6
+    build_dataset(config("imagefolder", root), "train")
+    assert [record.message for record in caplog.records] == [
+        f"{root}/{split}: skipped files that are not images: hidden and system files (6), .heic (2), .txt (1)"
+        for split in ("train", "val")]
+
+
+def test_unicode_forms_are_named(tmp_path):
+    write_folders(tmp_path, train=("B\u00e4r",), val=("Ba\u0308r",))
+    fails(InputError, "differ only in their Unicode form, composed .NFC. or decomposed .NFD", "train", "imagefolder",
+          tmp_path, 1)
+
+
+def test_the_fingerprint_tells_data_sets_apart(tmp_path):
+    def fingerprint(*steps):
+        root = write_folders(tmp_path / str(len(list(tmp_path.iterdir()))))
+        for step in steps:
+            step(root)
+        return build_dataset(config("imagefolder", root, len(list((root / "train").iterdir()))), "train").fingerprint
+
+    def renamed_class(root):
+        for split in ("train", "val"):
+            (root / split / "cat").rename(root / split / "eel")
+
+    found = [
+        fingerprint(), fingerprint(renamed_class),
+        fingerprint(lambda root: (root / "train" / "cat" / "0.png").rename(root / "train" / "cat" / "9.png")),
+        fingerprint(lambda root: (root / "train" / "cat" / "0.png").rename(root / "train" / "dog" / "9.png")),
+        fingerprint(lambda root: (root / "train" / "cat" / "0.png").unlink()),
+    ]
+    assert len(set(found)) == 5 and fingerprint() == found[0]
+    digits = [build_dataset(config("digits", "", 10, *opts), "train").fingerprint
+              for opts in ((), ("DATA.HOLD_OUT", 0.1))]
+    assert digits[0] != digits[1]
 
 
 def test_a_damaged_image_is_named(tmp_path):

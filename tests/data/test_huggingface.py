@@ -10,8 +10,10 @@ from PIL import Image
 from config import load_config
 from data.datasets import build_dataset
 from data.huggingface import HubDataset
+from utils import InputError
 
 datasets = pytest.importorskip("datasets")
+pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
 
 
@@ -89,3 +91,19 @@ def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(FileNotFoundError, match="needs a package: pip install datasets"):
         HubDataset(tmp_path / "set", "train")
+
+
+@pytest.mark.parametrize("label", [None, 2, 10**6, -2])
+def test_labels_that_are_no_class_are_named(label, tmp_path):
+    """Parquet holds any number, whatever the names of the classes."""
+    stored = pa.table({"image": table(3).data.table["image"], "label": pa.array([0, label, 1], pa.int64())})
+    pq.write_table(stored.replace_schema_metadata(FEATURES.arrow_schema.metadata), tmp_path / "train-0.parquet")
+    with pytest.raises(InputError, match=rf"train\[1\] has the label {label}|the train split cannot be read"):
+        HubDataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+def test_a_saved_format_does_not_matter(form, tmp_path):
+    datasets.DatasetDict({"train": table(3).with_format(form)}).save_to_disk(str(tmp_path / "set"))
+    dataset = HubDataset(tmp_path / "set", "train")
+    assert dataset.labels == [0, 1, 0] and dataset[2][0].getpixel((0, 0)) == (20, 0, 0)

@@ -1,10 +1,13 @@
 import io
 import os
+import random
+import subprocess
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
+from data import images
 from data.datasets import FolderDataset
 from data.images import ImageError, decode, load_image
 
@@ -159,3 +162,116 @@ def test_damaged_pixels_are_named():
     for damaged in (b"", b"hello", data[:-10], data[:30]):
         with pytest.raises(ImageError, match="^x.jpg "):
             decode(damaged, "x.jpg")
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def photograph(mode: str) -> Image.Image:
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((220, 160), 3)
+    pixels = np.asarray(smooth, np.int16) + rng.integers(-20, 21, (160, 220, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+STORED = {
+    "JPEG": ("RGB", "JPEG", {"quality": 90}), "optimised JPEG": ("RGB", "JPEG", {"quality": 90, "optimize": True}),
+    "progressive JPEG": ("RGB", "JPEG", {"progressive": True}), "gray JPEG": ("L", "JPEG", {}),
+    "CMYK JPEG": ("CMYK", "JPEG", {}), "JPEG with restarts": ("RGB", "JPEG", {"restart_marker_rows": 1}),
+    "PNG": ("RGB", "PNG", {}), "palette PNG": ("P", "PNG", {}), "WEBP": ("RGB", "WEBP", {}),
+    "lossless WEBP": ("RGB", "WEBP", {"lossless": True}), "GIF": ("P", "GIF", {}),
+    "LZW TIFF": ("RGB", "TIFF", {"compression": "tiff_lzw"}),
+    "TIFF": ("RGB", "TIFF", {}), "BMP": ("RGB", "BMP", {}), "PPM": ("RGB", "PPM", {}),
+}  # fmt: skip
+
+
+def damaged(data: bytes, rng, kind: str) -> bytes:
+    """What crashes, unfinished copies and broken disks leave of a file, or anything for formats with checksums."""
+    size, begin = len(data), rng.randrange(len(data))
+    if kind == "progressive JPEG":  # without its last scans, to the byte, it is a whole file
+        while b"\xff\xda" in data[max(begin - 4, 0) :][:8]:
+            begin = rng.randrange(size)
+    if rng.random() < 0.3:
+        return data[:begin]
+    if kind in ("TIFF", "BMP", "PPM"):  # raw pixels: nothing else can be seen
+        return data[:begin]
+    sector = begin // 4096 * 4096
+    other = rng.randrange(size)
+    choices = [
+        data[:begin] + bytes(size - begin), data[:sector] + bytes(4096) + data[sector + 4096 :],
+        data[:begin] + data[begin + 4096 :],
+        data[:begin] + data[-2:], data[:begin] + bytes(max(size - begin - 2, 0)) + data[-2:],
+    ]  # fmt: skip
+    if kind.endswith("PNG"):
+        length = rng.choice((1, 64, 512))
+        choices += [data[:begin] + data[other : other + length] + data[begin + length :],
+                    data[:begin] + bytes([data[begin] ^ 1 << rng.randrange(8)]) + data[begin + 1 :]]
+    return rng.choice(choices)
+
+
+def try_damage(kind: str, count: int, rng) -> None:
+    mode, name, options = STORED[kind]
+    data = encode(photograph(mode), name, **options)
+    whole = decode(data, "x")
+    refused = 0
+    for attempt in range(count):
+        spoilt = damaged(data, rng, kind)
+        try:
+            assert np.array_equal(decode(spoilt, "x"), whole), f"attempt {attempt}: other pixels were accepted"
+        except ImageError:
+            refused += 1
+    assert refused > 0.8 * count
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_damage_gives_the_whole_image_or_an_error(kind):
+    try_damage(kind, 30, random.Random(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", STORED)
+def test_ten_thousand_damaged_images(kind):
+    try_damage(kind, 10_000 // len(STORED), random.Random(2))
+
+
+def test_whole_images_with_zeros_are_accepted():
+    """Flat areas, which optimised tables code as zeros; what phones and cameras append; metadata."""
+    page = Image.new("RGB", (1500, 1500), "white")
+    for options in ({"optimize": True}, {"progressive": True}, {"optimize": True, "subsampling": 0}):
+        data = encode(page, "JPEG", **options)
+        assert (decode(data, "x") == 255).all()
+        assert (decode(data + bytes(5000), "x") == 255).all()
+    assert (decode(encode(page.convert("L"), "JPEG", optimize=True), "x") == 255).all()
+    exif = Image.Exif()
+    exif[0x927C] = bytes(5000)  # a camera's own data
+    for kind in ("JPEG", "WEBP", "PNG"):
+        assert decode(encode(Image.new("RGB", (9, 9)), kind, exif=exif), "x").shape == (9, 9, 3)
+    file = io.BytesIO()
+    page.save(file, "MPO", save_all=True, append_images=[page.resize((100, 100))])
+    assert decode(file.getvalue(), "x").shape == (1500, 1500, 3)
+
+
+def test_what_libraries_print_of_other_threads_is_passed_on(capfd):
+    with images._complaints_are_errors():
+        os.write(2, b"from another thread\n")
+    assert capfd.readouterr().err == "from another thread\n"
+
+
+@pytest.mark.parametrize("data", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n",
+                                  b"%PDF-1.4\n", b"\x0a\x05\x01\x08" + bytes(200)])
+def test_other_formats_start_no_program(data, monkeypatch):
+    for name in ("Popen", "call", "check_call", "run"):
+        monkeypatch.setattr(subprocess, name, lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(ImageError, match="^cat.jpg is not an image of a known format$"):
+        decode(data, "cat.jpg")
+
+
+def test_names_are_printable_in_messages(tmp_path):
+    path = tmp_path / "a\x1b[31m\nb.jpg"
+    path.write_bytes(b"no image")
+    with pytest.raises(ImageError) as error:
+        load_image(path)
+    assert str(error.value) == rf"{tmp_path}/a\x1b[31m\nb.jpg is not an image of a known format"
+    with pytest.raises(FileNotFoundError) as error:
+        load_image(tmp_path / "c\n.jpg")
+    assert str(error.value) == rf"{tmp_path}/c\n.jpg does not exist"

@@ -1,7 +1,9 @@
 """Lists of images: their order, their cache, links that lead in a circle."""
 
+import io
 import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -103,6 +105,48 @@ def test_a_file_that_is_no_listing_is_made_again(name, value, tmp_path, monkeypa
     listing.save(place, {key: array for key, array in arrays.items() if array is not None})
     settle(folder)
     assert found(folder) == EXPECTED
+
+
+def claim(shape) -> bytes:
+    """The .npy header of an array of a shape, and none of its numbers."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def encrypted(path):
+    """Sets the flag of encryption in both headers of an archive."""
+    data = path.read_bytes().replace(b"PK\x03\x04\x14\x00\x00", b"PK\x03\x04\x14\x00\x01")
+    path.write_bytes(data.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"))
+
+
+@pytest.mark.parametrize("spoil", ["8 TiB", "negative", "encrypted", "no folders", "outside"])
+def test_a_listing_that_claims_anything_is_made_again(spoil, tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "WORTH_CACHING", 2)
+    folder, place = write(tmp_path), tmp_path / ".listing_train.npz"
+    settle(folder)
+    found(folder)
+    arrays = listing.load(place)
+    if spoil in ("8 TiB", "negative"):
+        with zipfile.ZipFile(place, "w") as archive:
+            archive.writestr("text.npy", claim((2**40,) if spoil == "8 TiB" else (-5,)))
+    elif spoil == "no folders":
+        none = Names.of([])
+        listing.save(place, arrays | {"folders": none.text, "folder_ends": none.ends, "times": np.zeros(0, np.int64)})
+        (folder / "cat" / "new.png").touch()
+    elif spoil == "outside":
+        text = arrays["text"].tobytes().replace(b"cat/10.png", b"../../a.px")
+        listing.save(place, arrays | {"text": np.frombuffer(text, np.uint8)})
+    else:
+        with zipfile.ZipFile(place, "w") as archive:
+            for name, array in arrays.items():
+                file = io.BytesIO()
+                np.save(file, array)
+                archive.writestr(f"{name}.npy", file.getvalue())
+        encrypted(place)
+        assert listing.load(place) is None
+    settle(folder)
+    assert set(found(folder)[0]) == {*FILES, *(["cat/new.png"] if spoil == "no folders" else [])}
 
 
 def test_a_compressed_file_is_not_unpacked(tmp_path):

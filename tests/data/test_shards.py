@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import random
 import shutil
 import tarfile
 
@@ -157,3 +158,76 @@ def test_a_file_that_is_no_index_is_made_again(name, value, tmp_path):
     found = read_index(tmp_path, "train")
     assert found.keys() == expected.keys()
     assert all(np.array_equal(array, expected[key]) for key, array in found.items())
+
+
+def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
+    """A tar header with any bytes in its field of the size."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT)[:512])
+    block[124:136] = size.ljust(12, b"\0")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+BINARY = {size: size.to_bytes(12, "big", signed=True) for size in (-512, -(2**40))}
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (header("a.jpg", BINARY[-512]), "has -512 bytes"),
+    (header("a.jpg", BINARY[-(2**40)]), "has -1099511627776 bytes"),
+    (header("a.jpg", b"\x80" + (2**60).to_bytes(11, "big")), "has 1152921504606846976 bytes; 1024 are left"),
+    (header("a", BINARY[-512], b"L"), "the name at byte 0 has -512 bytes"),
+    (header("a", BINARY[-512], b"x"), "the name at byte 0 has -512 bytes"),
+    (header("a", b"%o" % (2**20), b"L") + bytes(2**20), "the name at byte 0 has 1048576 bytes"),
+    (header("a", b"%o" % (2**30), b"x"), "the name at byte 0 has 1073741824 bytes"),
+    (header("a", b"20", b"x") + b"99 path=b.jpg\n".ljust(512, b"\0"), "a pax header is damaged"),
+    (header("a", b"20", b"x") + b"14 size=-9999\n".ljust(512, b"\0") + header("a.jpg", b"0"), "has -9999 bytes"),
+    (header("a.jpg", b"zzz"), "not a complete tar file"),
+    (header("a.jpg", b"1")[:100] + b"x" + header("a.jpg", b"1")[101:], "the checksum of the header at byte 0 is wrong"),
+])
+def test_hostile_headers_end(data, message, tmp_path):
+    (tmp_path / "x-train-0.tar").write_bytes(data + bytes(1024))
+    with pytest.raises(InputError, match=message):
+        read_index(tmp_path, "train")
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_kind_of_tar_is_read_as_by_tarfile(kind, tmp_path):
+    """Long and odd names, folders, links, hidden files of macOS."""
+    deep = "/".join(["folder" * 6] * 3)
+    names = ["a.jpg", f"{deep}/b.jpg", "k\u00e4se.jpg", *([f"{'x' * 200}.jpg"] if kind != tarfile.USTAR_FORMAT else [])]
+    with tarfile.open(tmp_path / "x-train-0.tar", "w", format=kind) as shard:
+        folder, link = tarfile.TarInfo(deep), tarfile.TarInfo("link.jpg")
+        folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "a.jpg"
+        shard.addfile(folder)
+        shard.addfile(link)
+        for number, name in enumerate(names):
+            for file, data in ((name, jpeg(number)), (name.replace(".jpg", ".cls"), str(number).encode()),
+                               (f"{name.rpartition('/')[0]}/._{number}.jpg".lstrip("/"), b"a fork")):
+                info = tarfile.TarInfo(file)
+                info.size = len(data)
+                shard.addfile(info, io.BytesIO(data))
+    dataset = ShardDataset(tmp_path, "train")
+    assert list(dataset.names) == names and dataset.labels == list(range(len(names)))
+    assert [dataset.read(i) for i in range(len(names))] == [jpeg(i) for i in range(len(names))]
+
+
+def test_mutated_shards_are_input_errors(root):
+    """Whatever a shard holds: an index whose images are its bytes, or an error."""
+    path, rng = root / "imagenet1k-train-0002.tar", random.Random(0)
+    data = path.read_bytes()
+    for _ in range(300):
+        spoilt = bytearray(data)
+        for _ in range(rng.randrange(1, 4)):
+            begin = rng.randrange(8) * 512 if rng.random() < 0.5 else rng.randrange(len(data))
+            begin = min(begin + rng.randrange(512), len(data) - 12)
+            spoilt[begin : begin + rng.choice((1, 8, 12))] = rng.choice((rng.randbytes(12), b"\xff" * 12, bytes(12)))
+        path.write_bytes(spoilt[: rng.randrange(len(spoilt))] if rng.random() < 0.1 else spoilt)
+        try:
+            dataset = ShardDataset(root, "train")
+            for i in range(len(dataset)):
+                dataset.read(i)
+        except InputError as error:
+            assert str(error).isprintable()

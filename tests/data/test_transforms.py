@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from config import load_config
 from data.augment import Augmentation, Rectangle
 from data.images import ImageError, ImageSet
-from data.transforms import EvalSet, TrainSet, build_transform, resized_crop
+from data.transforms import NO_LABEL, EvalSet, TrainSet, build_transform, resized_crop
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -162,3 +162,17 @@ def test_train_set_augments_by_seed_epoch_and_index(on_device):
     others = [dataset(4)[4, 1], dataset(4)[3, 0], dataset(5)[3, 1]]
     assert not any(np.array_equal(found.pixels, other.pixels) for other in others)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+
+
+class Bad(Images):
+    def pixels(self, index):
+        raise ImageError("bad.png cannot be decoded")
+
+
+def test_an_image_that_cannot_be_read_is_named_with_the_option_that_skips_it():
+    for dataset, key in ((TrainSet(Bad(None), Augmentation(config())), (0, 0)), (EvalSet(Bad(None), config()), 0)):
+        with pytest.raises(ImageError, match="^bad.png cannot be decoded; .*--opts DATA.SKIP_BAD_IMAGES True$"):
+            dataset[key]
+    sample = EvalSet(Bad(None), config("DATA.SKIP_BAD_IMAGES", True))[0]
+    assert sample.label == NO_LABEL and sample.errors == ["bad.png cannot be decoded"]
+    assert sample.pixels.shape == (224, 224, 3) and not sample.pixels.any()

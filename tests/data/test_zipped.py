@@ -1,13 +1,16 @@
 import io
 import pickle
+import random
 import zipfile
 
 import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from data import zipped
 from data.images import ImageError
 from data.zipped import ZipDataset, read_map
+from utils import InputError
 
 
 def png(value: int) -> bytes:
@@ -142,3 +145,34 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
     path = tmp_path / "train_map.txt"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert red(ZipDataset(tmp_path, "train", 2)) == list(range(10))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_mutated_archives_are_input_errors(compression, tmp_path):
+    """Damaged data, names and directories: the whole image or an error."""
+    write_split(tmp_path, per_class=2, compression=compression)
+    path, rng = tmp_path / "train.zip", random.Random(0)
+    data, whole = path.read_bytes(), [png(i) for i in range(4)]
+    for _ in range(150):
+        spoilt = bytearray(data)
+        for _ in range(rng.randrange(1, 4)):
+            begin = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(len(data) * 2 // 3, len(data))
+            spoilt[begin : begin + rng.choice((1, 2, 4))] = rng.choice((rng.randbytes(4), b"\xff" * 4, bytes(4)))
+        path.write_bytes(spoilt)
+        zipped._open_archive.cache_clear()
+        try:
+            dataset = ZipDataset(tmp_path, "train", 2)
+        except InputError:
+            continue
+        for i in range(4):
+            try:
+                assert dataset.read(i) == whole[i]
+            except InputError as error:
+                assert str(error).isprintable()
+
+
+def test_a_member_that_unpacks_to_more_than_an_image_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipped, "MOST_BYTES", 10)
+    write_split(tmp_path)
+    with pytest.raises(ImageError, match=r"cat/0.png cannot be read .* .it has \d+ bytes; the limit is 10"):
+        ZipDataset(tmp_path, "train", 2).read(0)

@@ -196,12 +196,20 @@ def test_bad_image_of_one_of_two_processes(tmp_path):
     assert [line for line in others if "Another process of this run has ended" not in line] == []
 
 
-def test_bad_validation_image_always_stops(tmp_path, capsys):
-    options = image_folder(tmp_path / "data", 16, 4)
+def test_bad_validation_image(tmp_path, capsys):
+    options = [*image_folder(tmp_path / "data", 16, 4), "TEST.PREDICTIONS", True]
     bad = tmp_path / "data" / "val" / "a" / "2.png"
     bad.write_bytes(b"")
-    assert main.main(arguments(tmp_path, *options, "DATA.SKIP_BAD_IMAGES", True)) == 2
-    assert f"ERROR: {bad} is empty" in capsys.readouterr().out
+    assert main.main(arguments(tmp_path, *options)) == 2
+    out = capsys.readouterr().out
+    assert f"ERROR: {bad} is empty" in out and "DATA.SKIP_BAD_IMAGES True" in out
+    options += ["DATA.SKIP_BAD_IMAGES", True]
+    assert main.main(arguments(tmp_path, *options, flags=["--allow-changes"])) == 0
+    out = capsys.readouterr().out
+    assert f"{bad} is empty (0 bytes); skipped" in out and "(3 images)" in out
+    assert main.main(["--eval", *arguments(tmp_path, *options)]) == 0
+    rows = (folder(tmp_path) / "predictions.csv").read_text().splitlines()
+    assert len(rows) == 4 and not any("2.png" in row for row in rows)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------
