@@ -16,11 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from data.listing import is_image, is_system
 from utils import InputError, MissingFileError, one_line_errors
 
 SEED = 1024
 LEFT_OUT = "BACKGROUND_Google"
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def split_class(names: list[str]) -> dict[str, list[str]]:
@@ -43,9 +43,9 @@ def plan_split(source: Path) -> dict[str, dict[str, list[str]]]:
         raise MissingFileError(f"{source} is not a folder; name the one that holds the class folders")
     plan = {}
     for folder in sorted(source.iterdir()):
-        if not folder.is_dir() or folder.name == LEFT_OUT or folder.name.startswith("."):
+        if not folder.is_dir() or folder.name == LEFT_OUT or is_system(folder.name):
             continue
-        images = [entry.name for entry in folder.iterdir() if entry.is_file() and _is_image(entry.name)]
+        images = [entry.name for entry in folder.iterdir() if entry.is_file() and is_image(entry.name)]
         if len(images) < 2:
             raise InputError(
                 f"{folder} holds {len(images)} images, too few for train and val; SRC must be the folder that "
@@ -55,10 +55,6 @@ def plan_split(source: Path) -> dict[str, dict[str, list[str]]]:
     if not plan:
         raise MissingFileError(f"{source} holds no class folders; name the folder 101_ObjectCategories")
     return plan
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 def write_split(source: Path, target: Path, link: bool = False) -> dict[str, int]:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
 import stat
@@ -211,7 +212,7 @@ def _messages(pid: int) -> int:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Raises ValueError for a zeroed part of a JPEG, which decodes to something, if no code of its tables explains it.
+    """Raises ValueError if scans of a progressive JPEG are missing, or a part of another one is zeroed.
 
     The first code of a Huffman table is all zeros. If it stands for an empty block in all tables, or in one of several
     scans, flat areas are zeros too; in progressive files refinements are. libjpeg finds most of the damage there.
@@ -228,9 +229,18 @@ def _check_jpeg(data: bytes) -> None:
                 firsts[tables[0]] = tables[17]
             tables = tables[17 + sum(tables[1:17]) :]
         position += 2 + max(length, 2)
-    components = data[position + 4 : position + 5]  # of the first scan
-    if data[position + 1 : position + 2] == b"\xda" and any(firsts.values()) and components >= bytes([len(firsts)]):
-        _check_zeros(data[position : data.find(b"\xff\xd9", position)])
+    end = data.find(b"\xff\xd9", position)
+    if data[position + 1] == 0xDA and any(firsts.values()) and data[position + 4] >= len(firsts):  # components in it
+        _check_zeros(data[position:end])
+    if data[position + 1] == 0xC2:
+        components = data[position + 10 : position + 10 + 3 * data[position + 9] : 3]
+        bits = dict.fromkeys(itertools.product(components, range(64)), 1)  # of each coefficient that are still to come
+        while (position := data.find(b"\xff\xda", position + 1, end)) > 0:
+            first, last, low = data[position + 5 + 2 * data[position + 4] :][:3]
+            for component in data[position + 5 : position + 5 + 2 * data[position + 4] : 2]:
+                bits |= {(component, coefficient): low % 16 for coefficient in range(first, last + 1)}
+        if any(bits.values()):
+            raise ValueError("scans of it are missing")
 
 
 def _check_png(data: bytes) -> None:

@@ -9,9 +9,9 @@ and class names in the same order, or nothing if an error occurs:
   shards   train-0000.tar, ... and classes.txt, WebDataset's layout (.jpg and .cls)
   hub      for load_from_disk of Hugging Face's datasets (pip install datasets)
 
-Images are copied byte for byte. With --short-side, larger images are resized to that shorter side (Lanczos) and stored
-as JPEG of quality 95, so that training decodes fewer pixels. This changes what a network sees, so report it with your
-results.
+Images are copied byte for byte, and the result is opened and counted. With --short-side, larger images are resized to
+that shorter side (Lanczos) and stored as JPEG of quality 95, so that training decodes fewer pixels. This changes what a
+network sees, so report it with your results.
 """
 
 import argparse
@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import InputError, one_line_errors, printable
 
+FORMS = ("folders", "zip", "shards", "hub")
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -31,7 +33,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("source", metavar="DIR", type=Path, help="the data set, in any form")
     parser.add_argument("target", metavar="TARGET", type=Path, help="an empty or new folder")
-    parser.add_argument("--to", choices=["folders", "zip", "shards", "hub"], required=True, help="the form to write")
+    parser.add_argument("--to", choices=FORMS, required=True, help="the form to write")
     parser.add_argument("--short-side", type=int, default=0, metavar="N", help="shrink larger images to N pixels")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), metavar="N",
                         help="processes that read and shrink; default: one per core, at most 16")
@@ -54,7 +56,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.datasets import check_same_classes, open_images
-from data.images import decode
+from data.images import FORMATS, decode
+from data.listing import IMAGE_EXTENSIONS, is_system
 from data.zipped import ZipDataset
 
 SPLITS = ("train", "val")
@@ -83,7 +86,7 @@ def convert(source: Path, target: Path, form: str, short_side: int = 0, workers:
     Raises:
         InputError: ``target`` exists and is not empty.
         MissingFileError, InputError: ``source`` holds no data set of two splits with the same classes, an image cannot
-            be read, or a class name is not a valid folder name.
+            be read, a class name is not a valid folder name, or the result reads back as another data set.
     """
     if target.is_dir() and any(target.iterdir()):
         raise InputError(f"{target} is not empty; choose another folder")
@@ -91,7 +94,7 @@ def convert(source: Path, target: Path, form: str, short_side: int = 0, workers:
     classes = sets["train"].classes
     check_same_classes(classes, sets["val"].classes, source)
     for label, name in enumerate(classes):
-        if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(os.fsencode(name)) > 255:
+        if not name or "/" in name or is_system(name) or not name.isprintable() or len(os.fsencode(name)) > 255:
             raise InputError(f"{source}: the class name {name!r:.300} cannot be used as a folder name")
         if name in classes[:label]:
             raise InputError(f"{source}: two classes are called {name}; each needs a folder of its own")
@@ -101,8 +104,14 @@ def convert(source: Path, target: Path, form: str, short_side: int = 0, workers:
         place.mkdir()
         images = {split: functools.partial(_images, sets[split], split, short_side, workers) for split in SPLITS}
         _WRITERS[form](place, images, classes)
+        for split in SPLITS:
+            written = _open(place, split)
+            if written.classes != classes or sorted(written.labels) != sorted(sets[split].labels):
+                raise InputError(f"{source}: {len(sets[split])} images of {split} were written as {form}, and "
+                                 f"{len(written)} read back; nothing was kept. Please report this")  # fmt: skip
         for entry in place.iterdir():
-            entry.rename(target / entry.name)
+            if not is_system(entry.name):  # the index that reading back left
+                entry.rename(target / entry.name)
     return {split: len(dataset) for split, dataset in sets.items()}
 
 
@@ -131,21 +140,24 @@ def _images(dataset, split: str, short_side: int, workers: int) -> Iterator[Stor
 
 
 def _read(dataset, short_side: int, index: int) -> Stored:
-    data = dataset.read(index)
+    data, is_shrunk = dataset.read(index), False
     if short_side:
         image, label = dataset[index]
         shorter = min(image.size)
-        if shorter > short_side:
+        is_shrunk = shorter > short_side
+        if is_shrunk:
             size = tuple(max(1, round(side * short_side / shorter)) for side in image.size)
             file = io.BytesIO()
             image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
             data = file.getvalue()
     decode(data, dataset.name(index))  # raises InputError, with the image's name, for one that is damaged
-    with Image.open(io.BytesIO(data)) as image:
-        extension = {"JPEG": "jpg", "TIFF": "tif"}.get(image.format, image.format.lower())
-    stem = Path(dataset.name(index).rpartition(":")[2]).stem.partition(".")[0]
-    stem = printable(stem).replace("\\", "_")[:60]  # safe in a line of text and in a file system
-    return Stored(f"{index:08d}_{stem}.{extension}" if not stem.isdecimal() else f"{index:08d}.{extension}",
+    name = Path(dataset.name(index).rpartition(":")[2])
+    extension = ".jpg" if is_shrunk else name.suffix.lower()
+    if extension not in IMAGE_EXTENSIONS:  # Hugging Face's have no names
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            extension = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
+    stem = printable(name.stem.partition(".")[0]).replace("\\", "_")[:60]  # safe in a text and in a file system
+    return Stored(f"{index:08d}_{stem}{extension}" if not stem.isdecimal() else f"{index:08d}{extension}",
                   dataset.labels[index], data)  # fmt: skip
 
 
@@ -216,7 +228,7 @@ def _write_hub(target: Path, images: dict, classes: list[str]) -> None:
         datasets.DatasetDict(splits).save_to_disk(str(target))
 
 
-_WRITERS = {"folders": _write_folders, "zip": _write_zip, "shards": _write_shards, "hub": _write_hub}
+_WRITERS = dict(zip(FORMS, (_write_folders, _write_zip, _write_shards, _write_hub), strict=True))
 
 
 @one_line_errors

@@ -1,16 +1,20 @@
 """The last steps of a batch against timm's and torchvision's, and the copy that runs ahead."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms import functional as F
 
 from config import load_config
-from data import build_train_loader, build_val_loader
+from data import batches as batches_module
+from data import build_train_loader, build_val_loader, loader
 from data.augment import Augmentation, Draw, Rectangle
-from data.batches import DeviceBatches, copied_ahead
+from data.batches import DeviceBatches, ResidentLoader, copied_ahead
 from data.transforms import Batch
 
 CPU = torch.device("cpu")
@@ -110,3 +114,92 @@ def test_copies_run_ahead_and_give_the_same_batches():
         assert read == list(range(min(number + 2, 6)))  # the next one is under way
         assert torch.equal(item.images.cpu(), ready[number].images)
         torch.cuda._sleep(10**7)
+
+
+def test_one_stream_serves_all_epochs(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
+    batches_module._copy_stream.cache_clear()
+    first, again = (batches_module._copy_stream(torch.device("cuda")) for _ in range(2))
+    batches_module._copy_stream.cache_clear()
+    assert first is again and len(made) == 1
+
+
+# ---- waiting for the device ------------------------------------------------------------------------
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that stands for one on a GPU; so does all that is computed from it."""
+
+
+class Waits(TorchFunctionMode):
+    """Notes the calls in which the host would wait for the GPU."""
+
+    READ = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "unique",
+            "unique_consecutive", "masked_select", "argwhere", "equal", "allclose")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        is_copy = function in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
+        is_read = name in self.READ and isinstance(args[0], OnDevice)
+        index = args[1] if name == "__getitem__" else None
+        is_mask = isinstance(index, OnDevice) and index.dtype == torch.bool
+        if is_copy or is_read or is_mask:
+            self.found.append(name)
+        return function(*args, **kwargs)
+
+
+def waits(batches: DeviceBatches) -> list[str]:
+    """Waits of three updates of a small network, from the batch on, after a first one."""
+    source = batches.loader
+    if isinstance(source, ResidentLoader):
+        source.pixels, source.labels = source.pixels.as_subclass(OnDevice), source.labels.as_subclass(OnDevice)
+    else:
+        ready = [item for item, _ in zip(source, range(4), strict=False)]
+        batches.loader = [replace(item, images=item.images.as_subclass(OnDevice),
+                                 labels=item.labels.as_subclass(OnDevice)) for item in ready]
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    optimizer, watched = torch.optim.AdamW(model.parameters()), Waits()
+    for number, (images, targets) in enumerate(batches):
+        assert type(images) is OnDevice
+        torch.nn.functional.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        if number == 0:
+            watched.__enter__()
+        if number == 3:
+            break
+    watched.__exit__(None, None, None)
+    return watched.found
+
+
+@pytest.mark.parametrize("options", [
+    "AUG.AUTO_AUGMENT rand-m9-mstd0.5-inc1", "AUG.AUTO_AUGMENT original", "AUG.AUTO_AUGMENT v0", "AUG.AUTO_AUGMENT 3a",
+    "AUG.AUTO_AUGMENT augmix-m5-w3", "AUG.AUTO_AUGMENT augmix-m5-w3-b1", "AUG.AUTO_AUGMENT none AUG.COLOR_JITTER 0.4",
+    "DATA.INTERPOLATION random AUG.AUTO_AUGMENT none", "AUG.REMODE const AUG.RECOUNT 3", "AUG.REMODE rand AUG.MIXUP 0",
+    "AUG.MIXUP 0 AUG.CUTMIX 0",
+])
+@pytest.mark.parametrize("where", ["worker", "device", "resident"])
+def test_the_host_never_waits_for_the_device(where, options, monkeypatch):
+    """In the path of a batch through every policy, erasing, mixing and resizing."""
+    if where == "device":
+        monkeypatch.setattr(loader, "is_resident", lambda *_: False)
+    config = load_config(opts=["DATA.DATASET", "digits", "MODEL.NUM_CLASSES", "10", "DATA.IMG_SIZE", "16",
+                               "DATA.NUM_WORKERS", "0", "DATA.BATCH_SIZE", "128", "AUG.REPROB", "1",
+                               "DATA.AUGMENT_ON", "worker" if where == "worker" else "device", *options.split()])
+    assert waits(build_train_loader(config)) == []
+
+
+def test_waiting_is_noticed():
+    image, watched = torch.zeros(3).as_subclass(OnDevice), Waits()
+    with watched:
+        torch.tensor([1.0], device="cpu")
+        image.sum().item()
+        bool(image[0] > 0)
+        image[image > 0]
+        torch.zeros(3).tolist()
+        torch.zeros(3).to("cpu", non_blocking=True)
+    assert watched.found == ["tensor", "item", "__bool__", "__getitem__"]

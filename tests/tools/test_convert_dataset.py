@@ -107,3 +107,36 @@ def test_names_that_others_chose(tmp_path, capsys):
         assert convert_dataset.main([str(other), str(tmp_path / "target"), "--to", "zip"]) == 2
         assert message in capsys.readouterr().err
         shutil.rmtree(other)
+
+
+@pytest.mark.parametrize("form", [*FORMS, "hub"])
+def test_images_whose_names_lie_are_all_read_back(form, tmp_path):
+    """A phone's MPO, a GIF, a PNG and a TIFF called .jpg, and rare extensions."""
+    if form == "hub":
+        pytest.importorskip("datasets")
+    source = write(tmp_path / "source")
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (9, 8, 3), dtype=np.uint8))
+    phone = {"save_all": True, "append_images": [picture]}
+    for name, kind, options in (
+        ("a.jpg", "MPO", phone), ("b.jpg", "GIF", {}), ("c.jpg", "PNG", {}), ("d.jpg", "TIFF", {}),
+        ("e.JPE", "JPEG", {}), ("f.jfif", "JPEG", {}), ("g.bmp", "WEBP", {}), ("h.png", "PPM", {}), ("i.gif", "GIF", {}),
+    ):
+        picture.save(source / "train" / "ant" / name, kind, **options)
+    target, back = tmp_path / "target", tmp_path / "back"
+    assert convert_dataset.convert(source, target, form) == {"train": 19, "val": 4}
+    assert content(target) == content(source)
+    assert convert_dataset.convert(target, back, "folders") == {"train": 19, "val": 4}
+    assert content(back) == content(source)
+
+
+def test_a_loss_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "source")
+
+    def lossy(target, images, classes):
+        write_all(target, images | {"val": lambda: list(images["val"]())[:-1]}, classes)
+
+    write_all = convert_dataset._WRITERS["zip"]
+    monkeypatch.setitem(convert_dataset._WRITERS, "zip", lossy)
+    assert convert_dataset.main([str(source), str(tmp_path / "target"), "--to", "zip", "--workers", "1"]) == 2
+    assert "4 images of val were written as zip, and 3 read back" in capsys.readouterr().err
+    assert not list((tmp_path / "target").iterdir())
