@@ -119,7 +119,8 @@ def test_images_whose_names_lie_are_all_read_back(form, tmp_path):
     phone = {"save_all": True, "append_images": [picture]}
     for name, kind, options in (
         ("a.jpg", "MPO", phone), ("b.jpg", "GIF", {}), ("c.jpg", "PNG", {}), ("d.jpg", "TIFF", {}),
-        ("e.JPE", "JPEG", {}), ("f.jfif", "JPEG", {}), ("g.bmp", "WEBP", {}), ("h.png", "PPM", {}), ("i.gif", "GIF", {}),
+        ("e.JPE", "JPEG", {}), ("f.jfif", "JPEG", {}), ("g.bmp", "WEBP", {}), ("h.png", "PPM", {}),
+        ("i.gif", "GIF", {}),
     ):
         picture.save(source / "train" / "ant" / name, kind, **options)
     target, back = tmp_path / "target", tmp_path / "back"
