@@ -73,7 +73,7 @@ from examples.detection_data import build_loaders, draw_found, evaluate
 from inference import build_network, weights_file
 from logger import setup_console
 from models import check_fit, load_pretrained, model_state_dict
-from resume import MAX_EPOCHS, check_optimizer, check_scaler
+from resume_checks import MAX_EPOCHS, check_optimizer, check_scaler
 from utils import InputError, error_message, exit_status, input_errors, replacing
 
 logger = logging.getLogger("strip_mlp")

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.helpers import (
     arguments,
     differences,
     digits_folder,
+    few_digits,
     folder,
 )
 from tests.nets import as_stored
@@ -417,3 +419,22 @@ def test_a_checkpoint_of_another_data_set_is_named(content, warned, caplog):
     expected = ["best.pth was trained with DATA.DATASET imagefolder, but --cfg sets cifar10; is this the right "
                 "--cfg?"]
     assert [record.getMessage() for record in caplog.records] == expected * warned
+
+
+def test_an_epoch_outlives_a_validation_image_that_cannot_be_read(tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(few_digits(), data)
+    image = sorted((data / "val" / "7").iterdir())[0]
+    good = image.read_bytes()
+    image.write_bytes(good[:50])
+    command = arguments(tmp_path, "TRAIN.EPOCHS", 1, "DATA.DATA_PATH", data)
+    assert main.main(command) == 2
+    out = capsys.readouterr().out
+    assert f"7/{image.name}" in out.splitlines()[-1] and "SKIP_BAD_IMAGES" in out
+    saved, = checkpoint.list_checkpoints(folder(tmp_path))
+    image.write_bytes(good)
+    assert main.main(command) == 0
+    resumed = capsys.readouterr().out
+    assert "Train:" not in resumed and "eval: epoch 0" in resumed
+    before, after = (checkpoint.load_file(path)["model"] for path in (saved, folder(tmp_path) / "best.pth"))
+    assert differences(before, after) == []

@@ -26,11 +26,11 @@ from resume import (
     NotSavedError,
     Preempted,
     TrainState,
-    check_optimizer,
     get_rng_state,
     seed_everything,
     set_rng_state,
 )
+from resume_checks import check_optimizer
 from tests.helpers import DIGITS, TINY, arguments, differences, folder, tiny_network
 from utils import InputError
 

@@ -22,7 +22,8 @@ from config import load_config, to_dict
 from data.zipped import read_map
 from inference import image_shape, load_network
 from models import build_model, load_pretrained
-from resume import accept_changes, check_run, is_finished
+from resume import accept_changes, is_finished
+from resume_checks import check_run
 from tests.fuzz.mutations import ATTACKS, is_small, mutate, mutated, mutated_bytes
 from tests.helpers import DIGITS, TINY, differences, save_network
 from tests.test_resume import training

@@ -14,7 +14,7 @@ import engine
 import main
 from data.datasets import read_digits
 from logger import MetricsWriter, open_log, start_wandb
-from resume import check_run
+from resume_checks import check_run
 from tests.helpers import arguments, differences, few_digits, folder
 from utils import InputError
 
