@@ -1,6 +1,7 @@
 import argparse
 import codecs
 import contextlib
+import errno
 import io
 import os
 import pickle
@@ -422,3 +423,13 @@ def test_lock_is_not_kept_by_forked_children(tmp_path):
         checkpoint.lock_folder(tmp_path).close()
     finally:
         parent.kill()
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.logger, "propagate", True)
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", refuse)
+    checkpoint.lock_folder(tmp_path).close()
+    assert "No locks available): make sure that no second run writes into it" in caplog.text

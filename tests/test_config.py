@@ -522,3 +522,18 @@ def test_bytes_that_are_not_utf8(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"a: \xff")
     with pytest.raises(InputError, match="'utf-8' codec can't decode"):
         read_yaml(tmp_path / "a.yaml")
+
+
+# ---- values that look like others ------------------------------------------------------------------
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("TRAIN.EPOCHS", "0o17", "TRAIN.EPOCHS takes int"), ("TRAIN.EPOCHS", "0x10", "TRAIN.EPOCHS takes int"),
+    ("TRAIN.EPOCHS", "1_000", "TRAIN.EPOCHS takes int"), ("OUTPUT", "a\0b", "OUTPUT is .* without a NUL"),
+    ("DATA.DATA_PATH", "\0", "DATA_PATH is .* without a NUL"), ("TAG", "x" * 256, "TAG is .* at most 255 bytes"),
+    ("MODEL.NAME", "ä" * 128, "MODEL.NAME is .* at most 255 bytes"),
+    ("DATA.MIRROR", "https://me:secret@host/cifar", "DATA.MIRROR holds a user name or password"),
+])
+def test_odd_values_are_errors_of_their_key(key, value, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_config("", [key, value])
+    assert "secret" not in str(caught.value)

@@ -481,3 +481,15 @@ def test_compiled_it_trains_as_without_and_the_cache_serves_the_next_run(monkeyp
             torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-4)
         found_again = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
         assert (found_again > 0) == bool(hits)
+
+
+def test_the_average_of_a_short_run_is_not_its_random_start():
+    """With the default decay of 0.9999 alone, 22 updates would keep 99.8 % of the initial weights."""
+    config = load_config(DIGITS, [*TINY, "TRAIN.EMA.ENABLED", True, "TRAIN.EMA.DECAY", 0.9999])
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.zero_()
+    ema = engine.build_ema(config, model)
+    model.weight.data.fill_(1.0)
+    for step in range(1, 23):
+        ema.update(model, step=step)
+    assert ema.module.weight.item() > 0.99

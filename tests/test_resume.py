@@ -3,6 +3,7 @@
 import copy
 import errno
 import io
+import math
 import random
 import signal
 from types import SimpleNamespace
@@ -408,3 +409,56 @@ def test_the_end_of_an_epoch_is_a_place_between_updates(saved):
     state = training()
     state.load_state_dict(saved | {"batch": 7, "step": 8})
     assert (state.batch, state.step) == (7, 8)
+
+
+# ---- the best epoch --------------------------------------------------------------------------------
+
+def result(acc1, loss):
+    return {"acc1": acc1, "loss": loss}
+
+
+def test_the_best_is_the_better_of_network_and_average_and_ties_go_by_loss():
+    state = training()
+    state.epoch, state.max_accuracy, state.best_loss = 0, -1.0, math.inf
+    for results, is_best, is_average, best in [
+        ({"eval": result(50.0, 2.0), "eval_ema": result(10.0, 3.0)}, True, False, (50.0, 2.0)),
+        ({"eval": result(50.0, 1.0), "eval_ema": result(20.0, 1.0)}, True, False, (50.0, 1.0)),
+        ({"eval": result(50.0, 1.0), "eval_ema": result(50.0, 0.5)}, True, True, (50.0, 0.5)),
+        ({"eval": result(50.0, 0.7), "eval_ema": result(40.0, 0.1)}, False, False, (50.0, 0.5)),
+        ({"eval": result(90.0, math.nan)}, False, False, (50.0, 0.5)),
+    ]:
+        assert state.finish_epoch(results) == (is_best, is_average)
+        assert (state.max_accuracy, state.best_loss) == best
+    assert (state.epoch, state.batch) == (5, 0)
+
+
+def test_a_checkpoint_without_the_best_loss_resumes(saved):
+    """As those of version 1.0."""
+    state = training()
+    state.load_state_dict({key: value for key, value in saved.items() if key != "best_loss"})
+    assert state.best_loss == math.inf
+
+
+def test_another_effective_batch_is_said_and_recorded(saved, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(resume.logger, "propagate", True)
+    saver = checkpointer(tmp_path)
+    (tmp_path / "run").mkdir()
+    state = training(batch_size=100, accumulation_steps=2)
+    resume.resume(tmp_path / "a.pth", copy.deepcopy(saved), state, saver)
+    assert saver.metadata["changes"] == [{"step": 5, "keys": {"effective batch": "400 -> 200"}}]
+    assert "the effective batch (images per update) changes from 400 to 200" in caplog.text
+
+
+def test_signals_that_are_ignored_stay_ignored(tmp_path):
+    """Of a run under nohup, which outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with checkpointer(tmp_path) as saver:
+            signal.raise_signal(signal.SIGHUP)
+            assert saver.signal is None
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with checkpointer(tmp_path) as saver:
+            signal.raise_signal(signal.SIGHUP)
+            assert saver.signal == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)

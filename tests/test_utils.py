@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 
 import pytest
 
@@ -14,6 +15,7 @@ from utils import (
     check_place,
     csv_cell,
     exit_status,
+    input_errors,
     one_line_errors,
     printable,
     replacing,
@@ -137,3 +139,23 @@ def test_printable(text, expected):
 def test_csv_cell(text, expected):
     assert csv_cell(text) == expected
     assert csv_cell(expected) == expected
+
+
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def refuse_folders(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_input_errors_name_their_source():
+    with pytest.raises(InputError, match="^a.pth: too large$"), input_errors("a.pth"):
+        raise ValueError("too large")
+    with pytest.raises(KeyError), input_errors("a.pth"):
+        raise KeyError("a bug")
