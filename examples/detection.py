@@ -72,7 +72,7 @@ from engine import Precision
 from examples.detection_data import build_loaders, draw_found, evaluate
 from inference import build_network, weights_file
 from logger import setup_console
-from models import check_fit, load_pretrained, model_state_dict
+from models import check_fit, load_pretrained
 from resume_checks import MAX_EPOCHS, check_optimizer, check_scaler
 from utils import InputError, error_message, exit_status, input_errors, replacing
 
@@ -173,7 +173,7 @@ def restore(content: dict, state: dict) -> int:
     epoch, optimizer = content["epoch"], state["optimizer"]
     if type(epoch) is not int or not 0 <= epoch <= MAX_EPOCHS:
         raise InputError(f"its epoch is {epoch!r:.60}; it must be a number from 0 to {MAX_EPOCHS}")
-    weights = model_state_dict(content)
+    weights = content["model"]
     check_fit(state["model"], weights)
     check_optimizer(content["optimizer"], optimizer)
     check_scaler(content["scaler"], state["scaler"])

@@ -262,6 +262,8 @@ def check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
         InputError: it does not fit (up to 100 missing keys, unexpected keys and differing shapes are listed), a tensor
             is not floating-point though the model's is, or it holds a value that is not finite or a variance below 0.
     """
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"the weights are {type(state_dict).__name__}, not a state dict")
     own = model.state_dict()
     problems = [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state_dict]
     problems += [f"unexpected: {key}" for key in state_dict if key not in own]

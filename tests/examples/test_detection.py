@@ -195,7 +195,7 @@ def test_training_resumes(config_file, tmp_path, capsys):
 
 @pytest.mark.parametrize(("path", "value", "message"), [
     (("epoch",), None, "its epoch is None"), (("epoch",), 10**9, "its epoch is 1000000000"),
-    (("model",), 3, "no weights"), (("model", "0.weight"), torch.full((3, 4), torch.nan), "not finite: 0.weight"),
+    (("model",), 3, "not a state dict"), (("model", "0.weight"), torch.full((3, 4), torch.nan), "not finite: 0.weight"),
     (("optimizer", "state", 0, "exp_avg"), torch.zeros(1), "parameter 0: exp_avg is (1,)"),
     (("optimizer",), [], "another one or has other parameter groups"), (("scaler",), 3, "its scaler is int"),
 ])

@@ -28,7 +28,7 @@ from tests.fuzz.mutations import ATTACKS, is_small, mutate, mutated, mutated_byt
 from tests.helpers import DIGITS, TINY, differences, save_network
 from tests.test_resume import training
 from tests.watch import Watch
-from utils import InputError
+from utils import InputError, input_errors
 
 CPU_SECONDS = 10  # for one example; a machine under load is slower
 GIGABYTES = 1.5  # more than before, in this process
@@ -132,7 +132,7 @@ def try_resume(run, rng):
     path = folder / "ckpt_step_00000005.pth"
     save(mutated(content, rng), path)
     before = None
-    with ends_well(path, folder / "ckpt_step_00000001.pth") as end:
+    with ends_well(path, folder / "ckpt_step_00000001.pth") as end, input_errors():
         _, found = checkpoint.newest_checkpoint(folder)
         before = state.state_dict()
         before = before | {"model": {key: value.clone() for key, value in before["model"].items()}}
@@ -151,7 +151,7 @@ def try_pretrained(network, rng):
     path = folder / "odd.pth"
     save(mutated({"model": content["model"]}, rng), path)
     model = build_model(load_config(DIGITS, [*TINY, "MODEL.STRIP_MLP.EMBED_DIM", "4", "MODEL.NUM_CLASSES", "7"]))
-    with ends_well(path):
+    with ends_well(path), input_errors():
         load_pretrained(model, checkpoint.load_file(path))
         assert all(value.isfinite().all() for value in model.state_dict().values())
 
