@@ -25,12 +25,12 @@ _C.DATA.DATASET = "imagenet"  # imagenet | cifar10 | cifar100 | caltech101 | ima
 _C.DATA.DATA_PATH = ""  # the data set's folder; may stay empty for digits
 _C.DATA.MIRROR = ""  # cifar10, cifar100: URL of a folder that holds the archive; empty: the original host
 _C.DATA.IMG_SIZE = 224  # side of the square input, in pixels
-_C.DATA.HOLD_OUT = 0.0  # share of the training set held out and used for evaluation instead of the test set
+_C.DATA.HOLD_OUT = 0.0  # share of each class of the training set that is held out and evaluated instead of val/
 _C.DATA.BATCH_SIZE = 128  # images per process and micro-batch
 _C.DATA.INTERPOLATION = "bicubic"  # for resizing: bicubic | bilinear | random (evaluation then uses bicubic)
 _C.DATA.ZIP_MODE = False  # imagenet and imagefolder: read train.zip + train_map.txt, val.zip + val_map.txt
 _C.DATA.CACHE_MODE = "part"  # with ZIP_MODE, what to keep in memory: no | part (this process's share) | full
-_C.DATA.SKIP_BAD_IMAGES = False  # training: replace an unreadable image with the next one instead of stopping
+_C.DATA.SKIP_BAD_IMAGES = False  # skip an image that cannot be read instead of stopping; training takes the next one
 _C.DATA.NUM_WORKERS = 8  # loading processes per training process
 _C.DATA.AUGMENT_ON = "auto"  # where training images are augmented: worker | device | auto (device on a GPU)
 

@@ -57,6 +57,8 @@ class Augmentation:
 
     Attributes:
         size: side of the input, in pixels.
+        erase_mode: what erased rectangles are filled with: ``"pixel"`` (noise), ``"rand"`` (one random colour) or
+            ``"const"`` (the mean colour).
         blended: AugMix blends its chains into the image one after the other, instead of adding them up.
 
     Raises:
@@ -65,7 +67,7 @@ class Augmentation:
 
     def __init__(self, config):
         self.aug, self.size, self.seed = config.AUG, config.DATA.IMG_SIZE, config.SEED
-        self.interpolation = config.DATA.INTERPOLATION
+        self.interpolation, self.erase_mode = config.DATA.INTERPOLATION, config.AUG.REMODE
         name = "" if self.aug.AUTO_AUGMENT == "none" else self.aug.AUTO_AUGMENT
         self.policy = _parse(name, self.size, self.interpolation) if name else None
         self.jitter = self.aug.COLOR_JITTER if not name or "3a" in name else 0.0  # as timm combines them

@@ -73,7 +73,7 @@ class DeviceBatches:
     def _erase(self, image: torch.Tensor, place: Rectangle, seed: int) -> None:
         """Fills a rectangle; its noise depends only on its seed."""
         top, left, height, width = place
-        part, mode = image[:, top : top + height, left : left + width], self.augmentation.aug.REMODE
+        part, mode = image[:, top : top + height, left : left + width], self.augmentation.erase_mode
         if mode == "const":
             part.zero_()
             return
