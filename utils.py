@@ -78,7 +78,8 @@ def one_line_errors(main):
             status = exit_status(error)
             if status is None:
                 raise
-            print(f"{tool}: {error_message(error)}", file=sys.stderr)
+            message = "\n".join(map(printable, error_message(error).split("\n")))
+            print(f"{tool}: {message}", file=sys.stderr)
             return status
 
     return ending_in_one_line

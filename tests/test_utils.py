@@ -48,6 +48,8 @@ def test_a_tool_ends_in_one_line_or_with_its_traceback(capsys):
 
     assert tool(InputError("x.yaml: wrong")) == 2
     assert capsys.readouterr().err == "test_utils.py: x.yaml: wrong\n"
+    assert tool(InputError("a\x1b[31m\udcff.yaml: wrong:\n  b")) == 2
+    assert capsys.readouterr().err == "test_utils.py: a\\x1b[31m\\udcff.yaml: wrong:\n  b\n"
     with pytest.raises(KeyError):
         tool(KeyError("a bug"))
 
