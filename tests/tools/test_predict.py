@@ -123,7 +123,7 @@ def test_large_pictures_are_shown_whole_and_long_names_cut():
         (["NETWORK", "empty"], "empty holds no images (.jpg, "),
         (["gone.pth", "0.png"], "checkpoint gone.pth does not exist"),
         (["0.png", "0.png"], "0.png "),
-        (["other.pth", "0.png"], "other.pth: no weights under 'model'; the entries are: a"),
+        (["other.pth", "0.png"], "other.pth: no weights under model, state_dict"),
         (["NETWORK", "0.png", "--top-k", "0"], "--top-k and --batch-size must be at least 1"),
         (["NETWORK", "0.png", "--cfg", "gone.yaml"], "gone.yaml does not exist"),
         (["NETWORK", "0.png", "--sheet", "s.gif"], "s.gif: the sheet is a PNG"),
