@@ -55,7 +55,7 @@ _C.MODEL.STRIP_MLP.MLP_RATIO = 3.0  # alpha: hidden width of the channel mixing,
 _C.MODEL.STRIP_MLP.NUM_PATCHES = 2  # P: channel patches that share the strip weights
 _C.MODEL.STRIP_MLP.STRIP_WIDTH = 3  # rows (columns) that a strip spans; odd
 _C.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = 0  # trained size; if IMG_SIZE differs, run in windows of it; 0: IMG_SIZE
-_C.MODEL.STRIP_MLP.FORM = "auto"  # how strips are computed: plain | matmul | triton | auto (by device, shape and type)
+_C.MODEL.STRIP_MLP.FAST = True  # faster forward passes where they apply (models/fast); False: the plain modules
 _C.MODEL.STRIP_MLP.TOKEN_MIXERS = "both"  # ablation: both (half of the channels each) | cgsmm | lsmm (all channels)
 _C.MODEL.STRIP_MLP.CASCADE = True  # ablation: CGSMM's column strips read the row strips' output; False: the input
 _C.MODEL.STRIP_MLP.SHORTCUTS = True  # ablation: the cross-stage shortcuts
@@ -109,7 +109,6 @@ _C.AUG.MIXUP_MODE = "batch"  # what shares one random draw: batch | pair | elem
 # ---- evaluation ----------------------------------------------------------------------------------
 _C.TEST = CfgNode()
 _C.TEST.CROP = True  # resize to 256/224 of the input size, then crop the centre; False: resize to the input size
-_C.TEST.FUSE = False  # --eval, --throughput: the network's inference form, faster and equal within rounding
 _C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, one line per image
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -133,7 +132,6 @@ _CHOICES = {
     "DATA.AUGMENT_ON": ("worker", "device", "auto"),
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "MODEL.TYPE": ("strip_mlp", "timm"),
-    "MODEL.STRIP_MLP.FORM": ("auto", "plain", "matmul", "triton"),
     "MODEL.DROP_PATH_SCHEDULE": ("constant", "linear"),
     "MODEL.STRIP_MLP.TOKEN_MIXERS": ("both", "cgsmm", "lsmm"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
@@ -142,7 +140,8 @@ _CHOICES = {
     "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),
     "COMPILE": ("auto", "on", "off"),
 }
-_RETIRED = ("SAVE_ELSEWHERE",)  # ignored: configs and checkpoints of version 1.0 have them
+# Ignored: configs and checkpoints of version 1.0 have them.
+_RETIRED = ("SAVE_ELSEWHERE", "MODEL.STRIP_MLP.FORM", "TEST.FUSE")
 _AT_LEAST_ONE = (
     "DATA.IMG_SIZE DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS PRINT_FREQ SAVE_FREQ "
     "KEEP_CHECKPOINTS TRAIN.MAX_SKIPPED AUG.RECOUNT TRAIN.LR_SCHEDULER.DECAY_EPOCHS MODEL.STRIP_MLP.PATCH_SIZE "

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import importlib.util
 import logging
 import os
 import sys
@@ -20,8 +21,7 @@ from tqdm import tqdm
 
 import distributed
 from data import DeviceBatches
-from models import set_train_mode
-from models.strip_ops import strip_triton
+from models import fast, set_train_mode
 from optimizer import skips_on_device
 from resume import TrainState
 from utils import InputError, error_message
@@ -360,17 +360,6 @@ def log_results(results: dict, before: str = "", after: str = "") -> None:
                     f"loss {result['loss']:.4f}  ({result['images']} images){after}")
 
 
-def inference_form(config, model: nn.Module) -> nn.Module:
-    """The network, fused (TEST.FUSE) and compiled (COMPILE on; auto compiles only for training)."""
-    if config.TEST.FUSE:
-        if not hasattr(model, "fuse"):
-            raise InputError(f"TEST.FUSE is True, but {config.MODEL.NAME} has no inference form; set it False")
-        model.fuse()
-    if config.COMPILE == "on":
-        model.compile(options=OPTIONS)
-    return model
-
-
 @torch.inference_mode()
 def measure_throughput(model: nn.Module, images: torch.Tensor, precision: Precision, repeats: int = 30) -> float:
     """Images per second of the forward pass, measured on one batch (N, C, H, W) repeatedly, after a warm-up."""
@@ -396,6 +385,26 @@ def _shows_progress() -> bool:
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+# ---- Triton's kernels ------------------------------------------------------------------------------
+
+def check_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Makes the network plain in all processes, with a warning, if its Triton kernels do not work in one of them.
+
+    Args:
+        model: a network on ``device``.
+        dtype: of the forward pass.
+    """
+    if not fast.uses_kernels(model, device, dtype):
+        return
+    reasons = distributed.gather_objects(fast.why_not(device, dtype))
+    rank, reason = next(((rank, reason) for rank, reason in enumerate(reasons) if reason), (0, ""))
+    if reason:
+        where = f" on rank {rank}" if len(reasons) > 1 else ""
+        logger.warning(f"the strip layers use matrix products, which are slower: Triton's kernels do not work{where}: "
+                       f"{reason}")
+        fast.make_plain(model)
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------
@@ -456,7 +465,7 @@ def compile_network(model: nn.Module, setting: str, device: torch.device, determ
 
 def _can_compile(device: torch.device) -> bool:
     is_recent = device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (7, 0))
-    return is_recent and strip_triton is not None  # None without Triton, which compiled code needs
+    return is_recent and importlib.util.find_spec("triton") is not None  # compiled code is written in it
 
 
 class CompiledNetwork(nn.Module):

@@ -30,7 +30,7 @@ _SIZES = {  # of other numbers: 65,536
     "DATA.IMG_SIZE": 4096, "MODEL.STRIP_MLP.TRAINED_IMG_SIZE": 4096, "MODEL.NUM_CLASSES": 10**6,
 }
 _CHOSEN_BY_CHECKPOINTS = {"DATA": ("DATASET", "IMG_SIZE", "INTERPOLATION"), "TEST": ("CROP",)}
-_CHOSEN_BY_USERS = ("PRETRAINED", "RESUME")  # of MODEL; its other keys, except STRIP_MLP.FORM, are the architecture
+_CHOSEN_BY_USERS = ("PRETRAINED", "RESUME")  # of MODEL; its other keys, except STRIP_MLP.FAST, are the architecture
 _NETWORK_KEYS = ("TYPE", "ARCH", "TIMM_KWARGS", "STRIP_MLP.")  # of MODEL, those that weights depend on
 _TIMM_ARGUMENTS = {  # the arguments of timm's networks that a checkpoint may set, and the largest number in each
     **dict.fromkeys("depth depths layers".split(), 256),
@@ -233,8 +233,8 @@ def architecture(values: dict, source: str):
         if not isinstance(found, dict):
             raise InputError(f"{source}: {group} is {short(found)}, not a group of keys")
         chosen[group] = {key: found[key] for key in keys if key in found}
-    if isinstance(model.get("STRIP_MLP"), dict):  # the best form depends on the machine
-        chosen["MODEL"]["STRIP_MLP"] = {key: value for key, value in model["STRIP_MLP"].items() if key != "FORM"}
+    if isinstance(model.get("STRIP_MLP"), dict):  # how to compute it is this machine's choice
+        chosen["MODEL"]["STRIP_MLP"] = {key: value for key, value in model["STRIP_MLP"].items() if key != "FAST"}
     _check_bounds(chosen, source)
     config = from_dict(chosen, source)
     _check_timm_arguments(config.MODEL.TIMM_KWARGS, source)

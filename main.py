@@ -47,14 +47,14 @@ import distributed
 from arguments import argument_parser, config_overrides, parse_arguments
 from config import load_config, to_dict
 from data import augment_on, build_train_loader, build_val_loader, prepare_data
-from device import settle_form
 from distributed import choose_device, machine_failures
 from engine import (
+    OPTIONS,
     Precision,
     build_ema,
+    check_kernels,
     compile_network,
     evaluate_all,
-    inference_form,
     log_results,
     make_deterministic,
     measure_throughput,
@@ -200,7 +200,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         seed_everything(config.SEED + distributed.rank())
         precision = Precision(config.AMP_DTYPE, device)
         logger.info(f"precision: {precision.name} ({precision.reason})")
-        settle_form(config, model, device, precision.dtype)
+        check_kernels(model, device, precision.dtype)
         optimizer = build_optimizer(config, model)
         updates_per_epoch = -(-len(train_loader) // config.TRAIN.ACCUMULATION_STEPS)
         state = TrainState(
@@ -292,8 +292,10 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     for name, weights in (("eval", content["model"]), ("eval_ema", content["model_ema"])):
         if weights is not None:
             network = to_device(build_with_weights(path, weights, config, warn=not networks), device)
-            settle_form(config, network, device, precision.dtype)
-            networks[name] = inference_form(config, network)
+            check_kernels(network, device, precision.dtype)
+            if config.COMPILE == "on":  # auto compiles only for training
+                network.compile(options=OPTIONS)
+            networks[name] = network
     open_log(folder)
     predictions = [] if config.TEST.PREDICTIONS else None
     results = evaluate_all(networks, loader, precision, predictions)
@@ -320,8 +322,9 @@ def throughput(config, device: torch.device) -> None:
     """Logs images per second of the forward pass, on random images of the config's size and batch size."""
     precision = Precision(config.AMP_DTYPE, device)
     model = to_device(build_network(config), device)
-    settle_form(config, model, device, precision.dtype)
-    model = inference_form(config, model)
+    check_kernels(model, device, precision.dtype)
+    if config.COMPILE == "on":
+        model.compile(options=OPTIONS)
     images = torch.randn(config.DATA.BATCH_SIZE, *image_shape(config), device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     speed = measure_throughput(model, images, precision)

@@ -3,11 +3,23 @@
 ``strip_mlp_{tiny_light,tiny,small,base}``, ``smlpnet_{tiny,small,base}``, ``wave_mlp_{tiny,small,medium,base}``.
 """
 
-from . import _torchvision, registry  # noqa: F401, checks torchvision; registers the variants with timm
+from importlib.metadata import version
+
+try:
+    import torchvision  # noqa: F401, before timm imports it
+except ModuleNotFoundError:
+    raise
+except (ImportError, OSError, RuntimeError) as error:  # a missing symbol, library or operator
+    torch_version = version("torch")
+    raise ImportError(
+        f"torchvision {version('torchvision')} does not fit PyTorch {torch_version} ({str(error).splitlines()[0]}); "
+        f"run: pip install 'torchvision==0.{int(torch_version.split('.')[1]) + 15}.*'"
+    ) from error
+
+# ruff: isort: split
+from . import registry  # noqa: F401, registers the variants with timm
+from .backbone import count_batches_once, freeze_stages, set_train_mode
 from .build import build_model, timm_arguments
-from .errors import InputError, MissingFileError
-from .freeze import freeze_stages, set_train_mode
-from .recomputation import count_batches_once
 from .smlpnet import SMLPNet
 from .strip_mlp import StripMLPNet
 from .wavemlp import WaveMLP
@@ -23,8 +35,6 @@ from .weights import (
 )
 
 __all__ = [
-    "InputError",
-    "MissingFileError",
     "SMLPNet",
     "StripMLPNet",
     "WaveMLP",

@@ -8,8 +8,8 @@ from timm.layers import DropPath
 from torch import nn
 
 from .ablations import build_ablated
-from .errors import InputError
-from .freeze import freeze_stages
+from .backbone import freeze_stages
+from .fast import accelerate
 from .strip_mlp import VARIANTS, StripMLPNet
 
 WHOLE = ("both", True, True)  # the full network
@@ -19,7 +19,7 @@ def build_model(config) -> nn.Module:
     """The network that a config describes: a Strip-MLP, or any timm model to be trained with the same recipe.
 
     Raises:
-        InputError: sizes that do not fit together; an unknown timm model, or one that does not accept drop path or one
+        ValueError: sizes that do not fit together; an unknown timm model, or one that does not accept drop path or one
             of MODEL.TIMM_KWARGS, or lacks the gradient checkpointing that TRAIN.USE_CHECKPOINT requires.
     """
     if config.MODEL.TYPE == "timm":
@@ -31,14 +31,13 @@ def build_model(config) -> nn.Module:
         }
         choices = _ablations(config)
         model = StripMLPNet(**kwargs) if choices == WHOLE else build_ablated(*choices, **kwargs)
-        for module in model.modules():
-            if hasattr(module, "form"):
-                module.form = config.MODEL.STRIP_MLP.FORM
+        if config.MODEL.STRIP_MLP.FAST:
+            accelerate(model)
     if config.TRAIN.USE_CHECKPOINT:
         try:
             model.set_grad_checkpointing(True)
         except AssertionError as error:  # a timm model's
-            raise InputError(f"MODEL.ARCH {config.MODEL.ARCH}: {error}; set TRAIN.USE_CHECKPOINT False") from None
+            raise ValueError(f"MODEL.ARCH {config.MODEL.ARCH}: {error}; set TRAIN.USE_CHECKPOINT False") from None
     freeze_stages(model, config.TRAIN.FREEZE_STAGES)
     return model
 
@@ -47,13 +46,13 @@ def timm_arguments(config) -> tuple[str, dict]:
     """The name and arguments with which ``timm.create_model`` builds a config's network, without regularisation.
 
     Raises:
-        InputError: an ablated Strip-MLP, which timm cannot build.
+        ValueError: an ablated Strip-MLP, which timm cannot build.
     """
     if config.MODEL.TYPE == "timm":
         size = {"img_size": config.DATA.IMG_SIZE} if timm.get_pretrained_cfg(config.MODEL.ARCH).fixed_input_size else {}
         return config.MODEL.ARCH, {"num_classes": config.MODEL.NUM_CLASSES} | size | _timm_kwargs(config)
     if _ablations(config) != WHOLE:
-        raise InputError("an ablated Strip-MLP (MODEL.STRIP_MLP.TOKEN_MIXERS, CASCADE, SHORTCUTS) has no name in timm")
+        raise ValueError("an ablated Strip-MLP (MODEL.STRIP_MLP.TOKEN_MIXERS, CASCADE, SHORTCUTS) has no name in timm")
     kwargs = _strip_mlp_arguments(config)
     sizes = kwargs["embed_dim"], tuple(kwargs["depths"])
     alike = [name for name, variant in VARIANTS.items() if (variant["embed_dim"], variant["depths"]) == sizes]
@@ -85,12 +84,12 @@ def _build_timm_model(config) -> nn.Module:
     name = config.MODEL.ARCH
     if not timm.is_model(name):
         similar = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise InputError(f"MODEL.ARCH {name!r} is not a timm model; similar ones: {', '.join(similar) or 'none'}")
+        raise ValueError(f"MODEL.ARCH {name!r} is not a timm model; similar ones: {', '.join(similar) or 'none'}")
     _, kwargs = timm_arguments(config)
     try:
         model = timm.create_model(name, **{"drop_path_rate": config.MODEL.DROP_PATH_RATE or None} | kwargs)
     except TypeError as error:
-        raise InputError(f"MODEL.ARCH {name}: {error}; if it has no drop path, set MODEL.DROP_PATH_RATE 0") from None
+        raise ValueError(f"MODEL.ARCH {name}: {error}; if it has no drop path, set MODEL.DROP_PATH_RATE 0") from None
     if config.MODEL.DROP_PATH_RATE == 0:  # not passed to models without drop path; others have a default rate
         for module in model.modules():
             if isinstance(module, DropPath):
@@ -106,6 +105,6 @@ def _timm_kwargs(config) -> dict:
     except yaml.YAMLError:
         kwargs = None
     if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
-        raise InputError(f"MODEL.TIMM_KWARGS is {text!r}; it must name arguments and values in YAML, e.g. "
+        raise ValueError(f"MODEL.TIMM_KWARGS is {text!r}; it must name arguments and values in YAML, e.g. "
                          "'{stem_type: deep, stem_width: 32}'")
     return kwargs

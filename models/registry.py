@@ -7,8 +7,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import FeatureGetterNet
 
 from . import smlpnet, strip_mlp, wavemlp
+from .backbone import Backbone
+from .fast import accelerate
 from .smlpnet import SMLPNet
-from .staged import StagedNet
 from .strip_mlp import StripMLPNet
 from .wavemlp import WaveMLP
 from .weights import fit_state_dict
@@ -46,14 +47,14 @@ class StageFeatures(FeatureGetterNet):
 
 
 def _create(
-    network: type[StagedNet], variant: str, pretrained: bool, device=None, dtype=None, **kwargs
-) -> StagedNet:
+    network: type[Backbone], variant: str, pretrained: bool, device=None, dtype=None, **kwargs
+) -> Backbone:
     model = build_model_with_cfg(
         network, variant, pretrained, pretrained_filter_fn=fit_state_dict,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": StageFeatures},
         **(_NETWORKS[network][0][variant] | kwargs),
     )
-    return model.to(device=device, dtype=dtype)
+    return accelerate(model).to(device=device, dtype=dtype)
 
 
 @register_model

@@ -7,13 +7,14 @@ from collections import OrderedDict
 from itertools import accumulate
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
 
-from .errors import InputError
-from .input_size import check_img_size, map_sizes
-from .staged import StagedNet
+from .backbone import Backbone, check_images, check_img_size, map_sizes, run_block
+
+torch.fx.wrap("check_images")  # it branches on the input's size
 
 
 class TokenLinear(nn.Conv2d):
@@ -83,7 +84,7 @@ def channel_mixing(dim: int, hidden_dim: int, drop_path: float) -> Residual:
     return Residual(Permute(0, 2, 3, 1), nn.LayerNorm(dim), mlp, Permute(0, 3, 1, 2), DropPath(drop_path))
 
 
-class SMLPNet(StagedNet):
+class SMLPNet(Backbone):
     """sMLPNet: four stages at 1/4, 1/8, 1/16 and 1/32 of the input size. It is built for one input size.
 
     Args:
@@ -99,7 +100,7 @@ class SMLPNet(StagedNet):
             rises linearly from 0 in the first block.
 
     Raises:
-        InputError: an ``img_size`` that is not a multiple of 32.
+        ValueError: an ``img_size`` that is not a multiple of 32.
     """
 
     classifier, final_norm = "mlp_head.0", "batch_norm"
@@ -144,18 +145,15 @@ class SMLPNet(StagedNet):
         """The outputs of the first ``count`` stages: (N, C, H/4, W/4) to (N, 8C, H/32, W/32).
 
         Raises:
-            InputError: images of another size than the network's.
+            ValueError: images of another size than the network's.
         """
-        if x.ndim != 4 or x.shape[2:] != self.img_size:
-            raise InputError(
-                f"this network was built for images of {'x'.join(map(str, self.img_size))}, got a batch of shape "
-                f"{tuple(x.shape)}; resize the images, or build the network with another img_size"
-            )
+        x = check_images(x, self.img_size, 32)
         outputs = []
         for embedding, blocks in zip(self.to_patch_embedding[:count], self.blocks, strict=False):
             x = embedding(x)
             for i in blocks:
-                x = self._run_block(self.channel_mix[i], self._run_block(self.token_mix[i], x))
+                for block in (self.token_mix[i], self.channel_mix[i]):
+                    x = run_block(block, x, self.grad_checkpointing)
             outputs.append(x)
         return outputs
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
 
-from .staged import StagedNet
+from .backbone import Backbone, Stage
 
 NORMS = {"batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, 1)}
 
@@ -79,7 +79,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class WaveMLP(StagedNet):
+class WaveMLP(Backbone):
     """Wave-MLP: four stages at 1/4, 1/8, 1/16 and 1/32 of the input size, which is free.
 
     Args:
@@ -123,7 +123,7 @@ class WaveMLP(StagedNet):
             return nn.Sequential(OrderedDict(proj=nn.Conv2d(*conv), norm=after))
 
         stages = [
-            nn.Sequential(*(Block(dim, ratio, make_norm, next(rates)) for _ in range(depth)))
+            Stage(*(Block(dim, ratio, make_norm, next(rates)) for _ in range(depth)))
             for dim, depth, ratio in zip(embed_dims, depths, mlp_ratios, strict=True)
         ]
         self.patch_embed = embedding(in_chans, embed_dims[0], 7, 4, 2)
@@ -138,9 +138,7 @@ class WaveMLP(StagedNet):
         """The outputs of the first ``count`` stages: (N, dims[0], H/4, W/4) to (N, dims[3], H/32, W/32)."""
         outputs = []
         for embed, stage in zip([self.patch_embed, *self.network[1::2]], self.network[: 2 * count : 2], strict=False):
-            x = embed(x)
-            for block in stage:
-                x = self._run_block(block, x)
+            x = stage(embed(x))
             outputs.append(x)
         return outputs
 

@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import InputError
-
 logger = logging.getLogger("strip_mlp.weights")
 
 _RENAMES = (  # (ours, released); each applies to one part of a key
@@ -234,7 +232,7 @@ def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
         The keys of the head that were skipped; empty if everything was loaded.
 
     Raises:
-        InputError: as ``check_fit``.
+        ValueError: as ``check_fit``.
     """
     state_dict = adapt_size(model_state_dict(checkpoint), model)
     own = model.state_dict()
@@ -249,7 +247,7 @@ def load_strict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     """``model.load_state_dict`` for weights that pass ``check_fit``.
 
     Raises:
-        InputError: as ``check_fit``; the model is not changed.
+        ValueError: as ``check_fit``; the model is not changed.
     """
     check_fit(model, state_dict)
     model.load_state_dict(state_dict)
@@ -259,7 +257,7 @@ def check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     """Checks that a state dict fits this model, which may be on the meta device.
 
     Raises:
-        InputError: it does not fit (up to 100 missing keys, unexpected keys and differing shapes are listed), a tensor
+        ValueError: it does not fit (up to 100 missing keys, unexpected keys and differing shapes are listed), a tensor
             is not floating-point though the model's is, or it holds a value that is not finite or a variance below 0.
     """
     if not isinstance(state_dict, dict):
@@ -275,18 +273,18 @@ def check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
     ]
     if problems:
         shown = problems[:100] + [f"... and {len(problems) - 100} more"] * (len(problems) > 100)
-        raise InputError(
+        raise ValueError(
             f"the weights do not fit the model in {len(problems)} places; check MODEL.STRIP_MLP.*, MODEL.NUM_CLASSES "
             "and DATA.IMG_SIZE against the run that wrote them:\n  " + "\n  ".join(shown)
         )
     for key, value in state_dict.items():
         if own[key].is_floating_point():
             if value.dtype not in _FLOATS:
-                raise InputError(f"the weights must be floating point, but {key} is {value.dtype}")
+                raise ValueError(f"the weights must be floating point, but {key} is {value.dtype}")
             if not value.to(own[key].dtype).isfinite().all():
-                raise InputError(f"the weights are not finite: {key} holds nan or inf; use an earlier checkpoint")
+                raise ValueError(f"the weights are not finite: {key} holds nan or inf; use an earlier checkpoint")
             if key.endswith("running_var") and (value < 0).any():
-                raise InputError(f"the weights are invalid: {key} holds a variance below 0")
+                raise ValueError(f"the weights are invalid: {key} holds a variance below 0")
         elif value.dtype != own[key].dtype:
-            raise InputError(f"the weights do not fit the model: {key} has the type {value.dtype}, not "
+            raise ValueError(f"the weights do not fit the model: {key} has the type {value.dtype}, not "
                              f"{own[key].dtype}")

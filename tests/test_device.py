@@ -1,19 +1,15 @@
-"""The choice of device, precision and form, on machines that are only pretended."""
-
-import inspect
-import os
-import re
+"""The choice of device, precision and kernels, on machines that are only pretended."""
 
 import pytest
 import torch
 
-import device
 import distributed
+import engine
 from config import load_config
-from device import settle_form, why_not_triton
 from distributed import choose_device
-from engine import choose_precision
-from models import build_model
+from engine import check_kernels, choose_precision
+from models import build_model, fast
+from models.fast import FastStripMLP
 from models.strip_mlp import StripMLP
 from tests.helpers import DIGITS, TINY
 from utils import InputError
@@ -108,7 +104,7 @@ def test_a_gpu_that_was_hidden_on_purpose_is_no_error(machine, monkeypatch):
 
 def test_an_accelerator_that_is_not_used_is_named(machine, caplog, monkeypatch):
     machine(accelerator="mps")
-    monkeypatch.setattr(device.logger, "propagate", True)
+    monkeypatch.setattr(distributed.logger, "propagate", True)
     with caplog.at_level("INFO", "strip_mlp"):
         assert choose_device().type == "cpu"
     assert "--device mps selects this machine's accelerator" in caplog.text
@@ -130,94 +126,25 @@ def test_precision_elsewhere(machine):
     assert choose_precision(torch.device("cpu"))[0] == choose_precision(torch.device("mps"))[0] == "fp32"
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
-def test_the_probe_passes_where_the_kernels_work(dtype, monkeypatch):
-    """Without PyTorch's deterministic mode, in which matrix products on CUDA need a variable of the environment."""
-    def refused(*args, **kwargs):
-        raise AssertionError("the probe changed a setting of the whole process")
-
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", refused)
-    pytest.importorskip("triton")
-    if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
-        pytest.skip("needs a CUDA GPU or Triton's interpreter")
-    assert why_not_triton(CUDA if torch.cuda.is_available() else torch.device("cpu"), dtype) == ""
-
-
-def test_the_probe_without_triton(monkeypatch):
-    monkeypatch.setattr(device, "strip_triton", None)
-    reason = why_not_triton(torch.device("cpu"), torch.float32)
-    assert reason == "the package triton, which comes with PyTorch's CUDA builds, is not installed"
-
-
-def build_with_triton():
-    """Triton's own search for a C compiler, as at a first launch."""
-    from triton.runtime.build import _build
-
-    _build(*["probe"] * len(inspect.signature(_build).parameters))
-
-
-def store_in_triton_cache():
-    """Triton's own writing of a compiled kernel, as at a first launch."""
-    from triton.runtime.cache import get_cache_manager
-
-    get_cache_manager("0" * 64).put(b"", "probe.o")
-
-
-@pytest.mark.parametrize("launch, message", [
-    (build_with_triton, "C compiler|AssertionError"),
-    (store_in_triton_cache, "NotADirectoryError.*a file.*TRITON_CACHE_DIR"),
-])
-def test_the_probe_says_why_triton_cannot_compile(monkeypatch, tmp_path, launch, message):
-    """Without a C compiler, as in slim containers, and with a cache that cannot be written."""
-    pytest.importorskip("triton")
-    (tmp_path / "a file").touch()
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # Triton 3.2 imports it, as pytest has already
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "a file" / "cache"))
-    monkeypatch.setattr(device, "strip_mix", lambda *args: launch())
-    reason = why_not_triton(torch.device("cpu"), torch.float32)
-    assert re.search(message, reason) and len(reason.splitlines()) == 1
-
-
-@pytest.mark.parametrize("wrong", ["result", "gradient of x", "of the weight", "of the bias"])
-def test_the_probe_finds_wrong_results(monkeypatch, wrong):
-    def mix(x, weight, bias, axis, form):
-        factor = 1.2 if wrong == "result" else 1.0
-        leaves = {"gradient of x": x, "of the weight": weight, "of the bias": bias}
-        if wrong in leaves:
-            leaves[wrong].register_hook(lambda grad: grad * 1.2)
-        return device.strip_mix_plain(x, weight, bias, axis) * factor
-
-    monkeypatch.setattr(device, "strip_mix", mix)
-    assert f"their {wrong} differs from the formula's by" in why_not_triton(torch.device("cpu"), torch.float32)
-
-
-def test_no_kernels_before_ampere(machine):
-    machine(found=[(7, 5)])
-    assert "compute capability 7.5 is below 8.0" in why_not_triton(CUDA, torch.float16)
-    with pytest.raises(InputError, match="FORM is triton, but .*7.5 is below 8.0.*set it to auto"):
-        settle(form="triton")
-
-
-def settle(form="auto", dtype=torch.bfloat16):
-    config = load_config(DIGITS, [*TINY, "MODEL.STRIP_MLP.FORM", form])
+def kinds(config, dtype=torch.bfloat16):
     model = build_model(config)
-    settle_form(config, model, CUDA, dtype)
-    return {module.form for module in model.modules() if isinstance(module, StripMLP)}
+    check_kernels(model, CUDA, dtype)
+    return {type(module) for module in model.modules() if isinstance(module, StripMLP)}
 
 
-def test_matrix_products_where_any_process_lacks_the_kernels(machine, monkeypatch, caplog):
+def test_plain_everywhere_where_one_process_lacks_the_kernels(machine, monkeypatch, caplog):
     """Every process hears of the one that cannot, and all compute alike."""
+    pytest.importorskip("triton")
+    config = load_config(DIGITS, TINY)
+    build_model(config)  # compares the formulas before there is a pretended GPU
     machine(found=[(9, 0)])
-    monkeypatch.setattr(device.logger, "propagate", True)
-    monkeypatch.setattr(device, "why_not_triton", lambda *args: "")
-    monkeypatch.setattr(device.distributed, "gather_objects", lambda value: [value, "no C compiler", value])
-    assert settle() == {"matmul"}
-    assert "do not work on rank 1: no C compiler" in caplog.text
-    assert settle(dtype=torch.float32) == {"auto"}  # no kernels without TF32, so none are probed
-    assert settle("plain") == {"plain"}
-    with pytest.raises(InputError, match="FORM is triton, but Triton's kernels do not work on rank 1: no C compiler"):
-        settle("triton")
-    monkeypatch.setattr(device.distributed, "gather_objects", lambda value: [value] * 3)
-    assert settle() == {"auto"}
+    monkeypatch.setattr(engine.logger, "propagate", True)
+    monkeypatch.setattr(fast, "why_not", lambda *args: "")
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, "no C compiler", value])
+    assert kinds(config) == {StripMLP}
+    assert caplog.text.count("Triton's kernels do not work on rank 1: no C compiler") == len(caplog.records) == 1
+    assert kinds(config, torch.float32) == {FastStripMLP}  # no kernels without TF32, so none are probed
+    assert kinds(load_config(DIGITS, [*TINY, "MODEL.STRIP_MLP.FAST", "False"])) == {StripMLP}
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value] * 3)
+    assert kinds(config) == {FastStripMLP}
+    assert len(caplog.records) == 1

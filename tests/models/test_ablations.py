@@ -144,11 +144,3 @@ def test_without_shortcuts_the_stages_follow_one_another():
 def test_unknown_mixers():
     with pytest.raises(ValueError, match="TOKEN_MIXERS is 'lsm'; it must be one of both, cgsmm, lsmm; .* lsmm"):
         load_config("", ["MODEL.STRIP_MLP.TOKEN_MIXERS", "lsm"])
-
-
-@pytest.mark.parametrize("choices", [("cgsmm", True, True), ("lsmm", True, True), ("both", False, False)])
-def test_the_inference_form_keeps_what_is_ablated(choices):
-    model, images = randomise(build_ablated(*choices, **SIZES)).eval(), draw(2, 3, 32, 32)
-    with torch.no_grad():
-        expected = model(images)
-        check(model.fuse()(images), expected)

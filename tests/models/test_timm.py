@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.models import group_parameters, load_checkpoint, reparameterize_model
+from timm.models import group_parameters, load_checkpoint
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 from yacs.config import CfgNode
@@ -325,13 +325,6 @@ def test_timm_s_training_step():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
-
-
-def test_reparameterize_model(source):
-    """validate.py's ``--reparam``: a copy in its inference form."""
-    fused = reparameterize_model(source)
-    torch.testing.assert_close(fused(images()), source(images()), rtol=1e-4, atol=1e-5)
-    assert len(fused.state_dict()) < len(source.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["classifier", pytest.param("features", marks=pytest.mark.slow)])

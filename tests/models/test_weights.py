@@ -16,7 +16,7 @@ from models import (
     model_state_dict,
     to_released_state_dict,
 )
-from models.strip_ops import strip_mix
+from tests.models.test_strip_layer import strip
 from tests.nets import as_stored, tiny_net
 
 LAYOUTS = ("own", "proj_w", "proh_w")
@@ -198,8 +198,8 @@ def test_adapted_strip_layers(old, new):
     for axis, length in (("row", width), ("column", height)):
         x = torch.randn(2, 4, 3, length, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         weight, bias = (f"{CGSMM}{axis}_strip.{name}" for name in ("weight", "bias"))
-        expected = strip_mix(resize(x, weights[bias].shape[1]), weights[weight], weights[bias], "row", "plain")
-        found = strip_mix(x, adapted[weight], adapted[bias], "row", "plain")
+        expected = strip(resize(x, weights[bias].shape[1]), weights[weight], weights[bias], "row")
+        found = strip(x, adapted[weight], adapted[bias], "row")
         torch.testing.assert_close(found, resize(expected, length), rtol=1e-12, atol=1e-12)
     sized = ("_strip.weight", "_strip.bias", "_position.table")
     assert all(adapted[key] is value for key, value in weights.items() if not key.endswith(sized))

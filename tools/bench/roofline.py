@@ -93,9 +93,6 @@ def main(argv: list[str] | None = None) -> int:
     dtype = Precision.DTYPES[args.dtype] if args.dtype != "fp32" else None
     if not named.is_published:
         named.network.to(memory_format=torch.channels_last)
-    for module in named.network.modules():
-        if getattr(module, "form", "") == "auto":
-            module.form = "triton"  # what auto means on a GPU
     count = count_compiled_step if named.is_compiled else count_step
     training = args.mode == "training"
     shape = (args.batch_size, 3, named.img_size, named.img_size)

@@ -9,7 +9,7 @@ from torch import nn
 from torch._inductor.graph import GraphLowering
 
 from engine import EARLY, OPTIONS, take_maps_as_they_lie
-from models import strip_ops
+from models import fast
 from tools.bench.traffic import Operation, Traffic, layout_of
 from utils import InputError
 
@@ -69,7 +69,7 @@ def count_compiled_step(
     take_maps_as_they_lie()
     with (
         mock.patch.object(GraphLowering, "compile_to_module", plan),
-        mock.patch.object(strip_ops, "_IS_INTERPRETED", True),
+        mock.patch.object(fast, "DEVICES", ("cpu",)),
         mock.patch("torch._inductor.ir.is_cpu", return_value=False),  # asked where a CPU would store an exponential
         torch._inductor.config.patch(force_disable_caches=True),
         torch._functorch.config.patch(EARLY),

@@ -11,7 +11,6 @@ from timm.models import group_parameters
 from torch import nn
 
 from models import SMLPNet, count_batches_once, freeze_stages, load_pretrained, smlpnet, wavemlp
-from utils import InputError
 
 TINY = {
     "smlpnet_tiny": {"img_size": (32, 64), "embed_dim": 8, "depths": (1, 2, 1, 1)},
@@ -78,9 +77,9 @@ def test_drop_path_rises_linearly(name):
 
 
 def test_sizes():
-    with pytest.raises(InputError, match=r"img_size 72 is not .*the nearest valid sizes are 64 and 96"):
+    with pytest.raises(ValueError, match=r"img_size 72 is not .*the nearest valid sizes are 64 and 96"):
         SMLPNet(img_size=72)
-    with pytest.raises(InputError, match="built for images of 32x64, got a batch of shape .*resize the images"):
+    with pytest.raises(ValueError, match="built for images of 32x64, got a batch of shape .*resize the images"):
         created("smlpnet_tiny")(images().transpose(2, 3))
     assert created("wave_mlp_small")(images()[:, :, :23, :51]).shape == (2, 5)
 
@@ -99,7 +98,7 @@ def test_forward_intermediates(name, indices, expected):
     features, found = net.forward_intermediates(x, indices, stop_early=True)
     assert torch.equal(features, last if max(expected) == 3 else outputs[max(expected)])
     assert equal(found, [outputs[i] for i in expected])
-    with pytest.raises(InputError, match="output_fmt 'NLC' is not 'NCHW'"):
+    with pytest.raises(ValueError, match="output_fmt 'NLC' is not 'NCHW'"):
         net.forward_intermediates(x, output_fmt="NLC")
     with pytest.raises(AssertionError, match="out of range"):
         net.forward_intermediates(x, [4])
@@ -149,7 +148,7 @@ def test_reset_classifier(name):
     assert torch.equal(net(x), pooled)
     net.reset_classifier(0, "")
     assert torch.equal(net(x), features)
-    with pytest.raises(InputError, match="global_pool 'max' must be 'avg', or ''"):
+    with pytest.raises(ValueError, match="global_pool 'max' must be 'avg', or ''"):
         net.reset_classifier(3, "max")
     assert all(torch.equal(net.state_dict()[key], before[key]) for key in before if "head" not in key)
 

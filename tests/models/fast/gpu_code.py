@@ -1,6 +1,6 @@
 """Compiles the Triton kernels to a GPU's machine code, which needs no GPU, and prints what each takes, as JSON.
 
-    python -m tests.models.gpu_code sm_90 --all
+    python -m tests.models.fast.gpu_code sm_90 --all
 
 In a process of its own, since in the tests' Triton is an interpreter and compiles nothing.
 """
@@ -15,22 +15,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from models import branch_triton, map_triton, strip_triton
+from models.fast import strip_triton
 
-MAPS = {"a", "b", "x", "y", "dy", "da", "db", "dx", "first_token"}  # in bfloat16, as what strip kernels multiply
-NUMBERS = {"eps": "fp32", "momentum": "fp32", "batches": "*i64"}
-COUNTS = {"lines", "patches", "dim", "channels", "tokens", "parts", "count"}
-FLAGS = {"_gelu_kernel": ["HAS_SCALE", "HAS_GAIN", "STORES", "ADDS"], "_gelu_dots_kernel": ["IS_NORM"],
-         "_gelu_grad_kernel": ["HAS_GAIN"]}
+COUNTS = {"lines", "patches", "dim"}
 
 
 def compile_kernel(kernel, constants: dict, target: GPUTarget, halves: set[str], options: dict | None = None):
     """The kernel for bfloat16 tensors of the names in ``halves`` and float32 others, their memory aligned."""
     types = {}
     for name in kernel.arg_names:
-        is_number = name in COUNTS or name.endswith(("_step", "_n", "_c", "_t"))
-        types[name] = ("constexpr" if name in constants else "i32" if is_number else
-                       NUMBERS.get(name) or ("*bf16" if name in halves else "*fp32"))
+        types[name] = ("constexpr" if name in constants else "i32" if name in COUNTS else
+                       "*bf16" if name in halves else "*fp32")
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name][0] == "*"}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target, options=options or {})
@@ -69,12 +64,11 @@ def strip_kernels(target: GPUTarget, has_all: bool):
     blocks = {"_mix_kernel": strip_triton.MIX_BLOCKS, "_weight_grad_kernel": strip_triton.WEIGHT_GRAD_BLOCKS}
     for length in (56, 28, 14, 7) if has_all else (56,):
         for axis, steps in (("column", (1, length)), ("row", (length, 1)))[:1 + has_all]:
-            constants = {"ACROSS": length, "LENGTH": length, "WIDTH": 3, "PRECISION": "ieee", "STEP_ACROSS": steps[0],
-                         "STEP_ALONG": steps[1], "BLOCK_L": max(16, triton.next_power_of_2(length)),
-                         "HAS_POSITION": True}
+            constants = {"ACROSS": length, "LENGTH": length, "WIDTH": 3, "STEP_ACROSS": steps[0],
+                         "STEP_ALONG": steps[1], "BLOCK_L": max(16, triton.next_power_of_2(length))}
             for name, own, halves in (
-                ("_mix_kernel", {"HAS_BIAS": True}, {"x", "position", "weight", "y"}),
-                ("_weight_grad_kernel", {"PART_LINES": 1792}, {"x", "position", "dy"}),
+                ("_mix_kernel", {"HAS_BIAS": True}, {"x", "weight", "y"}),
+                ("_weight_grad_kernel", {"PART_LINES": 1792}, {"x", "dy"}),
             ):
                 for config in blocks[name] if has_all else blocks[name][:1]:
                     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -85,32 +79,18 @@ def strip_kernels(target: GPUTarget, has_all: bool):
                         "is_square": config.kwargs["BLOCK_M"] == constants["BLOCK_L"]}
 
 
-def map_kernels(target: GPUTarget, has_all: bool):
-    """The kernels that join passes over maps, channels last and, with ``has_all``, in plain order: reports."""
-    for module in (map_triton, branch_triton):
-        for name, kernel in vars(module).items():
-            if not name.endswith("_kernel"):
-                continue
-            if name == "_statistics_kernel":
-                constants = {"ROWS": 896, "HAS_GIVEN": True, "BLOCK_R": 64, "BLOCK_C": 16}
-                yield report(name, compile_kernel(kernel, constants, target, MAPS))
-                continue
-            for step, blocks in (("_c", (64, 32)), ("_t", (256, 8)))[:1 + has_all]:
-                constants = {"PART": 512, "BLOCK_T": blocks[0], "BLOCK_C": blocks[1]}
-                constants |= dict.fromkeys(FLAGS.get(name, ()), True)
-                constants |= {argument: 1 for argument in kernel.arg_names
-                              if argument.endswith(step) and argument[:-2] + "_n" in kernel.arg_names}
-                yield report(f"{name} {step}", compile_kernel(kernel, constants, target, MAPS))
-
-
 def longest_strips(target: GPUTarget):
-    """The smallest blocks of the weight's gradient for strips of 128 tokens, in TF32: a report."""
-    config = strip_triton.WEIGHT_GRAD_BLOCKS[0]
-    constants = {"ACROSS": 128, "LENGTH": 128, "WIDTH": 3, "PRECISION": "tf32", "STEP_ACROSS": 1, "STEP_ALONG": 128,
-                 "BLOCK_L": 128, "HAS_POSITION": True, "PART_LINES": 1792}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    yield report("longest strips", compile_kernel(strip_triton._weight_grad_kernel, constants | config.kwargs, target,
-                                                  set(), options))
+    """The smallest blocks of both kernels for the longest strips, of 128 tokens in bfloat16 and of 64 in TF32."""
+    for length, halves in ((128, {"x", "weight", "y", "dy"}), (64, set())):
+        constants = {"ACROSS": length, "LENGTH": length, "WIDTH": 3, "STEP_ACROSS": 1, "STEP_ALONG": length,
+                     "BLOCK_L": length}
+        for kernel, own, config in (
+            (strip_triton._mix_kernel, {"HAS_BIAS": True}, strip_triton.MIX_BLOCKS[0]),
+            (strip_triton._weight_grad_kernel, {"PART_LINES": 1792}, strip_triton.WEIGHT_GRAD_BLOCKS[0]),
+        ):
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            compiled = compile_kernel(kernel, constants | own | config.kwargs, target, halves, options)
+            yield report(f"{kernel.__name__}, {length} tokens", compiled)
 
 
 def main() -> None:
@@ -122,7 +102,6 @@ def main() -> None:
     target = GPUTarget("cuda", int(args.target[3:]), 32) if is_nvidia else GPUTarget("hip", args.target, 64)
     print(json.dumps({
         "strip": list(strip_kernels(target, args.all)),
-        "maps": list(map_kernels(target, args.all)),
         "longest": list(longest_strips(target)) if is_nvidia and args.all else [],
     }))
 
