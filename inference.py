@@ -172,7 +172,9 @@ def _network_config(saved, given: CfgNode | None, path: Path) -> CfgNode:
     if given is None:
         return own
     config, before, now = given.clone(), flat_keys(given.MODEL), flat_keys(own.MODEL)
-    differing = [key for key in now if key.startswith(_NETWORK_KEYS) and before[key] != now[key]]
+    own_choices = "STRIP_MLP.FAST", "STRIP_MLP.TRAINED_IMG_SIZE"  # of the machine and of the images
+    differing = [key for key in now if key.startswith(_NETWORK_KEYS) and key not in own_choices
+                 and before[key] != now[key]]
     if differing:
         logger.warning("%s holds another network than --cfg describes, and its own is used: %s", path, ", ".join(
             f"MODEL.{key} {short(now[key])} instead of {short(before[key])}" for key in differing))
@@ -181,6 +183,7 @@ def _network_config(saved, given: CfgNode | None, path: Path) -> CfgNode:
         if key not in (*_CHOSEN_BY_USERS, "NAME"):
             config.MODEL[key] = value
     config.defrost()
+    config.MODEL.STRIP_MLP.FAST = given.MODEL.STRIP_MLP.FAST
     if config.DATA.IMG_SIZE != own.DATA.IMG_SIZE:
         config.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = given.MODEL.STRIP_MLP.TRAINED_IMG_SIZE
     config.freeze()

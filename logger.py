@@ -363,9 +363,7 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one image of ``shape`` (C, H, W): convolutions, strip layers and linear layers."""
     training, parameter = model.training, next(model.parameters())
     model.eval()
-    # PyTorch's counter lacks this in-place product of (N, M, K) and (N, K, P), which fused strip layers use.
-    in_place = {torch.ops.aten.baddbmm_: lambda total, a, b, **other: 2 * math.prod(a) * b[-1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype))
     model.train(training)
     return counter.get_total_flops() // 2  # the counter counts a multiply-accumulate as two operations

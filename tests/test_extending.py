@@ -47,3 +47,11 @@ def test_the_baseline_is_a_network(tmp_path):
     (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.S | re.M)
     (tmp_path / "mine.yaml").write_text(text.replace("../datasets", str(ROOT / "configs" / "datasets")))
     assert type(build_model(load_config(tmp_path / "mine.yaml"))).__name__ == "ConvNeXt"
+
+
+def test_the_token_mixer_is_one():
+    (program,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
+    names = {}
+    exec(program, names)
+    assert all(parameter.grad is not None for parameter in names["net"].parameters())
+    assert sum(isinstance(module, names["Pooling"]) for module in names["net"].modules()) == 4
