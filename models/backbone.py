@@ -263,10 +263,12 @@ def freeze_stages(model: nn.Module, count: int) -> None:
     if not hasattr(model, "group_matcher"):
         raise ValueError(f"{type(model).__name__} does not define its stages (group_matcher); set "
                          "TRAIN.FREEZE_STAGES 0")
-    groups = group_parameters(model, model.group_matcher(coarse=True))  # stem, stages, head
-    if count > len(groups) - 2:
-        raise ValueError(f"TRAIN.FREEZE_STAGES is {count}; {type(model).__name__} has {len(groups) - 2} stages")
-    for group in range(count + 1):
+    groups = group_parameters(model, model.group_matcher(coarse=True))  # stem, stages, and the head if there is one
+    head = {id(p) for p in model.get_classifier().parameters()} if hasattr(model, "get_classifier") else set()
+    stages = [i for i in groups if i and not any(id(model.get_parameter(name)) in head for name in groups[i])]
+    if count > len(stages):
+        raise ValueError(f"TRAIN.FREEZE_STAGES is {count}; {type(model).__name__} has {len(stages)} stages")
+    for group in (0, *stages[:count]):
         for name in groups[group]:
             model.get_parameter(name).requires_grad_(False)
 

@@ -32,7 +32,24 @@ default_cfgs = generate_default_cfgs({
 
 
 class StageFeatures(FeatureGetterNet):
-    """The result of ``features_only``: timm's feature extractor, which also loads the weights of a whole network."""
+    """The result of ``features_only``: timm's feature extractor, which also loads the weights of a whole network, and
+    with which the tools for fine-tuning work as with the network."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As the network's."""
+        self.model.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """As the network's."""
+        return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """As the network's."""
+        def inside(pattern: str) -> str:
+            return rf"^model\.{pattern.removeprefix('^')}"
+
+        matcher = self.model.group_matcher(coarse)
+        return {"stem": inside(matcher["stem"]), "blocks": [(inside(p), order) for p, order in matcher["blocks"]]}
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         if any(key.startswith("model.") for key in state_dict):
@@ -47,8 +64,12 @@ class StageFeatures(FeatureGetterNet):
 
 
 def _create(
-    network: type[Backbone], variant: str, pretrained: bool, device=None, dtype=None, **kwargs
+    network: type[Backbone], variant: str, pretrained: bool, device=None, dtype=None, output_stride: int = 32,
+    **kwargs,
 ) -> Backbone:
+    if output_stride != 32:
+        raise ValueError(f"{variant}: output_stride {output_stride} is not supported, since stages cannot be dilated; use "
+                         "32, and a decoder that takes strides of 4 to 32, such as FPN, UPerNet or a U-Net")
     model = build_model_with_cfg(
         network, variant, pretrained, pretrained_filter_fn=fit_state_dict,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": StageFeatures},

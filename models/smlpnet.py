@@ -17,17 +17,6 @@ from .backbone import Backbone, check_images, check_img_size, map_sizes, run_blo
 torch.fx.wrap("check_images")  # it branches on the input's size
 
 
-class TokenLinear(nn.Conv2d):
-    """A linear layer over the last axis of a feature map. The published weight is that of a 1x1 convolution."""
-
-    def __init__(self, length: int):
-        super().__init__(length, length, 1)
-
-    def forward(self, x):
-        """(..., L) -> (..., L)"""
-        return F.linear(x, self.weight[:, :, 0, 0], self.bias)
-
-
 class SparseMLP(nn.Module):
     """Mixes each token with its row and with its column, in parallel, and fuses both with the token itself.
 
@@ -40,14 +29,15 @@ class SparseMLP(nn.Module):
         super().__init__()
         height, width = size
         self.BN = nn.BatchNorm2d(dim)
-        self.proj_h = TokenLinear(width)
-        self.proh_w = TokenLinear(height)
+        self.proj_h = nn.Conv2d(width, width, 1)
+        self.proh_w = nn.Conv2d(height, height, 1)
         self.fuse = nn.Conv2d(3 * dim, dim, 1, bias=False)
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
         x = F.gelu(self.BN(x))
-        row, column = self.proj_h(x), self.proh_w(x.transpose(2, 3)).transpose(2, 3)
+        row = self.proj_h(x.transpose(1, 3)).transpose(1, 3)  # a convolution over (N, W, H, C), W its channels
+        column = self.proh_w(x.transpose(1, 2)).transpose(1, 2)
         return self.fuse(torch.cat([x, row, column], dim=1))
 
 

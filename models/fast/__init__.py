@@ -10,6 +10,7 @@ import importlib.util
 import logging
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -55,7 +56,7 @@ class FastStripMLP(StripMLP):
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        if StripMLP.forward is not _PLAIN_FORWARD or x.device.type not in DEVICES or _is_transformed():
+        if isinstance(x, torch.fx.Proxy) or x.device.type not in DEVICES or _is_transformed():
             return super().forward(x)
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -67,9 +68,10 @@ class FastStripMLP(StripMLP):
 
 
 def _is_transformed() -> bool:
-    """Whether something runs that the operators have no rules for: torch.func, forward-mode derivatives, jit.trace."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether something runs that the operators have no rules for: torch.func, forward-mode derivatives, jit.trace; or
+    ``StripMLP.forward`` was replaced after ``accelerate``."""
+    if StripMLP.forward is not _PLAIN_FORWARD or torch.compiler.is_compiling():
+        return StripMLP.forward is not _PLAIN_FORWARD
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 

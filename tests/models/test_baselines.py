@@ -5,9 +5,11 @@ import copy
 import pytest
 import timm
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import group_parameters
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from models import SMLPNet, count_batches_once, freeze_stages, load_pretrained, smlpnet, wavemlp
@@ -229,3 +231,60 @@ def test_other_classes_keep_their_new_head(name):
     assert torch.equal(net.get_classifier().weight, head)
     assert torch.equal(net.forward_features(images()), source.forward_features(images()))
     assert isinstance(net.get_classifier(), nn.Linear)
+
+
+# ---- what others do with them --------------------------------------------------------------------
+
+@each
+def test_hooks_and_symbolic_trace(name):
+    """A hook on a stage, as Grad-CAM sets it, sees the stage's output; torch.fx traces the network."""
+    net, x = created(name), images()
+    parent, numbers = ("channel_mix", (0, 2, 3, 4)) if name == "smlpnet_tiny" else ("network", (0, 2, 4, 6))
+    stages = [f"{parent}.{number}" for number in numbers]
+    found = []
+    for stage in stages:
+        net.get_submodule(stage).register_forward_hook(lambda module, inputs, output: found.append(output))
+    assert equal(net.forward_intermediates(x, intermediates_only=True), found)
+    assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
+
+
+def test_lora_on_the_token_layers():
+    peft = pytest.importorskip("peft")
+    net, x = created("smlpnet_tiny"), images()
+    expected = net(x)
+    adapted = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["proj_h", "proh_w"])).double().eval()
+    for key, parameter in adapted.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(parameter)
+    changed = adapted(x)
+    assert not torch.allclose(changed, expected, rtol=1e-3)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), changed)
+
+
+@pytest.mark.parametrize("name", [*TINY, "strip_mlp_tiny"])
+def test_features_only_in_fine_tuning(name):
+    """Gradient checkpointing, layer decay and frozen stages by themselves, as with a whole network."""
+    options = TINY.get(name) or {"img_size": (32, 64), "embed_dim": 8, "depths": (1, 2, 1, 1)}
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, **options, features_only=True, out_indices=(0, 1, 2)).double().train()
+    backbone.set_grad_checkpointing()
+    assert backbone.model.grad_checkpointing
+    optimizer = create_optimizer_v2(backbone, opt="sgd", lr=1.0, layer_decay=0.5, weight_decay=0.1)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    names = {id(p): key for key, p in backbone.named_parameters()}
+    assert scales.keys() == names.keys()
+    assert len(set(scales.values())) == 1 + 4  # the stem and four blocks
+    stem = [scale for key, scale in scales.items() if names[key].startswith(("model.stem", "model.patch_embed",
+                                                                            "model.to_patch_embedding.0"))]
+    assert set(stem) == {min(scales.values())}
+    freeze_stages(backbone, 2)
+    assert [output.requires_grad for output in backbone(images())] == [False, False, True]
+    with pytest.raises(ValueError, match="TRAIN.FREEZE_STAGES is 4; StageFeatures has 3 stages"):
+        freeze_stages(backbone, 4)
+
+
+@pytest.mark.parametrize("name", [*TINY, "strip_mlp_tiny"])
+def test_an_output_stride_that_there_is_not(name):
+    with pytest.raises(ValueError, match=f"{name}: output_stride 8 is not supported, .*; use 32, and a decoder"):
+        timm.create_model(name, features_only=True, output_stride=8)
+    timm.create_model(name, **TINY.get(name, {}), device="meta", features_only=True, output_stride=32)
