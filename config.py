@@ -26,6 +26,7 @@ _C.DATA.DATA_PATH = ""  # the data set's folder; may stay empty for digits
 _C.DATA.MIRROR = ""  # cifar10, cifar100: URL of a folder that holds the archive; empty: the original host
 _C.DATA.IMG_SIZE = 224  # side of the square input, in pixels
 _C.DATA.HOLD_OUT = 0.0  # share of each class of the training set that is held out and evaluated instead of val/
+_C.DATA.BALANCED = False  # training draws every class equally often, images of rare ones several times
 _C.DATA.BATCH_SIZE = 128  # images per process and micro-batch
 _C.DATA.INTERPOLATION = "bicubic"  # for resizing: bicubic | bilinear | random (evaluation then uses bicubic)
 _C.DATA.ZIP_MODE = False  # imagenet and imagefolder: read train.zip + train_map.txt, val.zip + val_map.txt

@@ -40,14 +40,9 @@ def build_train_loader(config, rank: int = 0, world_size: int = 1, device="cpu")
     _check_channels(config)
     device = torch.device(device)
     images = build_dataset(config, "train", rank, world_size)
-    sampler = TrainBatchSampler(
-        len(images),
-        config.DATA.BATCH_SIZE,
-        config.SEED,
-        rank,
-        world_size,
-        sharded=config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part",
-    )
+    is_sharded = config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part"
+    labels = images.labels if config.DATA.BALANCED else None
+    sampler = TrainBatchSampler(len(images), config.DATA.BATCH_SIZE, config.SEED, rank, world_size, is_sharded, labels)
     augmentation, on_device = Augmentation(config), augment_on(config, device) == "device"
     if on_device and is_resident(images, config):
         loader = ResidentLoader(images, sampler, config, device, augmentation)
@@ -126,16 +121,8 @@ def build_mixup(config) -> Mixup | None:
             f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}; it must be even while mixup or cutmix is on, because images "
             "are mixed in pairs (AUG.MIXUP 0 AUG.CUTMIX 0 turns both off)"
         )
-    return Mixup(
-        mixup_alpha=aug.MIXUP,
-        cutmix_alpha=aug.CUTMIX,
-        cutmix_minmax=aug.CUTMIX_MINMAX or None,
-        prob=aug.MIXUP_PROB,
-        switch_prob=aug.MIXUP_SWITCH_PROB,
-        mode=aug.MIXUP_MODE,
-        label_smoothing=config.MODEL.LABEL_SMOOTHING,
-        num_classes=config.MODEL.NUM_CLASSES,
-    )
+    return Mixup(aug.MIXUP, aug.CUTMIX, aug.CUTMIX_MINMAX or None, aug.MIXUP_PROB, aug.MIXUP_SWITCH_PROB, aug.MIXUP_MODE,
+                 label_smoothing=config.MODEL.LABEL_SMOOTHING, num_classes=config.MODEL.NUM_CLASSES)  # fmt: skip
 
 
 def _check_channels(config) -> None:

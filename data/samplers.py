@@ -19,13 +19,16 @@ class TrainBatchSampler(Sampler):
         seed: determines the order, together with the epoch.
         rank, world_size: this process and the number of them.
         sharded: every rank permutes only its own images, ``rank, rank + world_size, ...`` (it holds no others).
+        labels: of the images, to draw every class equally often, with replacement, instead of every image once.
 
     Raises:
         ValueError: there are not enough images for one batch on every rank.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, sharded=False):
+    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, sharded=False,
+                 labels: list[int] | None = None):  # fmt: skip
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.weights = None if labels is None else 1 / np.bincount(labels)[labels]
         self.rank, self.world_size, self.sharded = rank, world_size, sharded
         self.epoch = self.start_batch = 0
         if len(self) == 0:
@@ -51,15 +54,21 @@ class TrainBatchSampler(Sampler):
     def __iter__(self):
         if self.sharded:
             shard = np.arange(self.rank, self.num_images, self.world_size)
-            order = np.random.default_rng((self.seed, self.epoch, self.rank)).permutation(shard)
+            order = self._order(np.random.default_rng((self.seed, self.epoch, self.rank)), shard)
             first, stride = 0, self.batch_size
         else:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
+            order = self._order(np.random.default_rng((self.seed, self.epoch)), np.arange(self.num_images))
             first, stride = self.rank * self.batch_size, self.world_size * self.batch_size
         epoch = self.epoch
         for batch in range(self.start_batch, len(self)):
             begin = first + batch * stride
             yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
+
+    def _order(self, rng: np.random.Generator, indices: np.ndarray) -> np.ndarray:
+        if self.weights is None:
+            return rng.permutation(indices)
+        weights = self.weights[indices]
+        return rng.choice(indices, len(indices), p=weights / weights.sum())
 
 
 def eval_order(num_images: int, rank: int = 0, world_size: int = 1) -> range:

@@ -79,3 +79,15 @@ def test_evaluation_takes_each_image_once(num_images, world_size):
     orders = [list(eval_order(num_images, rank, world_size)) for rank in range(world_size)]
     assert sorted(sum(orders, [])) == list(range(num_images))
     assert all(order == list(range(rank, num_images, world_size)) for rank, order in enumerate(orders))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_balanced_classes_are_drawn_equally_often(sharded):
+    labels = [0] * 900 + [1] * 90 + [2] * 10
+    sampler = TrainBatchSampler(1000, 50, 0, rank=1, world_size=2, sharded=sharded, labels=labels)
+    epochs = [[index for batch in batches(sampler, epoch) for _, index in batch] for epoch in range(4)]
+    assert all(len(epoch) == 500 for epoch in epochs) and epochs[0] != epochs[1]
+    counts = np.bincount([labels[index] for epoch in epochs for index in epoch])
+    assert np.abs(counts / 2000 - 1 / 3).max() < 0.05
+    assert not sharded or {index % 2 for index in epochs[0]} == {1}
+    assert batches(sampler, 2, 3) == batches(sampler, 2)[3:]
