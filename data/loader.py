@@ -121,8 +121,10 @@ def build_mixup(config) -> Mixup | None:
             f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}; it must be even while mixup or cutmix is on, because images "
             "are mixed in pairs (AUG.MIXUP 0 AUG.CUTMIX 0 turns both off)"
         )
-    return Mixup(aug.MIXUP, aug.CUTMIX, aug.CUTMIX_MINMAX or None, aug.MIXUP_PROB, aug.MIXUP_SWITCH_PROB, aug.MIXUP_MODE,
-                 label_smoothing=config.MODEL.LABEL_SMOOTHING, num_classes=config.MODEL.NUM_CLASSES)  # fmt: skip
+    return Mixup(
+        aug.MIXUP, aug.CUTMIX, aug.CUTMIX_MINMAX or None, aug.MIXUP_PROB, aug.MIXUP_SWITCH_PROB, aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING, num_classes=config.MODEL.NUM_CLASSES,
+    )  # fmt: skip
 
 
 def _check_channels(config) -> None:

@@ -17,7 +17,7 @@ from config import load_config
 from data import augment, augment_batch, augment_pillow
 from data.augment import FILL, Augmentation, Draw, Rectangle, Step, draw_crop, draw_erasing, image_generator
 
-TIMM = {  # timm's operation behind each of ours
+TIMM = {  # timm's operation behind each of ours, written out
     "AutoContrast": lambda image, value, **settings: auto_augment.auto_contrast(image),
     "Equalize": lambda image, value, **settings: auto_augment.equalize(image),
     "Invert": lambda image, value, **settings: auto_augment.invert(image),
