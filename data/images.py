@@ -24,6 +24,8 @@ from torchvision.io import decode_jpeg
 
 from utils import InputError, MissingFileError, printable
 
+from .listing import Names
+
 Image.init()
 # Pillow tries 43 formats on a file, whatever its name; one of them starts Ghostscript.
 FORMATS = [name for name in ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF") if name in Image.OPEN]
@@ -73,8 +75,8 @@ class ImageSet(Dataset):
         """A hash of the names of classes and images and of the labels, in order; not of the images' content."""
         digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
         digest.update(np.array(self.labels, np.int64).tobytes())
-        for name in self.names:
-            digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
+        names = self.names if isinstance(self.names, Names) else Names.of(self.names)
+        digest.update(names.text.tobytes() + names.ends.tobytes())
         return digest.hexdigest()[:16]
 
 

@@ -142,7 +142,7 @@ def _walk(root: Path, relative: str, folders: dict[str, int], skipped: collectio
             skipped["hidden and system files"] += 1
         elif entry.is_dir():
             inner.append(entry.name)
-        elif is_image(entry.name):
+        elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
             yield f"{relative}/{entry.name}"
         else:
             skipped[os.path.splitext(entry.name)[1].lower()[:12] or "without extension"] += 1
