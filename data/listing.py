@@ -175,7 +175,7 @@ def load(path: Path) -> dict[str, np.ndarray] | None:
                 is_stored = all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
             if is_stored:  # uncompressed, as save() writes it; otherwise a small file could fill the memory
                 with np.load(place, allow_pickle=False) as arrays:
-                    return dict(arrays)
+                    return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
     return None
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from config import load_config
 from data.datasets import ArraySet, build_dataset, hold_out, read_digits
+from tools.convert_dataset import convert
 from utils import InputError
 
 
@@ -77,6 +78,25 @@ def test_images_are_held_out_of_class_folders(tmp_path):
           "imagefolder", tmp_path / "split")
     fails(FileNotFoundError, "to evaluate on a part of the training images, add --opts DATA.HOLD_OUT 0.2", "train",
           "imagefolder", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("form", ["zip", "shards", "hub"])
+def test_images_are_held_out_of_every_form(form, tmp_path):
+    """The same images as of the folders from which they were converted, without a validation set."""
+    if form == "hub":
+        pytest.importorskip("datasets")
+    convert(write_folders(tmp_path / "folders", per_class=10, val=("cat", "dog")), tmp_path / form, form)
+    for path in (tmp_path / form).glob("val[._-]*"):
+        path.unlink()
+    opts = ("DATA.HOLD_OUT", 0.2, *(("DATA.ZIP_MODE", "True") if form == "zip" else ()))
+
+    def pictures(root, split, *opts):
+        dataset = build_dataset(config("imagefolder", root, 2, *opts), split)
+        return [(image.tobytes(), label) for image, label in (dataset[i] for i in range(len(dataset)))]
+
+    for split, count in (("train", 16), ("val", 4)):
+        found = pictures(tmp_path / form, split, *opts)
+        assert len(found) == count and found == pictures(tmp_path / "folders", split, "DATA.HOLD_OUT", 0.2)
 
 
 @pytest.mark.parametrize(("labels", "held"), [([0] * 2 + [1] * 100, [1, 10]), ([0] + [1] * 9, [0, 1])])

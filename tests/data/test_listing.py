@@ -120,7 +120,7 @@ def encrypted(path):
     path.write_bytes(data.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"))
 
 
-@pytest.mark.parametrize("spoil", ["8 TiB", "negative", "encrypted", "no folders", "outside"])
+@pytest.mark.parametrize("spoil", ["8 TiB", "negative", "no array", "encrypted", "no folders", "outside"])
 def test_a_listing_that_claims_anything_is_made_again(spoil, tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "WORTH_CACHING", 2)
     folder, place = write(tmp_path), tmp_path / ".listing_train.npz"
@@ -130,6 +130,12 @@ def test_a_listing_that_claims_anything_is_made_again(spoil, tmp_path, monkeypat
     if spoil in ("8 TiB", "negative"):
         with zipfile.ZipFile(place, "w") as archive:
             archive.writestr("text.npy", claim((2**40,) if spoil == "8 TiB" else (-5,)))
+    elif spoil == "no array":
+        with zipfile.ZipFile(place, "a") as archive:
+            archive.writestr("text", b"bytes")
+        data = place.read_bytes().replace(b"text.npy", b"text.xyz")
+        place.write_bytes(data)
+        assert "text" not in listing.load(place)
     elif spoil == "no folders":
         none = Names.of([])
         listing.save(place, arrays | {"folders": none.text, "folder_ends": none.ends, "times": np.zeros(0, np.int64)})
