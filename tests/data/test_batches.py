@@ -188,7 +188,7 @@ def test_the_host_never_waits_for_the_device(where, options, monkeypatch):
     if where == "device":
         monkeypatch.setattr(loader, "is_resident", lambda *_: False)
     config = load_config(opts=["DATA.DATASET", "digits", "MODEL.NUM_CLASSES", "10", "DATA.IMG_SIZE", "16",
-                               "DATA.NUM_WORKERS", "0", "DATA.BATCH_SIZE", "128", "AUG.REPROB", "1",
+                               "DATA.NUM_WORKERS", "0", "DATA.BATCH_SIZE", "32", "AUG.REPROB", "1",
                                "DATA.AUGMENT_ON", "worker" if where == "worker" else "device", *options.split()])
     assert waits(build_train_loader(config)) == []
 
