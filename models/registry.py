@@ -68,8 +68,8 @@ def _create(
     **kwargs,
 ) -> Backbone:
     if output_stride != 32:
-        raise ValueError(f"{variant}: output_stride {output_stride} is not supported, since stages cannot be dilated; use "
-                         "32, and a decoder that takes strides of 4 to 32, such as FPN, UPerNet or a U-Net")
+        raise ValueError(f"{variant}: output_stride {output_stride} is not supported, since stages cannot be dilated; "
+                         "use 32, and a decoder that takes strides of 4 to 32, such as FPN, UPerNet or a U-Net")
     model = build_model_with_cfg(
         network, variant, pretrained, pretrained_filter_fn=fit_state_dict,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": StageFeatures},

@@ -194,7 +194,7 @@ def plain(tmp_path_factory):
     (("TRAIN.FREEZE_STAGES", 1), "other parameter groups; set TRAIN.OPTIMIZER.NAME, TRAIN.FREEZE_STAGES"),
     (("TRAIN.LAYER_DECAY", 0.9), "has other parameter groups"),
     (("DATA.DATA_PATH", "ANOTHER_FOLDER"),
-     "trained on another data set"),
+     "trained on other images: their names or labels differ"),
 ])
 def test_resume_that_makes_no_sense_is_refused(plain, tmp_path, capsys, options, reason):
     shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
