@@ -1,4 +1,4 @@
-"""The published formulation: the same modules and weights, computed like the authors' code, term by term.
+"""The published formulation: the same network and weights, with what the authors' code computes otherwise, its way.
 
 A strip layer is a grouped convolution over a permuted copy of its input, with the weight in its stored shape
 (D*L, L, 1, K); a position map is gathered from its table with indices that the CPU computes again in each forward pass.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.strip_mlp import CGSMM, GRN, LSMM, ChannelMixingBlock, RelativePosition, StripMixingBlock, StripMLP
+from models.strip_mlp import GRN, LSMM, RelativePosition, StripMLP
 
 
 def published_formulation(model: nn.Module) -> nn.Module:
@@ -48,14 +48,6 @@ class _GatheredPosition(RelativePosition):
         return x + self.table[offsets.to(self.table.device)].permute(2, 0, 1)
 
 
-class _ConcatenatedCGSMM(CGSMM):
-    def forward(self, x):
-        """(N, C, H, W) -> (N, C, H, W)"""
-        row = self.row_strip(self.row_position(x))
-        y = F.gelu(self.norm(self.row_fuse(torch.cat([row, x], dim=1))))
-        return self.column_fuse(torch.cat([x, self.column_strip(self.column_position(y))], dim=1))
-
-
 class _SummedBranches(LSMM):
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
@@ -66,14 +58,6 @@ class _SummedBranches(LSMM):
         return column * weights[:, :, 0] + row * weights[:, :, 1] + x * weights[:, :, 2]
 
 
-class _ConcatenatedMixing(StripMixingBlock):
-    def forward(self, x):
-        """(N, C, H, W) -> (N, C, H, W)"""
-        x = F.gelu(self.proj_norm(self.proj_in(self.conv(F.gelu(self.conv_norm(x))))))
-        first, second = x.chunk(2, dim=1)
-        return self.proj_out(torch.cat([self.cgsmm(first), self.lsmm(second)], dim=1))
-
-
 class _PlainGRN(GRN):
     def forward(self, x):
         """(N, H, W, C) -> (N, H, W, C)"""
@@ -81,15 +65,6 @@ class _PlainGRN(GRN):
         return self.gamma * (x * (g / (g.mean(dim=-1, keepdim=True) + 1e-6))) + self.beta + x
 
 
-class _NormalisedThenLinear(ChannelMixingBlock):
-    def forward(self, x):
-        """(N, C, H, W) -> (N, C, H, W)"""
-        x = F.gelu(self.fc1(self.norm(self.conv(x).permute(0, 2, 3, 1))))
-        return self.fc2(self.grn(x)).permute(0, 3, 1, 2)
-
-
 _PUBLISHED = {
-    CGSMM: _ConcatenatedCGSMM, StripMLP: _GroupedConvolution, RelativePosition: _GatheredPosition,
-    LSMM: _SummedBranches, StripMixingBlock: _ConcatenatedMixing, GRN: _PlainGRN,
-    ChannelMixingBlock: _NormalisedThenLinear, nn.LayerNorm: nn.LayerNorm,
+    StripMLP: _GroupedConvolution, RelativePosition: _GatheredPosition, LSMM: _SummedBranches, GRN: _PlainGRN,
 }
