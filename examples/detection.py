@@ -1,10 +1,9 @@
 """Trains a detector, torchvision's RetinaNet, on a Strip-MLP backbone; evaluates its mAP after every epoch.
 
-On scenes of the bundled digits, with a small backbone from a classification run (no download):
+On scenes of the bundled digits, from the trained network in weights/ (no download):
 
-    python main.py --cfg configs/smlp_nano_alpha3_patch2_32_digits.yaml
-    python examples/detection.py --cfg configs/smlp_nano_alpha3_patch2_32_digits.yaml --data-path digits \\
-        --pretrained output/smlp_nano_alpha3_patch2_32_digits/default/best.pth
+    python examples/detection.py --cfg configs/small/smlp_nano_alpha3_patch2_32_cifar10.yaml --data-path digits \\
+        --pretrained weights/strip_mlp_nano_cifar10
 
 On COCO, or any data set in its format (train2017/, val2017/, annotations/instances_{train,val}2017.json):
 

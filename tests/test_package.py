@@ -9,16 +9,21 @@ import pytest
 
 from tests.processes import ROOT, environment
 
+WEIGHTS = ROOT / "weights/strip_mlp_nano_cifar10"
+
 # From an empty folder: nothing of the repository but the package can be imported.
 USE = """
 import sys
 sys.path[:] = [path for path in sys.path if path]
 sys.path[:0] = sys.argv[1:]
-import strip_mlp, timm, torch
+import safetensors.torch, strip_mlp, timm, torch
 assert strip_mlp.__file__.endswith({file!r}), strip_mlp.__file__
 net = timm.create_model("strip_mlp_tiny_light", num_classes=3, img_size=(32, 64)).eval()
 assert type(net) is strip_mlp.StripMLPNet
 assert net(torch.zeros(1, 3, 32, 64)).shape == (1, 3)
+trained = timm.create_model("local-dir:{weights}", pretrained=True)
+stored = safetensors.torch.load_file("{weights}/model.safetensors")
+assert torch.equal(trained.head.weight, stored["head.weight"].float())
 for name in ("models", "engine", "config", "data"):
     try:
         __import__(name)
@@ -56,7 +61,8 @@ def test_installed_package(source, tmp_path):
     names = sorted(path.name for path in (tmp_path / "site" / "strip_mlp").glob("*.py"))
     assert names == sorted(path.name for path in (ROOT / "models").glob("*.py"))
     (tmp_path / "elsewhere").mkdir()
-    command("-c", USE.format(file="site/strip_mlp/__init__.py"), tmp_path / "site", cwd=tmp_path / "elsewhere")
+    use = USE.format(file="site/strip_mlp/__init__.py", weights=WEIGHTS)
+    command("-c", use, tmp_path / "site", cwd=tmp_path / "elsewhere")
 
 
 @pytest.mark.slow
@@ -66,7 +72,7 @@ def test_editable_package(source, tmp_path):
     site, = (tmp_path / "prefix" / "lib").glob("python*/site-packages")
     (tmp_path / "elsewhere").mkdir()
     found = f"import site; site.addsitedir({str(site)!r})\n"
-    command("-c", found + USE.format(file="source/models/__init__.py"), cwd=tmp_path / "elsewhere")
+    command("-c", found + USE.format(file="source/models/__init__.py", weights=WEIGHTS), cwd=tmp_path / "elsewhere")
 
 
 def test_requirements_agree():

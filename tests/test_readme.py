@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import models
-from tests.helpers import DIGITS, save_network, tiny_network
+from tests.helpers import DIGITS
 from tests.processes import ROOT, run
 
 README = (ROOT / "README.md").read_text()
@@ -28,7 +28,7 @@ def test_two_commands_set_everything_up():
 
 
 def test_every_file_that_it_names_exists():
-    names = set(re.findall(r"`((?:tests|configs|tools|data)/[\w./]+)`", README))
+    names = set(re.findall(r"`((?:tests|configs|tools|data|weights)/[\w./]+)`", README))
     names |= set(re.findall(r"configs/(?:small/)?smlp_\w+\.yaml", README))
     names |= set(re.findall(r"\]\((?!http)([^)]+)\)", README))
     assert len(names) > 10
@@ -57,21 +57,14 @@ def test_example_of_published_weights_in_timm(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_prediction_from_python(tmp_path):
-    """As it stands there, on a network that always says 60 % class 3, 30 % class 8 and little for the others."""
+def test_prediction_from_python():
+    """As it stands there."""
     example, = (block for block in blocks("python") if "load_network" in block)
     assert len([line for line in example.splitlines() if line]) <= 11
-    config, model = tiny_network()
-    probabilities = torch.full((10,), 0.0125)
-    probabilities[[3, 8]] = torch.tensor([0.6, 0.3])
-    torch.nn.init.zeros_(model.head.weight)
-    model.head.bias.data = probabilities.log()
-    save_network(tmp_path / "best.pth", config, model)
-    Image.new("RGB", (40, 30), "orange").save(tmp_path / "photo.jpg")
-    result = run(["-c", example], folder=tmp_path)
+    result = run(["-c", example], folder=ROOT)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[:2] == ["digit 3 60.0%", "digit 8 30.0%"] and lines[2].endswith(" 1.2%") and len(lines) == 3
+    assert re.fullmatch(r"cat \d\d\.\d%", lines[0]) and len(lines) == 3
 
 
 def test_your_own_data_in_three_steps(tmp_path):
