@@ -32,11 +32,8 @@ class StripMLP(nn.Module):
     and ``axis="column"`` the same on the transposed map. The P patches share the weights, and so do all rows (columns).
 
     Args:
-        dim: C, the channels of the input.
-        length: L, the tokens in a row or column.
-        num_patches: P.
+        dim, length, num_patches, strip_width: C, L, P and K.
         axis: ``"row"`` or ``"column"``.
-        strip_width: K.
     """
 
     def __init__(self, dim: int, length: int, num_patches: int, axis: str, strip_width: int = 3):
@@ -60,10 +57,6 @@ class StripMLP(nn.Module):
         y = torch.baddbmm(self.bias[:, None], strips.flatten(1, 3), matrices).unflatten(1, (n, p, across))
         y = y if self.axis == "row" else y.transpose(3, 4)  # (D, N, P, H, W)
         return y.permute(1, 3, 4, 2, 0).flatten(3).permute(0, 3, 1, 2)  # in channels-last memory
-
-    def extra_repr(self) -> str:
-        channels, length = self.bias.shape
-        return f"axis={self.axis}, channels_per_patch={channels}, length={length}, strip_width={self.strip_width}"
 
 
 class RelativePosition(nn.Module):
@@ -98,10 +91,8 @@ class CGSMM(nn.Module):
     """Cascade Group Strip Mixing Module (section 3): a row strip layer, then a column strip layer on its result.
 
     Args:
-        dim: C, the channels of the input.
+        dim, num_patches, strip_width: C, P and K.
         size: (H, W) of the feature map, or its side if it is square.
-        num_patches: P.
-        strip_width: K.
     """
 
     def __init__(self, dim: int, size: int | tuple[int, int], num_patches: int, strip_width: int = 3):
@@ -214,6 +205,17 @@ class ChannelMixingBlock(nn.Module):
         return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
 
+class DropPathAdd(DropPath):
+    """``x + drop_path(branch)`` in one pass over the feature maps."""
+
+    def forward(self, x, branch):
+        """(N, C, H, W), (N, C, H, W) -> (N, C, H, W)"""
+        if not self.training or self.drop_prob == 0:
+            return x + branch
+        kept = branch.new_empty((branch.shape[0], 1, 1, 1)).bernoulli_(1 - self.drop_prob)
+        return torch.addcmul(x, branch, kept.div_(1 - self.drop_prob))
+
+
 class Block(nn.Module):
     """Token mixing, then channel mixing, each a residual branch with drop path."""
 
@@ -224,12 +226,12 @@ class Block(nn.Module):
         super().__init__()
         self.token_mixing = token_mixing(dim, size, num_patches, strip_width)
         self.channel_mixing = ChannelMixingBlock(dim, mlp_ratio)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPathAdd(drop_path)
 
     def forward(self, x):
         """(N, C, H, W) -> (N, C, H, W)"""
-        x = x + self.drop_path(self.token_mixing(x))
-        return x + self.drop_path(self.channel_mixing(x))
+        x = self.drop_path(x, self.token_mixing(x))
+        return self.drop_path(x, self.channel_mixing(x))
 
 
 class StripMLPNet(StripBackbone):
@@ -285,8 +287,7 @@ class StripMLPNet(StripBackbone):
         dims = [embed_dim * 2**stage for stage in range(4)]
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": patch_size * 2**stage, "module": f"stages.{stage}"}
-            for stage, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
 
         shares = [1.0 if drop_path_schedule == "constant" else i / (sum(depths) - 1) for i in range(sum(depths))]

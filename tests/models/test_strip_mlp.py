@@ -17,6 +17,7 @@ from models.strip_mlp import (
     VARIANTS,
     Block,
     ChannelMixingBlock,
+    DropPathAdd,
     RelativePosition,
     StripMixingBlock,
 )
@@ -162,6 +163,21 @@ def test_channel_mixing_block(mlp_ratio, hidden):
     y = F.gelu((y * block.norm.weight + block.norm.bias) @ block.fc1.weight.T + block.fc1.bias)
     y = block.grn(y) @ block.fc2.weight.T + block.fc2.bias
     check(block(x), y.permute(0, 3, 1, 2))
+
+
+def test_drop_path_is_timm_s():
+    """The same images are dropped, and the same gradients come back."""
+    x, branch = (draw(16, 8, 4, 4).requires_grad_() for _ in range(2))
+    for rate in (0.0, 0.3):
+        found, expected = DropPathAdd(rate), DropPath(rate)
+        torch.manual_seed(1)
+        y = found(x, branch)
+        torch.manual_seed(1)
+        reference = x + expected(branch)
+        check(y, reference)
+        for gradient, other in zip(*(torch.autograd.grad(out.square().sum(), (x, branch)) for out in (y, reference)),
+                                   strict=True):
+            check(gradient, other)
 
 
 def test_block_drops_both_branches_image_by_image():
