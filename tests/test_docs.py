@@ -41,7 +41,7 @@ def test_commands_and_files(text, monkeypatch, capsys):
     assert [name for name in files if not (ROOT / "docs" / name).exists()] == []
 
 
-@pytest.mark.parametrize("table", ["cifar10_nano", "cifar10_cpu", "cifar10_gpu"])
+@pytest.mark.parametrize("table", ["cifar10_nano", "digits_finetune", "cifar10_cpu", "cifar10_gpu"])
 def test_tables_are_those_that_the_tool_makes_of_the_records(table, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert paper_tables.main([table, "--runs", "docs/results"]) == 0
