@@ -50,8 +50,9 @@ def choose_device(name: str = "", index: int = 0) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if name in ("", "cuda") and torch.cuda.is_available():
-        if torch.cuda.device_count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-            index = 0  # SLURM can show each task only its own GPU
+        shows_one = os.environ.get("CUDA_VISIBLE_DEVICES") and "TORCHELASTIC_RUN_ID" not in os.environ
+        if shows_one and torch.cuda.device_count() == 1:
+            index = 0  # the only GPU that SLURM shows to this task
         if index >= torch.cuda.device_count():
             raise InputError(f"process {index} of this machine has no GPU: {torch.cuda.device_count()} found; lower "
                              "--nproc_per_node")

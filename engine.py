@@ -465,7 +465,11 @@ def compile_network(model: nn.Module, setting: str, device: torch.device, determ
 
 def _can_compile(device: torch.device) -> bool:
     is_recent = device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (7, 0))
-    return is_recent and importlib.util.find_spec("triton") is not None  # compiled code is written in it
+    return is_recent and _has_triton()
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None  # compiled code is written in it
 
 
 class CompiledNetwork(nn.Module):

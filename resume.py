@@ -20,7 +20,7 @@ from checkpoint import short
 from config import flat_keys, from_dict, to_dict
 from inference import weights_file
 from lr_scheduler import LRScheduler
-from models import load_strict
+from models import load_strict, own_keys
 from resume_checks import check_run, check_training
 from utils import InputError, input_errors
 
@@ -121,9 +121,9 @@ class TrainState:
             InputError: as ``check_training``; then nothing is changed.
         """
         changed = check_training(content, self)
-        load_strict(self.model, content["model"])
+        load_strict(self.model, own_keys(content["model"]))
         if self.ema:
-            load_strict(self.ema.module, content["model_ema"])
+            load_strict(self.ema.module, own_keys(content["model_ema"]))
         groups = self.optimizer.state_dict()["param_groups"]
         for group, saved in zip(groups, content["optimizer"]["param_groups"], strict=True):
             group |= {"step": saved["step"]} if "step" in saved else {}  # counted here by some of timm's

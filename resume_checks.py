@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from config import from_dict
-from models import check_fit
+from models import check_fit, own_keys
 from utils import InputError
 
 MAX_EPOCHS = 1_000_000
@@ -69,9 +69,9 @@ def check_training(content: dict, state) -> dict[str, str]:
                          "end of an epoch")
     if state.ema and content["model_ema"] is None:
         raise InputError("TRAIN.EMA.ENABLED is True but the checkpoint holds no average; resume with it False")
-    check_fit(state.model, content["model"])
+    check_fit(state.model, own_keys(content["model"]))
     if state.ema:
-        check_fit(state.ema.module, content["model_ema"])
+        check_fit(state.ema.module, own_keys(content["model_ema"]))
     check_optimizer(content["optimizer"], state.optimizer)
     check_scaler(content["scaler"], state.scaler)
     _check_rng(content["rng"], content["layout"]["world_size"])

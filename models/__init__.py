@@ -31,6 +31,7 @@ from .weights import (
     load_pretrained,
     load_strict,
     model_state_dict,
+    own_keys,
     to_released_state_dict,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "load_pretrained",
     "load_strict",
     "model_state_dict",
+    "own_keys",
     "set_train_mode",
     "timm_arguments",
     "to_released_state_dict",

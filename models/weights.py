@@ -80,6 +80,14 @@ def convert_released_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str
     return converted
 
 
+def own_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with our or the released keys, under this project's."""
+    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        return state_dict  # for check_fit to say what is wrong
+    is_released = any(str(key).startswith("blocks1.") for key in state_dict)
+    return convert_released_state_dict(state_dict) if is_released else state_dict
+
+
 def to_released_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inverse of ``convert_released_state_dict``."""
     converted = {}
@@ -136,8 +144,7 @@ def _under_own_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     state_dict = {str(key): value for key, value in state_dict.items() if not _COUNTERS.search(str(key))}
     while wrapper := _wrapper(state_dict):  # what is not within the wrapped network is its trainer's
         state_dict = {key.removeprefix(wrapper): value for key, value in state_dict.items() if key.startswith(wrapper)}
-    is_released = any(key.startswith("blocks1.") for key in state_dict)
-    return convert_released_state_dict(state_dict) if is_released else state_dict
+    return own_keys(state_dict)
 
 
 def _wrapper(state_dict: dict[str, torch.Tensor]) -> str:

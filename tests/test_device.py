@@ -82,6 +82,19 @@ def test_what_cannot_be_used_is_an_error_with_the_way_out(machine, name, index, 
         choose_device(name, index)
 
 
+@pytest.mark.parametrize("launcher", ["slurm", "torchrun"])
+def test_the_only_gpu_that_a_task_sees_is_its_own(machine, monkeypatch, launcher):
+    machine(found=[(9, 0)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launcher == "slurm":
+        assert choose_device("", 3) == torch.device("cuda", 0)
+    else:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        with pytest.raises(InputError, match="process 3 of this machine has no GPU: 1 found"):
+            choose_device("", 3)
+
+
 def test_a_gpu_whose_tool_fails_counts_too(machine, monkeypatch, tmp_path):
     machine()
     (tmp_path / "no gpu").touch()

@@ -385,7 +385,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ])
 def test_where_it_is_on(monkeypatch, setting, device, capability, deterministic, is_compiled):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(engine, "strip_triton", object())
+    monkeypatch.setattr(engine, "_has_triton", lambda: True)
     monkeypatch.setattr(engine, "EARLY", {"as in PyTorch 2.11": True})
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     network = nn.Linear(2, 2)
@@ -396,14 +396,14 @@ def test_where_it_is_on(monkeypatch, setting, device, capability, deterministic,
 
 def test_auto_needs_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(engine, "strip_triton", None)
+    monkeypatch.setattr(engine, "_has_triton", lambda: False)
     network = nn.Linear(2, 2)
     assert compile_network(network, "auto", CUDA) is network
 
 
 def test_auto_needs_a_pytorch_that_can_fall_back(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(engine, "strip_triton", object())
+    monkeypatch.setattr(engine, "_has_triton", lambda: True)
     monkeypatch.setattr(engine, "EARLY", {})
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     network = nn.Linear(2, 2)
@@ -416,7 +416,7 @@ def test_auto_needs_a_pytorch_that_can_fall_back(monkeypatch, caplog):
 @pytest.mark.parametrize("version, is_compiled", [("2.8.0", False), ("2.11.0+cu130", True), ("2.14.1", True)])
 def test_checkpointed_networks_need_a_newer_pytorch(monkeypatch, version, is_compiled):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(engine, "strip_triton", object())
+    monkeypatch.setattr(engine, "_has_triton", lambda: True)
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     monkeypatch.setattr(engine, "EARLY", {"as in PyTorch 2.11": True})
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")

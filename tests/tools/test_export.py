@@ -188,7 +188,7 @@ def test_a_file_with_other_outputs_is_not_written(error, network, tmp_path, monk
         (["NETWORK", "gone/a.pt2"], "gone is not a writable folder"),
         (["gone.pth", "a.pt2"], "checkpoint gone.pth does not exist"),
         (["here.pt2", "a.pt2"], "here.pt2 is damaged or not a checkpoint"),
-        (["bare.pth", "a.pt2"], "bare.pth: it holds no config; use --cfg to name the one that it was trained with"),
+        (["bare.pth", "a.pt2"], "bare.pth: it holds no config; use --cfg to name the config that it was trained with"),
     ],
 )
 def test_bad_input(arguments, message, network, tmp_path, monkeypatch, capsys):
