@@ -66,7 +66,7 @@ def test_choice(machine, name, index, given, expected):
     ("cuda", 0, {}, "--device cuda: .*finds no such device here; it finds cpu$"),
     ("mps", 0, {}, "--device mps: .*finds no such device here"),
     ("xpu", 0, {"accelerator": "mps"}, "it finds cpu and mps$"),
-    ("", 2, {"found": [(9, 0)]}, "process 2 of this machine has no GPU: 1 found; lower --nproc_per_node"),
+    ("", 2, {"found": [(9, 0)] * 2}, "process 2 of this machine has no GPU: 2 found; lower --nproc_per_node"),
     ("", 0, {"smi": "NVIDIA A100-SXM4-40GB, 535.104.05"},
      r"NVIDIA A100-SXM4-40GB, driver 535.104.05\), .*built for CUDA 13.0. That needs driver 580 or newer: update the "
      r"driver, or install a build for an older CUDA .*driver 525 runs CUDA 12.*--device cpu$"),
