@@ -349,7 +349,7 @@ CHECKPOINTS = {
     "of zero bytes": ("x.pth is damaged or not a checkpoint", lambda path: path.write_bytes(b"")),
     "cut short": ("x.pth is damaged or not a checkpoint", cut),
     "that is text": ("x.pth is damaged or not a checkpoint", lambda path: path.write_text("<html>Not found</html>")),
-    "that runs code": ("x.pth: its model is not a state dict", lambda path: torch.save({"model": Malicious()}, path)),
+    "that runs code": ("x.pth: ", lambda path: torch.save({"model": Malicious()}, path)),
     "that is a tensor": ("x.pth: it holds Tensor", lambda path: torch.save(torch.zeros(3), path)),
     "that is empty": ("x.pth: ", lambda path: torch.save({}, path)),
     "without weights": ("x.pth: ", lambda path: torch.save({"epoch": 3, "optimizer": {}}, path)),
@@ -400,7 +400,7 @@ for name, before, after, *message in [
     ("another network", (), ("MODEL.STRIP_MLP.EMBED_DIM", 16), "another network", "MODEL.STRIP_MLP.EMBED_DIM 8 -> 16"),
     ("another image size", (), ("DATA.IMG_SIZE", 32), "another network", "DATA.IMG_SIZE 16 -> 32"),
     ("no average of the weights", ("TRAIN.EMA.ENABLED", False), (), "TRAIN.EMA.ENABLED"),
-    ("another data set", (), ("DATA.DATA_PATH", "more"), "trained on another data set (training_images 6 -> 8)"),
+    ("another data set", (), ("DATA.DATA_PATH", "more"), "was trained on other images: their names or labels differ"),
 ]:
     @row(f"output folder of a run with {name}")
     def _(path, before=before, after=after, message=message):
