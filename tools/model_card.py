@@ -131,7 +131,8 @@ def _accuracy(path: Path) -> str:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{report_file} is not an evaluation's report ({error!r:.80}); move it away") from error
     content = checkpoint.load_file(path)
-    kind = "eval_ema" if content.get("model_ema") is not None else "eval"
+    has_average = content.get("model_ema") is not None and content.get("is_average_best") is not False
+    kind = "eval_ema" if has_average else "eval"  # as inference.load_network chooses
     for _, record in parse_metrics(path.parent / "metrics.jsonl"):
         if record and (record["kind"], record["step"]) == (kind, content.get("step")) and record["acc1"] is not None:
             return (f"top-1 {record['acc1']:.2f} % of the validation images, logged by the training after "

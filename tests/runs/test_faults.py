@@ -137,7 +137,7 @@ def test_all_processes_end_when_one_fails(tmp_path, fault):
     log = (folder(tmp_path) / "log_rank0.txt").read_text()
     last = [line for line in log.splitlines() if "Train:" in line][-1]  # of the third update
     assert time.time() - time.mktime(time.strptime(last[1:20], "%Y-%m-%d %H:%M:%S")) < 30
-    assert "Another process of this run has ended" in log
+    assert "Another process of this run has ended" in log, process.stdout + process.stderr
 
 
 def test_full_disk_for_the_log(tmp_path):

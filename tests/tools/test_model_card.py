@@ -175,8 +175,9 @@ def test_what_the_training_logged_is_the_accuracy_of_a_file_that_was_not_evaluat
     shutil.copytree(folder(trained), run, symlinks=True)
     records = plots.read_metrics(run)
     for path in (run / "best.pth", *run.glob("ckpt_step_*.pth")):
-        step = checkpoint.load_file(path)["step"]
-        record, = [r for r in records if (r["kind"], r["step"]) == ("eval_ema", step)]
+        content = checkpoint.load_file(path)
+        kind = "eval_ema" if content["is_average_best"] else "eval"
+        record, = [r for r in records if (r["kind"], r["step"]) == (kind, content["step"])]
         target = tmp_path / path.stem
         assert export.main([str(path), str(target), "--format", "hub"]) == 0
         fact = f"| accuracy | top-1 {record['acc1']:.2f} % of the validation images, logged by the training after "
