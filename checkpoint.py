@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open  # which timm requires
+from safetensors import SafetensorError, safe_open
 
 from utils import InputError, MissingFileError, check_place, move, printable, replacing
 

@@ -55,7 +55,7 @@ _C.MODEL.STRIP_MLP.DEPTHS = [2, 2, 6, 2]  # blocks of the four stages
 _C.MODEL.STRIP_MLP.MLP_RATIO = 3.0  # alpha: hidden width of the channel mixing, relative to its input
 _C.MODEL.STRIP_MLP.NUM_PATCHES = 2  # P: channel patches that share the strip weights
 _C.MODEL.STRIP_MLP.STRIP_WIDTH = 3  # rows (columns) that a strip spans; odd
-_C.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = 0  # trained size; if IMG_SIZE differs, run in windows of it; 0: IMG_SIZE
+_C.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = 0  # side that the weights are for; larger images run in windows of it; 0: IMG_SIZE
 _C.MODEL.STRIP_MLP.FAST = True  # faster forward passes where they apply (models/fast); False: the plain modules
 _C.MODEL.STRIP_MLP.TOKEN_MIXERS = "both"  # ablation: both (half of the channels each) | cgsmm | lsmm (all channels)
 _C.MODEL.STRIP_MLP.CASCADE = True  # ablation: CGSMM's column strips read the row strips' output; False: the input
@@ -113,7 +113,7 @@ _C.TEST.CROP = True  # resize to 256/224 of the input size, then crop the centre
 _C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, one line per image
 
 # ---- the run -------------------------------------------------------------------------------------
-_C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto (bf16 or fp16 if the GPU supports it)
+_C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto (GPU: bf16, or fp16 without bf16; CPU: fp32)
 _C.DETERMINISTIC = False  # CUDA: bitwise reproducible runs on the same GPU and versions, but slower
 _C.COMPILE = "auto"  # torch.compile the network: on | off | auto (in training, on CUDA, where it works)
 _C.HANG_MINUTES = 10.0  # end the run if a process does not answer for this long (downloads: an hour)
@@ -394,7 +394,7 @@ def _check(config: CfgNode) -> None:
         require(not isinstance(value, str) or "\0" not in value, key, "text without a NUL character")
     if re.match(r"\w+://[^/]*@", config.DATA.MIRROR):  # not shown: it would be in the log, too
         raise InputError("DATA.MIRROR holds a user name or password, which config.yaml and the checkpoints would keep; "
-                         "leave it out and put it into ~/.netrc")
+                         "leave it out; download the archive by hand and put it into DATA.DATA_PATH")
 
 
 # ---- YAML ------------------------------------------------------------------------------------------

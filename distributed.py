@@ -354,7 +354,11 @@ def machine_failures():
     """
     try:
         yield
-    except (RuntimeError, MemoryError, ValueError) as error:
+    except ValueError as error:
+        if "Expected more than 1 value per channel when training" not in str(error):
+            raise
+        raise RunError(f"{error}. BatchNorm needs more: raise --batch-size, or DATA.IMG_SIZE.") from error
+    except (RuntimeError, MemoryError) as error:
         text = str(error) or type(error).__name__
         if "DataLoader timed out" in text:
             raise RunError("the data workers gave no batch within HANG_MINUTES; they or their storage hang. Rerun the "
@@ -372,8 +376,6 @@ def machine_failures():
             advice = "Raise the limit (ulimit -n), or lower DATA.NUM_WORKERS."
         elif "DataLoader worker" in text and "Original Traceback" not in text:  # one that died
             advice = "Memory is often the reason: lower DATA.NUM_WORKERS, or cache less (--cache-mode)."
-        elif "Expected more than 1 value per channel when training" in text:
-            advice = "BatchNorm needs more: raise --batch-size, or DATA.IMG_SIZE."
         elif isinstance(error, dist.DistError) or "gloo/transport" in text:
             advice = "Another process of this run has ended; see its error message."
         elif "deterministic" in text and torch.are_deterministic_algorithms_enabled():

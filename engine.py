@@ -28,7 +28,7 @@ from utils import InputError, error_message
 
 logger = logging.getLogger("strip_mlp")
 
-# Inductor's defaults write a normalised map to memory because two kernels read it; computing it twice moves less.
+# Inductor's defaults write normalised activations to memory because two kernels read them; computing them twice moves less.
 # tools/bench/roofline.py counts the difference. The layout is already chosen: the network is channels last.
 OPTIONS = {
     "realize_opcount_threshold": 300,
@@ -409,11 +409,11 @@ def check_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 # ---- torch.compile ---------------------------------------------------------------------------------
 
-def take_maps_as_they_lie() -> None:
-    """Keeps the compiler from copying the maps for a convolution's backward pass; holds for the whole process.
+def keep_activation_layout() -> None:
+    """Keeps the compiler from copying activations for a convolution's backward pass; holds for the whole process.
 
-    PyTorch 2.14 copies a depthwise convolution's maps into the memory layout of its weight's gradient, which has one
-    channel and so fits any layout. PyTorch 2.11 and older versions do not copy.
+    PyTorch 2.14 copies a depthwise convolution's activations into the memory layout of its weight's gradient, which has
+    one channel and so fits any layout. PyTorch 2.11 and older versions do not copy.
     """
     if torch.__version__ < (2, 12):
         return
@@ -479,7 +479,7 @@ class CompiledNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.may_fail = may_fail
-        take_maps_as_they_lie()
+        keep_activation_layout()
         self.run = torch.compile(network.forward, options=OPTIONS)
 
     def forward(self, x):

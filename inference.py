@@ -10,7 +10,7 @@ import logging
 import re
 from pathlib import Path
 
-import huggingface_hub  # which timm requires
+import huggingface_hub
 import torch
 from torch import nn
 from yacs.config import CfgNode

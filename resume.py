@@ -400,6 +400,8 @@ def resume(path: Path, content: dict | None, state: TrainState, checkpointer: Ch
     content, folder, layout = content or checkpoint.load_file(path), checkpointer.folder, state.layout
     with input_errors(path):
         state.load_state_dict(content)
+    if "is_average_best" in content:
+        checkpointer.metadata["is_average_best"] = content["is_average_best"] is True
     before, now = Layout(**content["layout"]).effective_batch, layout.effective_batch
     if before != now:
         logger.warning(f"the effective batch (images per update) changes from {before} to {now}: the learning rate "

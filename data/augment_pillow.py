@@ -7,6 +7,9 @@ from timm.data import auto_augment
 
 from .augment import FILL, Draw, Step
 
+_WITHOUT_VALUE = ("AutoContrast", "Equalize", "Invert")
+_WHOLE = ("Posterize", "SolarizeAdd")
+
 
 def augment(image: Image.Image, draw: Draw, blended: bool) -> Image.Image:
     """The RGB image after the flip and the steps of its draw; ``blended`` is ``Augmentation.blended``."""
@@ -27,32 +30,11 @@ def augment(image: Image.Image, draw: Draw, blended: bool) -> Image.Image:
 def run(image: Image.Image, steps: list[Step]) -> Image.Image:
     """The image after all steps in turn."""
     for step in steps:
-        if step.operation != "None":
+        if step.operation == "Posterize" and step.value < 1:  # Pillow 13 raises an error
+            image = Image.new(image.mode, image.size)
+        elif step.operation != "None":
+            value = int(step.value) if step.operation in _WHOLE else step.value
+            values = () if step.operation in _WITHOUT_VALUE else (value,)
             sampling = Resampling.BICUBIC if step.bicubic else Resampling.BILINEAR
-            image = _OPERATIONS[step.operation](image, step.value, fillcolor=FILL, resample=sampling)
+            image = auto_augment.NAME_TO_OP[step.operation](image, *values, fillcolor=FILL, resample=sampling)
     return image
-
-
-def _posterize(image: Image.Image, bits: float, **settings) -> Image.Image:
-    """timm's, with a black image for 0 bits, as before Pillow 13, which raises an error."""
-    return auto_augment.posterize(image, int(bits)) if bits > 0 else Image.new(image.mode, image.size)
-
-
-_OPERATIONS = {
-    "AutoContrast": lambda image, value, **settings: auto_augment.auto_contrast(image),
-    "Equalize": lambda image, value, **settings: auto_augment.equalize(image),
-    "Invert": lambda image, value, **settings: auto_augment.invert(image),
-    "Rotate": auto_augment.rotate,
-    "Posterize": _posterize,
-    "Solarize": auto_augment.solarize,
-    "SolarizeAdd": lambda image, value, **settings: auto_augment.solarize_add(image, int(value)),
-    "Color": auto_augment.color,
-    "Contrast": auto_augment.contrast,
-    "Brightness": auto_augment.brightness,
-    "Sharpness": auto_augment.sharpness,
-    "ShearX": auto_augment.shear_x,
-    "ShearY": auto_augment.shear_y,
-    "TranslateX": auto_augment.translate_x_abs,
-    "TranslateY": auto_augment.translate_y_abs,
-    "GaussianBlur": auto_augment.gaussian_blur,
-}

@@ -165,6 +165,9 @@ class _Loader(DataLoader):
 
     def __iter__(self):
         batches, self.has_killed = self._start(), False
+        if not self.num_workers:
+            yield from batches
+            return
         while True:
             timer = threading.Timer(self.patience, self._kill)
             timer.daemon = True
@@ -172,12 +175,12 @@ class _Loader(DataLoader):
             try:
                 batch = next(batches, None)
             except Exception as error:
-                if self.has_killed:
-                    for _ in range(2):  # PyTorch's handler raises the news of killed workers, wherever Python is then
-                        with contextlib.suppress(RuntimeError):
-                            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    raise RuntimeError("DataLoader timed out") from error
-                raise
+                if not self.has_killed:
+                    raise
+                for _ in range(2):  # PyTorch's handler raises an error about a killed worker wherever Python is then
+                    with contextlib.suppress(RuntimeError, AttributeError):  # Windows has no SIGCHLD
+                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                raise RuntimeError("DataLoader timed out") from error
             finally:
                 timer.cancel()
             if batch is None:

@@ -44,6 +44,11 @@ def shapes(model) -> dict[str, tuple]:
     return {key: tuple(p.shape) for key, p in model.named_parameters()}
 
 
+def equal(found, expected) -> bool:
+    """Whether two lists of tensors hold the same numbers."""
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
 def relative_error(value, reference) -> float:
     """The norm of the difference against the norm of the reference, in float64; each a tensor or a list of numbers."""
     value, reference = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (value, reference))

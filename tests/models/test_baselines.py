@@ -21,6 +21,7 @@ TINY = {
 }
 DIMS = {"smlpnet_tiny": [8, 16, 32, 64], "wave_mlp_small": [8, 12, 16, 24], "wave_mlp_base": [8, 12, 16, 24]}
 each = pytest.mark.parametrize("name", TINY)
+from tests.nets import equal
 
 
 def created(name, **kwargs):
@@ -42,10 +43,6 @@ def stage_outputs(net, x):
     for hook in hooks:
         hook.remove()
     return found
-
-
-def equal(found, expected):
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 # ---- the variants --------------------------------------------------------------------------------

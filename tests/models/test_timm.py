@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from checkpoint import save_file
 from models import StripMLPNet, adapt_size
 from models.strip_mlp import VARIANTS
-from tests.nets import SIZES, as_stored, shapes, tiny_net
+from tests.nets import SIZES, as_stored, equal, shapes, tiny_net
 
 
 def created(**kwargs):
@@ -110,10 +110,6 @@ def stage_outputs(net, x):
     for hook in hooks:
         hook.remove()
     return found
-
-
-def equal(found, expected):
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("indices, expected", [

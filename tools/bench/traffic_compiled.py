@@ -8,7 +8,7 @@ import torch._inductor.config
 from torch import nn
 from torch._inductor.graph import GraphLowering
 
-from engine import EARLY, OPTIONS, take_maps_as_they_lie
+from engine import EARLY, OPTIONS, keep_activation_layout
 from models import fast
 from tools.bench.traffic import Operation, Traffic, layout_of
 from utils import InputError
@@ -66,7 +66,7 @@ def count_compiled_step(
 
     x = torch.empty(images).contiguous(memory_format=layout_of(network))
     torch.compiler.reset()
-    take_maps_as_they_lie()
+    keep_activation_layout()
     with (
         mock.patch.object(GraphLowering, "compile_to_module", plan),
         mock.patch.object(fast, "DEVICES", ("cpu",)),

@@ -124,7 +124,7 @@ def test_compiled_traffic_known_by_hand():
 
 
 @needs_early_planning
-def test_compiled_depthwise_convolutions_take_maps_as_they_lie():
+def test_compiled_depthwise_convolutions_keep_their_activation_layout():
     """Their backward passes copy no map: what is left is a GELU's derivative."""
     convolutions = [nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False) for _ in range(2)]
     network = nn.Sequential(convolutions[0], nn.GELU(), convolutions[1]).to(memory_format=torch.channels_last)
