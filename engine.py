@@ -28,8 +28,8 @@ from utils import InputError, error_message
 
 logger = logging.getLogger("strip_mlp")
 
-# Inductor's defaults write normalised activations to memory because two kernels read them; computing them twice moves less.
-# tools/bench/roofline.py counts the difference. The layout is already chosen: the network is channels last.
+# Inductor's defaults write normalised activations to memory because two kernels read them. To compute them twice moves
+# less: tools/bench/roofline.py counts the difference. The layout is already chosen: the network is channels last.
 OPTIONS = {
     "realize_opcount_threshold": 300,
     "realize_reads_threshold": 20,

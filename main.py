@@ -255,8 +255,8 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
                     metrics.write(name, state.step, state.epoch - 1, state.epoch, **result)
             if not any(math.isfinite(result["loss"]) for result in results.values()):
                 raise FloatingPointError(
-                    f"the network's outputs are not finite after epoch {state.epoch - 1}, which is not saved; use a lower "
-                    "TRAIN.BASE_LR or a longer TRAIN.WARMUP_EPOCHS")
+                    f"the network's outputs are not finite after epoch {state.epoch - 1}, which is not saved; use a "
+                    "lower TRAIN.BASE_LR or a longer TRAIN.WARMUP_EPOCHS")
             if is_best or state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
                 if not checkpointer.save(state, is_best, is_last=state.epoch == config.TRAIN.EPOCHS):
                     state.max_accuracy, state.best_loss = best_before  # best.pth is still the one before

@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from models import SMLPNet, count_batches_once, freeze_stages, load_pretrained, smlpnet, wavemlp
+from tests.nets import equal
 
 TINY = {
     "smlpnet_tiny": {"img_size": (32, 64), "embed_dim": 8, "depths": (1, 2, 1, 1)},
@@ -21,7 +22,6 @@ TINY = {
 }
 DIMS = {"smlpnet_tiny": [8, 16, 32, 64], "wave_mlp_small": [8, 12, 16, 24], "wave_mlp_base": [8, 12, 16, 24]}
 each = pytest.mark.parametrize("name", TINY)
-from tests.nets import equal
 
 
 def created(name, **kwargs):
