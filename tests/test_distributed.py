@@ -155,3 +155,11 @@ def test_what_a_worker_raises_is_no_failure_of_the_machine():
     assert type(raised.value) is RuntimeError
     assert error_message(InputError("Original Traceback\n  ...\nutils.InputError: a.png is empty")) == (
         "a.png is empty")
+
+
+def test_one_value_per_channel_says_what_helps_and_other_value_errors_stay():
+    norm = torch.nn.BatchNorm2d(4)
+    with pytest.raises(RunError, match="BatchNorm needs more: raise --batch-size"), machine_failures():
+        norm(torch.zeros(1, 4, 1, 1))
+    with pytest.raises(InputError, match="^the download timed out$"), machine_failures():
+        raise InputError("the download timed out")

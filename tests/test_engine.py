@@ -493,3 +493,27 @@ def test_the_average_of_a_short_run_is_not_its_random_start():
     for step in range(1, 23):
         ema.update(model, step=step)
     assert ema.module.weight.item() > 0.99
+
+
+def test_auto_does_not_compile_synchronised_norms_and_says_so(monkeypatch, caplog):
+    """Dynamo would break the graph at every one."""
+    monkeypatch.setattr(engine.logger, "propagate", True)
+    monkeypatch.setattr(engine, "_can_compile", lambda device: True)
+    monkeypatch.setattr(engine, "EARLY", {"as in PyTorch 2.11": True})
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4))
+    with caplog.at_level("INFO", "strip_mlp"):
+        assert engine.compile_network(model, "auto", torch.device("cuda")) is model
+    assert "not compiling the network: SyncBatchNorm (TRAIN.SYNC_BN)" in caplog.text
+
+
+def test_a_user_without_a_home_compiles(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(engine.Path, "home", no_home)
+    monkeypatch.setattr(engine.tempfile, "gettempdir", lambda: "/tmp/elsewhere")
+    assert type(engine.compile_network(nn.Linear(1, 1), "on", CPU)) is engine.CompiledNetwork
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/elsewhere/strip_mlp"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")

@@ -438,3 +438,17 @@ def test_an_epoch_outlives_a_validation_image_that_cannot_be_read(tmp_path, caps
     assert "Train:" not in resumed and "eval: epoch 0" in resumed
     before, after = (checkpoint.load_file(path)["model"] for path in (saved, folder(tmp_path) / "best.pth"))
     assert differences(before, after) == []
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(main.tempfile, "gettempdir", lambda: "/tmp/" + "x" * 80)
+    assert main.main(arguments(tmp_path)) == 2
+    assert "set TMPDIR to a shorter one" in capsys.readouterr().out
+
+
+def test_a_network_that_broke_is_not_saved_over_the_run(tmp_path, capsys):
+    """Fewer updates than TRAIN.MAX_SKIPPED, and a loss that is no number."""
+    options = ("TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.BASE_LR", 9e18, "TRAIN.EMA.ENABLED", False)
+    assert main.main(arguments(tmp_path, *options)) == 1
+    assert "outputs are not finite after epoch 0, which is not saved" in capsys.readouterr().out
+    assert not checkpoint.list_checkpoints(folder(tmp_path))
