@@ -88,7 +88,7 @@ _C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]  # adamw: decay of the two moments
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
 _C.TRAIN.EMA = CfgNode()
 _C.TRAIN.EMA.ENABLED = False  # keep an exponential moving average of the weights, and evaluate and save it too
-_C.TRAIN.EMA.DECAY = 0.9999  # share of the average that an update keeps
+_C.TRAIN.EMA.DECAY = 0.9999  # share of the average that an update keeps; lower in the first updates
 
 # ---- augmentation --------------------------------------------------------------------------------
 _C.AUG = CfgNode()

@@ -344,13 +344,12 @@ def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, pred
             "images": int(count)}
 
 
-def evaluate_all(networks: dict[str, nn.Module], loader, precision: Precision, predictions=None) -> dict[str, dict]:
-    """The results of each network by its name; the predictions are those of the last."""
-    last = list(networks)[-1]
-    return {
-        name: evaluate(network, loader, precision, predictions if name == last else None)
-        for name, network in networks.items()
-    }
+def evaluate_all(
+    networks: dict[str, nn.Module], loader, precision: Precision, predictions: dict[str, list] | None = None
+) -> dict[str, dict]:
+    """The results of each network by its name; ``predictions`` has a list for those whose predictions are wanted."""
+    wanted = predictions or {}
+    return {name: evaluate(network, loader, precision, wanted.get(name)) for name, network in networks.items()}
 
 
 def log_results(results: dict, before: str = "", after: str = "") -> None:

@@ -97,10 +97,15 @@ def load_network(
     path = weights_file(source)
     is_given = config is not None
     content, config, classes = read_network(path, config)
-    uses_average = content.get("model_ema") is not None and content.get("is_average_best") is not False
-    weights = content["model_ema" if uses_average else "model"]
+    weights = content["model_ema" if predicts_by_average(content) else "model"]
     model = build_with_weights(path, weights, config, may_resize=is_given)
     return model.to(device).eval(), config, classes
+
+
+def predicts_by_average(content: dict) -> bool:
+    """Whether a checkpoint predicts with the average of its weights: if it has one, unless the last evaluation found it
+    worse than the weights themselves."""
+    return content.get("model_ema") is not None and content.get("is_average_best") is not False
 
 
 def read_network(path: Path, config: CfgNode | None = None) -> tuple[dict, CfgNode, list[str]]:

@@ -61,7 +61,15 @@ from engine import (
     to_device,
     train_one_epoch,
 )
-from inference import build_network, build_with_weights, check_classes, image_shape, read_network, weights_file
+from inference import (
+    build_network,
+    build_with_weights,
+    check_classes,
+    image_shape,
+    predicts_by_average,
+    read_network,
+    weights_file,
+)
 from logger import (
     MetricsWriter,
     describe_environment,
@@ -297,8 +305,9 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
                 network.compile(options=OPTIONS)
             networks[name] = network
     open_log(folder)
-    predictions = [] if config.TEST.PREDICTIONS else None
-    results = evaluate_all(networks, loader, precision, predictions)
+    predictions = []  # of the network that tools/predict.py uses
+    wanted = {"eval_ema" if predicts_by_average(content) else "eval": predictions} if config.TEST.PREDICTIONS else {}
+    results = evaluate_all(networks, loader, precision, wanted)
     log_results(results)
     if not all(math.isfinite(result["loss"]) for result in results.values()):
         hint = "" if precision.name == "fp32" else "try --amp-dtype fp32, or "

@@ -102,10 +102,8 @@ def select(records: list[dict], kind: str, figure: str) -> tuple[np.ndarray, np.
 
 
 def best_accuracy(records: list[dict]) -> tuple[float, int]:
-    """The best top-1 accuracy, of the averaged weights if there are any, and its epoch; nan if there is none."""
-    kinds = {record["kind"] for record in records}
-    kind = "eval_ema" if "eval_ema" in kinds else "eval"
-    found = [(record["acc1"], record["epoch"]) for record in records if record["kind"] == kind]
+    """The best top-1 accuracy, of the network or of its averaged weights, and its epoch; nan if there is none."""
+    found = [(record["acc1"], record["epoch"]) for record in records if record["kind"] in ("eval", "eval_ema")]
     return max(found, key=lambda pair: pair[0], default=(float("nan"), 0))
 
 

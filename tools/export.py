@@ -10,7 +10,7 @@
 
 ONNX and torch.export files take batches of any size: images (N, 3, S, S), float32, resized and normalised as in
 evaluation (their metadata describes this in JSON and names the classes), and return logits (N, classes). If the
-checkpoint has averaged weights, these are exported.
+checkpoint has averaged weights, the better ones at its last evaluation are exported.
 
 A folder to share holds the weights, timm's config.json, and a model card (README.md) with details from the run's
 folder. timm.create_model("local-dir:DIR", pretrained=True) loads it once models/ is imported, and so does everything

@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import checkpoint
 from config import load_config, read_yaml
-from inference import weights_file
+from inference import predicts_by_average, weights_file
 from models import timm_arguments
 from plots import parse_metrics
 from utils import InputError, input_errors, printable
@@ -121,18 +121,16 @@ def _recipe(config, batch) -> str:
 
 def _accuracy(path: Path) -> str:
     """The evaluation of this file by ``eval.json`` beside it, else what its training logged when it was saved."""
-    report_file, sha256 = path.parent / "eval.json", _sha256(path)
+    report_file, sha256, content = path.parent / "eval.json", _sha256(path), checkpoint.load_file(path)
+    kind = "eval_ema" if predicts_by_average(content) else "eval"
     try:
         report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else {}
         if report.get("sha256") == sha256:
-            result = report.get("eval_ema") or report["eval"]
+            result = report[kind]
             return (f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} % of {result['images']} images, "
                     f"measured on the checkpoint with SHA-256 `{sha256}`")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{report_file} is not an evaluation's report ({error!r:.80}); move it away") from error
-    content = checkpoint.load_file(path)
-    has_average = content.get("model_ema") is not None and content.get("is_average_best") is not False
-    kind = "eval_ema" if has_average else "eval"  # as inference.load_network chooses
     for _, record in parse_metrics(path.parent / "metrics.jsonl"):
         if record and (record["kind"], record["step"]) == (kind, content.get("step")) and record["acc1"] is not None:
             return (f"top-1 {record['acc1']:.2f} % of the validation images, logged by the training after "

@@ -172,7 +172,7 @@ def test_another_file_s_evaluation_is_not_claimed(shared, tmp_path):
 def test_what_the_training_logged_is_the_accuracy_of_a_file_that_was_not_evaluated(trained, tmp_path):
     """That of the file's own weights and update: not of the best epoch for the last checkpoint."""
     run = tmp_path / "run"
-    shutil.copytree(folder(trained), run, symlinks=True)
+    shutil.copytree(folder(trained), run, symlinks=True, ignore=shutil.ignore_patterns("eval.json"))  # another test's
     records = plots.read_metrics(run)
     for path in (run / "best.pth", *run.glob("ckpt_step_*.pth")):
         content = checkpoint.load_file(path)
@@ -182,6 +182,19 @@ def test_what_the_training_logged_is_the_accuracy_of_a_file_that_was_not_evaluat
         assert export.main([str(path), str(target), "--format", "hub"]) == 0
         fact = f"| accuracy | top-1 {record['acc1']:.2f} % of the validation images, logged by the training after "
         assert f"{fact}{record['epoch'] + 1} epochs |" in (target / "README.md").read_text()
+
+
+@pytest.mark.parametrize("is_average_best", [True, False])
+def test_an_evaluated_file_s_accuracy_is_that_of_the_network_that_was_exported(tmp_path, is_average_best):
+    config, model = tiny_network()
+    path = save_network(tmp_path / "best.pth", config, model, model_ema=model.state_dict(),
+                        is_average_best=is_average_best)
+    results = {kind: {"acc1": acc1, "acc5": 99.0, "images": 40} for kind, acc1 in (("eval", 97.5), ("eval_ema", 12.5))}
+    report = results | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    (tmp_path / "eval.json").write_text(json.dumps(report))
+    assert export.main([str(path), str(tmp_path / "hub"), "--format", "hub"]) == 0
+    fact = f"| accuracy | top-1 {12.5 if is_average_best else 97.5:.2f} %"
+    assert fact in (tmp_path / "hub" / "README.md").read_text()
 
 
 def test_odd_files_beside_the_checkpoint(shared, tmp_path):
