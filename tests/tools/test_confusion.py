@@ -83,9 +83,9 @@ def evaluated(trained, tmp_path_factory):
 def test_an_evaluation_s_predictions_give_its_accuracy(evaluated):
     """From the training to the table; digits' classes are in the order of their labels."""
     matrix, names, mistakes = confusion.read_predictions(evaluated / "predictions.csv")
-    content = checkpoint.load_file(evaluated / "best.pth")
-    kind = "eval_ema" if predicts_by_average(content) else "eval"
-    report = json.loads((evaluated / "eval.json").read_text())[kind]
+    report = json.loads((evaluated / "eval.json").read_text())
+    kind = "eval_ema" if predicts_by_average(checkpoint.load_file(report["checkpoint"])) else "eval"
+    report = report[kind]
     assert matrix.sum() == report["images"] == 40 and len(mistakes) == 40 - matrix.trace()
     assert 100 * matrix.trace() / 40 == pytest.approx(report["acc1"], rel=1e-12)
     assert names == [str(digit) for digit in range(len(names))]
