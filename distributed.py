@@ -22,7 +22,6 @@ from utils import InputError, RunError
 
 logger = logging.getLogger("strip_mlp")
 
-_OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}  # NVIDIA's, for each CUDA major version; newer ones run all of these
 _BUILDS = "https://pytorch.org/get-started/locally lists the builds"
 _GPU_FILE = Path("/dev/nvidia0")
 _host_group: dist.ProcessGroup | None = None  # connects the CPUs if the main group connects GPUs, else None
@@ -56,7 +55,6 @@ def choose_device(name: str = "", index: int = 0) -> torch.device:
         if index >= torch.cuda.device_count():
             raise InputError(f"process {index} of this machine has no GPU: {torch.cuda.device_count()} found; lower "
                              "--nproc_per_node")
-        _check_machine_code(index)
         return torch.device("cuda", index)
     if name in ("", "cuda"):
         _check_unused_gpu()
@@ -70,69 +68,34 @@ def choose_device(name: str = "", index: int = 0) -> torch.device:
                      f"{' and '.join(filter(None, ['cpu', accelerator]))}")
 
 
-def _check_machine_code(index: int) -> None:
-    """Raises InputError if this build of PyTorch has no code for the GPU, so that every operation would fail."""
-    if torch.version.hip:
+def _check_unused_gpu() -> None:
+    """Raises InputError if there is an NVIDIA GPU that is not hidden and that PyTorch cannot use."""
+    gpu = "" if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") else _find_nvidia_gpu()
+    if not gpu:
         return
-    major, minor = torch.cuda.get_device_capability(index)
-    built_for = torch.cuda.get_arch_list()
-    for kind, digits in (re.match(r"(sm|compute)_(\d+)", name).groups() for name in built_for):
-        version = divmod(int(digits), 10)
-        # Machine code runs on later GPUs of its generation; PTX, named "compute", on all later GPUs.
-        if version <= (major, minor) and (kind == "compute" or version[0] == major):
-            return
+    problem = "it is built without CUDA"
+    if torch.version.cuda:
+        problem = f"CUDA {torch.version.cuda} does not start"
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            problem += f" ({next(iter(str(error).splitlines()), type(error).__name__)})"
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
+            problem += f"; CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}, is that right?"
     raise InputError(
-        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, for which PyTorch "
-        f"{torch.__version__} has no code (only {', '.join(built_for)}); install a build for another CUDA version "
-        f"({_BUILDS}; CUDA 12.6 covers 5.0 to 9.0), or use --device cpu"
+        f"this machine has an NVIDIA GPU ({gpu}), but PyTorch {torch.__version__} cannot use it: {problem}. Install a "
+        f"build for this driver ({_BUILDS}), or a newer driver, or choose the CPU with --device cpu"
     )
 
 
-def _check_unused_gpu() -> None:
-    """Raises InputError if there is an NVIDIA GPU that is not hidden and that PyTorch cannot use."""
-    found = _find_nvidia_gpu()
-    if not found or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return
-    gpu, driver = found
-    built_for = torch.version.cuda
-    if not built_for:
-        advice = f"it is built without CUDA. Install a CUDA build ({_BUILDS})"
-    else:
-        oldest = _OLDEST_DRIVERS.get(int(built_for.split(".")[0]))
-        advice = f"it is built for CUDA {built_for}. "
-        if oldest and driver.split(".")[0].isdecimal() and int(driver.split(".")[0]) < oldest:
-            advice += (f"That needs driver {oldest} or newer: update the driver, or install a build for an older CUDA "
-                       f"({_BUILDS}; driver {_OLDEST_DRIVERS[12]} runs CUDA 12)")
-        else:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            advice += f"CUDA does not start: {_cuda_error()}. " + (
-                f"CUDA_VISIBLE_DEVICES is {visible!r}: check that nvidia-smi lists this GPU, or unset the variable"
-                if visible else "Check that nvidia-smi works here")
-    raise InputError(f"this machine has an NVIDIA GPU ({gpu}, driver {driver}), but PyTorch {torch.__version__} cannot "
-                     f"use it; {advice}, or insist on the CPU with --device cpu")
-
-
-def _find_nvidia_gpu() -> tuple[str, str] | None:
-    """Name and driver version of the machine's first NVIDIA GPU, whether or not PyTorch can use it."""
+def _find_nvidia_gpu() -> str:
+    """Name and driver of the machine's first NVIDIA GPU, whether or not PyTorch can use it; empty if it has none."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-        name, _, driver = listed[0].rpartition(", ")
-        return name, driver
+        return listed[0].replace(", ", ", driver ")
     except (OSError, subprocess.SubprocessError, IndexError):
-        if not _GPU_FILE.exists():
-            return None
-    version = Path("/proc/driver/nvidia/version")
-    match = re.search(r"Module\D*(\d[\d.]*)", version.read_text()) if version.is_file() else None
-    return "nvidia-smi fails", match[1] if match else "unknown"
-
-
-def _cuda_error() -> str:
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return next(iter(str(error).splitlines()), type(error).__name__)
-    return "PyTorch finds no GPU"
+        return "nvidia-smi fails" if _GPU_FILE.exists() else ""
 
 
 # ---- the process group ---------------------------------------------------------------------------
@@ -372,6 +335,8 @@ def machine_failures():
             advice = "Lower --batch-size and raise --accumulation-steps to compensate, or add --use-checkpoint."
         elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "could not create a primitive" in text:
             advice = "Lower --batch-size and raise --accumulation-steps to compensate, or lower DATA.NUM_WORKERS."
+        elif "no kernel image" in text:
+            advice = f"This PyTorch has no code for this GPU: install another build ({_BUILDS}), or use --device cpu."
         elif "Too many open files" in text:
             advice = "Raise the limit (ulimit -n), or lower DATA.NUM_WORKERS."
         elif "DataLoader worker" in text and "Original Traceback" not in text:  # one that died

@@ -44,71 +44,19 @@ from torch import nn
 
 import checkpoint
 import distributed
+import engine
+import inference
+import logger as log
+import resume
+import utils
 from arguments import argument_parser, config_overrides, parse_arguments
 from config import load_config, to_dict
 from data import augment_on, build_train_loader, build_val_loader, prepare_data
 from distributed import choose_device, machine_failures
-from engine import (
-    OPTIONS,
-    Precision,
-    build_ema,
-    check_kernels,
-    compile_network,
-    evaluate_all,
-    log_results,
-    make_deterministic,
-    measure_throughput,
-    to_device,
-    train_one_epoch,
-)
-from inference import (
-    build_network,
-    build_with_weights,
-    check_classes,
-    image_shape,
-    predicts_by_average,
-    read_network,
-    weights_file,
-)
-from logger import (
-    MetricsWriter,
-    describe_environment,
-    describe_run,
-    draw_curves,
-    open_log,
-    save_description,
-    setup_console,
-    start_wandb,
-    whereabouts,
-)
 from lr_scheduler import LRScheduler
 from models import count_batches_once, load_pretrained
 from optimizer import build_optimizer
-from resume import (
-    NOT_SAVED,
-    PREEMPTED,
-    Checkpointer,
-    Layout,
-    NotSavedError,
-    Preempted,
-    TrainState,
-    check_data,
-    find_resume,
-    is_finished,
-    resume,
-    seed_everything,
-)
-from utils import (
-    InputError,
-    MissingFileError,
-    csv_cell,
-    error_message,
-    exit_status,
-    input_errors,
-    printable,
-    replacing,
-    write_text,
-)
+from utils import InputError, input_errors
 
 logger = logging.getLogger("strip_mlp")
 
@@ -123,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = parse_arguments(argument_parser(__doc__), argv)
     status = 0
-    setup_console(is_first=os.environ.get("RANK", "0") == "0")
+    log.setup_console(is_first=os.environ.get("RANK", "0") == "0")
     try:
         if len(tempfile.gettempdir()) > 75:  # the data workers' sockets are in it; they would wait for ever
             raise InputError(f"the temporary folder {tempfile.gettempdir()} has a name of over 75 characters, too long "
@@ -132,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.amp_opt_level:
             logger.warning("--amp-opt-level belongs to apex and is ignored; use --amp-dtype {bf16,fp16,fp32}")
         if config.DETERMINISTIC:
-            make_deterministic()
+            engine.make_deterministic()
         torch.backends.cudnn.benchmark = not config.DETERMINISTIC  # the fastest algorithms: every batch has one shape
         device = choose_device(args.device, distributed.launcher_local_rank())
         distributed.init_distributed(device, config.HANG_MINUTES)
@@ -146,20 +94,20 @@ def main(argv: list[str] | None = None) -> int:
                     evaluate_checkpoint(config, device, folder)
                 else:
                     train(config, device, folder, args.allow_changes)
-    except Preempted as signal:
+    except resume.Preempted as signal:
         logger.warning("stopped by %s; rerun the same command to resume", signal)
-        status = PREEMPTED
-    except NotSavedError as error:
+        status = resume.PREEMPTED
+    except resume.NotSavedError as error:
         logger.error(error)
-        status = NOT_SAVED
+        status = resume.NOT_SAVED
     except KeyboardInterrupt:
         logger.error("interrupted")
         return 130
     except Exception as error:
-        status = exit_status(error)
+        status = utils.exit_status(error)
         if status is None:
             raise
-        logger.error(error_message(error))
+        logger.error(utils.error_message(error))
         logger.debug("where it happened:", exc_info=True)  # for the log file
         return status  # without waiting for processes that wait for this one
     distributed.leave()
@@ -173,9 +121,10 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         InputError: the config or the data cannot be used, or ``folder`` holds a run with other settings, and
             ``allow_changes`` is not set.
     """
-    with machine_failures(), Checkpointer(config, folder) as checkpointer:
+    with machine_failures(), resume.Checkpointer(config, folder) as checkpointer:
         # 0. The run so far.
-        resume_path, resume_content, checkpointer.metadata["changes"] = find_resume(config, folder, allow_changes)
+        resume_path, resume_content, changes = resume.find_resume(config, folder, allow_changes)
+        checkpointer.metadata["changes"] = changes
 
         # 1. Data and model; every process draws the same weights.
         distributed.once_per_machine(lambda: prepare_data(config))
@@ -184,12 +133,12 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         classes = list(train_loader.dataset.classes)
         checkpointer.metadata |= {"classes": classes, "fingerprint": train_loader.dataset.fingerprint}
         if resume_content:
-            check_data(resume_content, resume_path, classes, train_loader.dataset.fingerprint)
-        if distributed.broadcast_object(is_finished(resume_content, config, len(train_loader.dataset))):
+            resume.check_data(resume_content, resume_path, classes, train_loader.dataset.fingerprint)
+        if distributed.broadcast_object(resume.is_finished(resume_content, config, len(train_loader.dataset))):
             _report_finished(resume_content, folder)
             return
-        seed_everything(config.SEED)
-        model = to_device(build_network(config), device)
+        resume.seed_everything(config.SEED)
+        model = engine.to_device(inference.build_network(config), device)
         if config.MODEL.PRETRAINED and not resume_path:
             _load_pretrained(config, model)
         if config.TRAIN.WARMUP_EPOCHS == config.TRAIN.EPOCHS:
@@ -205,14 +154,14 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
             count_batches_once(model)
 
         # 2. The state of the training; from here on every process draws its own random numbers.
-        seed_everything(config.SEED + distributed.rank())
-        precision = Precision(config.AMP_DTYPE, device)
+        resume.seed_everything(config.SEED + distributed.rank())
+        precision = engine.Precision(config.AMP_DTYPE, device)
         logger.info(f"precision: {precision.name} ({precision.reason})")
-        check_kernels(model, device, precision.dtype)
+        engine.check_kernels(model, device, precision.dtype)
         optimizer = build_optimizer(config, model)
         updates_per_epoch = -(-len(train_loader) // config.TRAIN.ACCUMULATION_STEPS)
-        state = TrainState(
-            layout=Layout(
+        state = resume.TrainState(
+            layout=resume.Layout(
                 dataset=config.DATA.DATASET,
                 training_images=len(train_loader.dataset),
                 num_classes=config.MODEL.NUM_CLASSES,
@@ -227,37 +176,37 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
             optimizer=optimizer,
             lr_scheduler=LRScheduler(config, optimizer, updates_per_epoch),
             scaler=precision.scaler(),
-            ema=build_ema(config, model),
+            ema=engine.build_ema(config, model),
         )
         if resume_path:
-            resume(resume_path, resume_content, state, checkpointer)
+            resume.resume(resume_path, resume_content, state, checkpointer)
         del resume_content  # it is as large as the state
         metrics = None
-        open_log(folder)
+        log.open_log(folder)
         if distributed.rank() == 0:
-            run = describe_run(config, state, device, precision.name, checkpointer.metadata)
-            save_description(config, run, folder)
+            run = log.describe_run(config, state, device, precision.name, checkpointer.metadata)
+            log.save_description(config, run, folder)
             metrics = _open_metrics(config, state, len(train_loader), folder)
         if resume_path:
             best = "none yet" if state.max_accuracy < 0 else f"{state.max_accuracy:.3f}"
             logger.info(f"resumed {resume_path}: epoch {state.epoch}, {state.step} updates done, best {best}")
 
         # 3. The network as the loop calls it.
-        wrapped = compile_network(model, config.COMPILE, device, config.DETERMINISTIC)
+        wrapped = engine.compile_network(model, config.COMPILE, device, config.DETERMINISTIC)
         if distributed.is_distributed():
             wrapped = distributed.wrap(wrapped)
 
         # 4. The epochs.
         while state.epoch < config.TRAIN.EPOCHS:
-            train_one_epoch(config, state, wrapped, train_loader, precision, metrics, checkpointer)
+            engine.train_one_epoch(config, state, wrapped, train_loader, precision, metrics, checkpointer)
             try:
-                results = evaluate_all(state.networks(), val_loader, precision)
+                results = engine.evaluate_all(state.networks(), val_loader, precision)
             except InputError:  # an unreadable image, for example: resume with the evaluation
                 checkpointer.save(state)
                 raise
             best_before = state.max_accuracy, state.best_loss
             is_best, checkpointer.metadata["is_average_best"] = state.finish_epoch(results)
-            log_results(results, f"epoch {state.epoch - 1}  ", f"  best {state.max_accuracy:.3f}")
+            engine.log_results(results, f"epoch {state.epoch - 1}  ", f"  best {state.max_accuracy:.3f}")
             if metrics:
                 for name, result in results.items():
                     metrics.write(name, state.step, state.epoch - 1, state.epoch, **result)
@@ -272,9 +221,9 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
             checkpointer.save(state, is_last=True)
         if metrics:
             metrics.close()
-            draw_curves(folder)
+            log.draw_curves(folder)
     logger.info(f"Best top-1 {state.max_accuracy:.3f} % in {state.epoch} epochs ({state.step} updates).\n"
-                f"{whereabouts(folder)}")
+                f"{log.whereabouts(folder)}")
 
 
 @machine_failures()
@@ -284,31 +233,31 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     Raises:
         InputError: there is no checkpoint, it does not fit the config or the data set, or its network overflows.
     """
-    path = weights_file(config.MODEL.RESUME or config.MODEL.PRETRAINED or folder / checkpoint.BEST)
+    path = inference.weights_file(config.MODEL.RESUME or config.MODEL.PRETRAINED or folder / checkpoint.BEST)
     if not path.is_file():
-        raise MissingFileError(f"no checkpoint to evaluate at {path}; name one with --resume")
+        raise utils.MissingFileError(f"no checkpoint to evaluate at {path}; name one with --resume")
     logger.info(f"evaluating {path}")
-    content, config, saved_classes = read_network(path, config)
-    _warn_of_other_data(content, config, path)
+    content, config, saved_classes = inference.read_network(path, config)
     distributed.once_per_machine(lambda: prepare_data(config))
     loader = build_val_loader(config, distributed.rank(), distributed.world_size(), device)
-    precision = Precision(config.AMP_DTYPE, device)
+    precision = engine.Precision(config.AMP_DTYPE, device)
     logger.info(f"precision: {precision.name} ({precision.reason})")
     with input_errors(path):
-        check_classes(saved_classes, loader.dataset.classes)
+        inference.check_classes(saved_classes, loader.dataset.classes)
     networks = {}
     for name, weights in (("eval", content["model"]), ("eval_ema", content["model_ema"])):
         if weights is not None:
-            network = to_device(build_with_weights(path, weights, config, warn=not networks), device)
-            check_kernels(network, device, precision.dtype)
+            network = engine.to_device(inference.build_with_weights(path, weights, config, warn=not networks), device)
+            engine.check_kernels(network, device, precision.dtype)
             if config.COMPILE == "on":  # auto compiles only for training
-                network.compile(options=OPTIONS)
+                network.compile(options=engine.OPTIONS)
             networks[name] = network
-    open_log(folder)
+    log.open_log(folder)
     predictions = []  # of the network that tools/predict.py uses
-    wanted = {"eval_ema" if predicts_by_average(content) else "eval": predictions} if config.TEST.PREDICTIONS else {}
-    results = evaluate_all(networks, loader, precision, wanted)
-    log_results(results)
+    name = "eval_ema" if inference.predicts_by_average(content) else "eval"
+    wanted = {name: predictions} if config.TEST.PREDICTIONS else {}
+    results = engine.evaluate_all(networks, loader, precision, wanted)
+    engine.log_results(results)
     if not all(math.isfinite(result["loss"]) for result in results.values()):
         hint = "" if precision.name == "fp32" else "try --amp-dtype fp32, or "
         raise InputError(f"{path}: the network's outputs overflow in {precision.name}, so its accuracy is meaningless; "
@@ -317,10 +266,10 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
         report = results | {
             "checkpoint": str(path),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "environment": describe_environment(device),
+            "environment": log.describe_environment(device),
             "config": to_dict(config),
         }
-        write_text(folder / "eval.json", json.dumps(report, indent=2) + "\n")
+        utils.write_text(folder / "eval.json", json.dumps(report, indent=2) + "\n")
         logger.info(f"results written to {folder / 'eval.json'}")
     if config.TEST.PREDICTIONS:
         _write_predictions(folder / "predictions.csv", loader.dataset, predictions)
@@ -329,26 +278,16 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
 @machine_failures()
 def throughput(config, device: torch.device) -> None:
     """Logs images per second of the forward pass, on random images of the config's size and batch size."""
-    precision = Precision(config.AMP_DTYPE, device)
-    model = to_device(build_network(config), device)
-    check_kernels(model, device, precision.dtype)
+    precision = engine.Precision(config.AMP_DTYPE, device)
+    model = engine.to_device(inference.build_network(config), device)
+    engine.check_kernels(model, device, precision.dtype)
     if config.COMPILE == "on":
-        model.compile(options=OPTIONS)
-    images = torch.randn(config.DATA.BATCH_SIZE, *image_shape(config), device=device)
+        model.compile(options=engine.OPTIONS)
+    images = torch.randn(config.DATA.BATCH_SIZE, *inference.image_shape(config), device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    speed = measure_throughput(model, images, precision)
+    speed = engine.measure_throughput(model, images, precision)
     logger.info(f"{config.MODEL.NAME}: {speed:.1f} images/s, batch size {len(images)}, {precision.name}, "
-                f"{describe_environment(device)['device']}")
-
-
-def _warn_of_other_data(content: dict, config, path: Path) -> None:
-    """Warns, before any data is read, if a checkpoint names another kind of data set than the config."""
-    saved = content.get("config")
-    group = saved.get("DATA") if isinstance(saved, dict) else None
-    name = group.get("DATASET") if isinstance(group, dict) else None
-    if isinstance(name, str) and name != config.DATA.DATASET:
-        logger.warning(f"{path} was trained with DATA.DATASET {printable(name)[:60]}, but --cfg sets "
-                       f"{config.DATA.DATASET}; is this the right --cfg?")
+                f"{log.describe_environment(device)['device']}")
 
 
 def _write_predictions(path: Path, dataset, predictions: list) -> None:
@@ -357,7 +296,7 @@ def _write_predictions(path: Path, dataset, predictions: list) -> None:
     if distributed.rank() != 0:
         return
     classes = dataset.classes
-    with replacing(path, "w", newline="", encoding="utf-8") as file:
+    with utils.replacing(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "image", "target", "prediction", "probability", "target_label", "prediction_label"])
         for index in range(len(dataset)):
@@ -366,7 +305,7 @@ def _write_predictions(path: Path, dataset, predictions: list) -> None:
                 continue
             image = dataset.name(index)
             names = classes[target], classes[prediction]
-            writer.writerow([index, *map(csv_cell, (image, *names)), f"{probability:.6f}", target, prediction])
+            writer.writerow([index, *map(utils.csv_cell, (image, *names)), f"{probability:.6f}", target, prediction])
     logger.info(f"predictions written to {path}")
 
 
@@ -386,7 +325,7 @@ def _make_output_folder(config) -> Path:
 
 
 def _load_pretrained(config, model: nn.Module) -> None:
-    content = checkpoint.load_file(weights_file(config.MODEL.PRETRAINED))
+    content = checkpoint.load_file(inference.weights_file(config.MODEL.PRETRAINED))
     with input_errors(config.MODEL.PRETRAINED):
         skipped = load_pretrained(model, content)
     logger.info(f"loaded the weights of {config.MODEL.PRETRAINED}")
@@ -398,18 +337,18 @@ def _report_finished(content: dict | None, folder: Path) -> None:
     """Logs the result of a finished run, on the first process, which has read its last checkpoint."""
     if distributed.rank() == 0:
         if not (folder / "curves.png").is_file():  # the run was killed after its last checkpoint
-            draw_curves(folder)
+            log.draw_curves(folder)
         logger.info(f"this run is finished, nothing was trained: best top-1 {content['max_accuracy']:.3f} % in "
                     f"{content['epoch']} epochs ({content['step']} updates). To continue training, raise TRAIN.EPOCHS "
-                    f"and add --allow-changes.\n{whereabouts(folder)}")
+                    f"and add --allow-changes.\n{log.whereabouts(folder)}")
 
 
-def _open_metrics(config, state: TrainState, batches: int, folder: Path) -> MetricsWriter:
+def _open_metrics(config, state: resume.TrainState, batches: int, folder: Path) -> log.MetricsWriter:
     wandb_run = None
     if config.WANDB_PROJECT:
         name = f"{config.MODEL.NAME}/{config.TAG}"
-        wandb_run = start_wandb(config.WANDB_PROJECT, name, to_dict(config), folder)
-    return MetricsWriter(folder, state.epoch + state.batch / batches, state.step, wandb_run)
+        wandb_run = log.start_wandb(config.WANDB_PROJECT, name, to_dict(config), folder)
+    return log.MetricsWriter(folder, state.epoch + state.batch / batches, state.step, wandb_run)
 
 
 if __name__ == "__main__":

@@ -36,21 +36,7 @@ from .weights import (
 )
 
 __all__ = [
-    "SMLPNet",
-    "StripMLPNet",
-    "WaveMLP",
-    "adapt_size",
-    "average_state_dict",
-    "build_model",
-    "check_fit",
-    "convert_released_state_dict",
-    "count_batches_once",
-    "freeze_stages",
-    "load_pretrained",
-    "load_strict",
-    "model_state_dict",
-    "own_keys",
-    "set_train_mode",
-    "timm_arguments",
-    "to_released_state_dict",
+    "SMLPNet", "StripMLPNet", "WaveMLP", "adapt_size", "average_state_dict", "build_model", "check_fit",
+    "convert_released_state_dict", "count_batches_once", "freeze_stages", "load_pretrained", "load_strict",
+    "model_state_dict", "own_keys", "set_train_mode", "timm_arguments", "to_released_state_dict",
 ]

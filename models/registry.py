@@ -64,8 +64,7 @@ class StageFeatures(FeatureGetterNet):
 
 
 def _create(
-    network: type[Backbone], variant: str, pretrained: bool, device=None, dtype=None, output_stride: int = 32,
-    **kwargs,
+    network: type[Backbone], variant: str, pretrained: bool, device=None, dtype=None, output_stride: int = 32, **kwargs
 ) -> Backbone:
     if output_stride != 32:
         raise ValueError(f"{variant}: output_stride {output_stride} is not supported, since stages cannot be dilated; "
@@ -78,67 +77,14 @@ def _create(
     return accelerate(model).to(device=device, dtype=dtype)
 
 
-@register_model
-def strip_mlp_tiny_light(pretrained=False, **kwargs) -> StripMLPNet:
-    """Strip-MLP-T*: 18.2 M parameters, 2.5 G multiply-accumulates at 224."""
-    return _create(StripMLPNet, "strip_mlp_tiny_light", pretrained, **kwargs)
+def _register(network: type[Backbone], variant: str) -> None:
+    def create(pretrained: bool = False, **kwargs) -> Backbone:
+        return _create(network, variant, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = variant
+    register_model(create)
 
 
-@register_model
-def strip_mlp_tiny(pretrained=False, **kwargs) -> StripMLPNet:
-    """Strip-MLP-T: 24.9 M parameters, 3.7 G multiply-accumulates at 224."""
-    return _create(StripMLPNet, "strip_mlp_tiny", pretrained, **kwargs)
-
-
-@register_model
-def strip_mlp_small(pretrained=False, **kwargs) -> StripMLPNet:
-    """Strip-MLP-S: 42.6 M parameters, 6.8 G multiply-accumulates at 224."""
-    return _create(StripMLPNet, "strip_mlp_small", pretrained, **kwargs)
-
-
-@register_model
-def strip_mlp_base(pretrained=False, **kwargs) -> StripMLPNet:
-    """Strip-MLP-B: 57.2 M parameters, 9.2 G multiply-accumulates at 224."""
-    return _create(StripMLPNet, "strip_mlp_base", pretrained, **kwargs)
-
-
-@register_model
-def smlpnet_tiny(pretrained=False, **kwargs) -> SMLPNet:
-    """sMLPNet-T: 24.1 M parameters."""
-    return _create(SMLPNet, "smlpnet_tiny", pretrained, **kwargs)
-
-
-@register_model
-def smlpnet_small(pretrained=False, **kwargs) -> SMLPNet:
-    """sMLPNet-S: 48.6 M parameters."""
-    return _create(SMLPNet, "smlpnet_small", pretrained, **kwargs)
-
-
-@register_model
-def smlpnet_base(pretrained=False, **kwargs) -> SMLPNet:
-    """sMLPNet-B: 65.9 M parameters."""
-    return _create(SMLPNet, "smlpnet_base", pretrained, **kwargs)
-
-
-@register_model
-def wave_mlp_tiny(pretrained=False, **kwargs) -> WaveMLP:
-    """Wave-MLP-T: 17.2 M parameters."""
-    return _create(WaveMLP, "wave_mlp_tiny", pretrained, **kwargs)
-
-
-@register_model
-def wave_mlp_small(pretrained=False, **kwargs) -> WaveMLP:
-    """Wave-MLP-S: 30.7 M parameters."""
-    return _create(WaveMLP, "wave_mlp_small", pretrained, **kwargs)
-
-
-@register_model
-def wave_mlp_medium(pretrained=False, **kwargs) -> WaveMLP:
-    """Wave-MLP-M: 44.1 M parameters."""
-    return _create(WaveMLP, "wave_mlp_medium", pretrained, **kwargs)
-
-
-@register_model
-def wave_mlp_base(pretrained=False, **kwargs) -> WaveMLP:
-    """Wave-MLP-B: 63.6 M parameters."""
-    return _create(WaveMLP, "wave_mlp_base", pretrained, **kwargs)
+for _network, (_variants, _) in _NETWORKS.items():
+    for _variant in _variants:
+        _register(_network, _variant)

@@ -9,12 +9,13 @@ if not os.path.exists("/dev/nvidiactl"):
 import pytest
 import torch
 
+import logger as log
 import main
 from tests.helpers import arguments, folder
 
 torch.set_num_threads(1)
-draw_curves = main.draw_curves
-main.draw_curves = lambda folder: None  # matplotlib would take half of the time of a tiny training
+draw_curves = log.draw_curves
+log.draw_curves = lambda folder: None  # matplotlib would take half of the time of a tiny training
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,7 @@ def trained(tmp_path_factory):
     """The output folder of a finished training, which tests read and may evaluate."""
     output = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "draw_curves", draw_curves)
+        patch.setattr(log, "draw_curves", draw_curves)
         folder(output).mkdir(parents=True)
         (folder(output) / "curves.png").symlink_to("elsewhere.png")
         assert main.main(arguments(output)) == 0

@@ -2,12 +2,10 @@
 
 import functools
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from PIL import Image
 import checkpoint
 import main
 from config import load_config, to_dict
-from main import _warn_of_other_data
 from models import build_model, to_released_state_dict
 from tests.helpers import (
     DIGITS,
@@ -120,7 +117,8 @@ def test_deterministic_algorithms(trained, tmp_path, monkeypatch, own_determinis
     a, b = (checkpoint.load_file(folder(path) / "ckpt_step_00000014.pth")["model"] for path in (trained, tmp_path))
     assert differences(a, b) == []
     # An operation without such a form says what to do.
-    monkeypatch.setattr(main, "build_network", lambda config: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)))
+    monkeypatch.setattr(main.inference, "build_network",
+                        lambda config: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)))
     assert main.main(arguments(tmp_path, "DETERMINISTIC", True, tag="other")) == 1
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert "put_" in last and "Set DETERMINISTIC False, or use a network without this operation." in last
@@ -402,24 +400,6 @@ def test_closed_stdout_does_not_stop_the_run(tmp_path):
 
 
 # ---- evaluation ------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("content, warned", [
-    ({"config": {"DATA": {"DATASET": "imagefolder"}}}, True),
-    ({"config": {"DATA": {"DATASET": "cifar10"}}}, False),
-    ({"config": {"DATA": {"DATASET": 3}}}, False),
-    ({"config": {"DATA": "x"}}, False),
-    ({"config": "x"}, False),
-    ({}, False),
-])
-def test_a_checkpoint_of_another_data_set_is_named(content, warned, caplog):
-    """Else an evaluation with the wrong --cfg says only that CIFAR-10 could not be downloaded."""
-    config = load_config("", ["DATA.DATASET", "cifar10"])
-    with caplog.at_level(logging.WARNING, "strip_mlp"):
-        _warn_of_other_data(content, config, Path("best.pth"))
-    expected = ["best.pth was trained with DATA.DATASET imagefolder, but --cfg sets cifar10; is this the right "
-                "--cfg?"]
-    assert [record.getMessage() for record in caplog.records] == expected * warned
-
 
 def test_an_epoch_outlives_a_validation_image_that_cannot_be_read(tmp_path, capsys):
     data = tmp_path / "data"

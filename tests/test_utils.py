@@ -59,7 +59,7 @@ def test_a_bug_in_a_run_shows_its_traceback(bug, tmp_path, monkeypatch):
     def fail(*args):
         raise bug
 
-    monkeypatch.setattr(main, "build_network", fail)
+    monkeypatch.setattr(main.inference, "build_network", fail)
     with pytest.raises(type(bug)):
         main.main(arguments(tmp_path))
 

@@ -207,7 +207,7 @@ def full_disk_for_the_log(step):
         for handler in main.logger.handlers:
             if isinstance(handler, logging.FileHandler):
                 handler.stream = open("/dev/full", "w")
-        for writer in [value for value in gc.get_objects() if isinstance(value, main.MetricsWriter)]:
+        for writer in [value for value in gc.get_objects() if isinstance(value, main.log.MetricsWriter)]:
             writer.file = open("/dev/full", "w")
         LocalFileSystem.append = refuse
 
