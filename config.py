@@ -56,7 +56,6 @@ _C.MODEL.STRIP_MLP.MLP_RATIO = 3.0  # alpha: hidden width of the channel mixing,
 _C.MODEL.STRIP_MLP.NUM_PATCHES = 2  # P: channel patches that share the strip weights
 _C.MODEL.STRIP_MLP.STRIP_WIDTH = 3  # rows (columns) that a strip spans; odd
 _C.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = 0  # side that the weights are for; other sizes run in windows; 0: IMG_SIZE
-_C.MODEL.STRIP_MLP.FAST = True  # faster forward passes where they apply (models/fast); False: the plain modules
 _C.MODEL.STRIP_MLP.TOKEN_MIXERS = "both"  # ablation: both (half of the channels each) | cgsmm | lsmm (all channels)
 _C.MODEL.STRIP_MLP.CASCADE = True  # ablation: CGSMM's column strips read the row strips' output; False: the input
 _C.MODEL.STRIP_MLP.SHORTCUTS = True  # ablation: the cross-stage shortcuts
@@ -142,7 +141,7 @@ _CHOICES = {
     "COMPILE": ("auto", "on", "off"),
 }
 # Ignored: configs and checkpoints of version 1.0 have them.
-_RETIRED = ("SAVE_ELSEWHERE", "MODEL.STRIP_MLP.FORM", "TEST.FUSE")
+_RETIRED = ("SAVE_ELSEWHERE", "MODEL.STRIP_MLP.FORM", "MODEL.STRIP_MLP.FAST", "TEST.FUSE")
 _AT_LEAST_ONE = (
     "DATA.IMG_SIZE DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS PRINT_FREQ SAVE_FREQ "
     "KEEP_CHECKPOINTS TRAIN.MAX_SKIPPED AUG.RECOUNT TRAIN.LR_SCHEDULER.DECAY_EPOCHS MODEL.STRIP_MLP.PATCH_SIZE "

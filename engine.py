@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import distributed
 from data import DeviceBatches
-from models import fast, set_train_mode
+from models import set_train_mode
 from optimizer import skips_on_device
 from resume import TrainState
 from utils import InputError, error_message
@@ -384,26 +384,6 @@ def _shows_progress() -> bool:
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-# ---- Triton's kernels ------------------------------------------------------------------------------
-
-def check_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Makes the network plain in all processes, with a warning, if its Triton kernels do not work in one of them.
-
-    Args:
-        model: a network on ``device``.
-        dtype: of the forward pass.
-    """
-    if not fast.uses_kernels(model, device, dtype):
-        return
-    reasons = distributed.gather_objects(fast.why_not(device, dtype))
-    rank, reason = next(((rank, reason) for rank, reason in enumerate(reasons) if reason), (0, ""))
-    if reason:
-        where = f" on rank {rank}" if len(reasons) > 1 else ""
-        logger.warning(f"the strip layers use matrix products, which are slower: Triton's kernels do not work{where}: "
-                       f"{reason}")
-        fast.make_plain(model)
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ _SIZES = {  # of other numbers: 65,536
     "DATA.IMG_SIZE": 4096, "MODEL.STRIP_MLP.TRAINED_IMG_SIZE": 4096, "MODEL.NUM_CLASSES": 10**6,
 }
 _CHOSEN_BY_CHECKPOINTS = {"DATA": ("DATASET", "IMG_SIZE", "INTERPOLATION"), "TEST": ("CROP",)}
-_CHOSEN_BY_USERS = ("PRETRAINED", "RESUME")  # of MODEL; its other keys, except STRIP_MLP.FAST, are the architecture
+_CHOSEN_BY_USERS = ("PRETRAINED", "RESUME")  # of MODEL; its other keys are the architecture
 _NETWORK_KEYS = ("TYPE", "ARCH", "TIMM_KWARGS", "STRIP_MLP.")  # of MODEL, those that weights depend on
 _TIMM_ARGUMENTS = {  # the arguments of timm's networks that a checkpoint may set, and the largest number in each
     **dict.fromkeys("depth depths layers".split(), 256),
@@ -177,9 +177,8 @@ def _network_config(saved, given: CfgNode | None, path: Path) -> CfgNode:
     if given is None:
         return own
     config, before, now = given.clone(), flat_keys(given.MODEL), flat_keys(own.MODEL)
-    own_choices = "STRIP_MLP.FAST", "STRIP_MLP.TRAINED_IMG_SIZE"  # of the machine and of the images
-    differing = [key for key in now if key.startswith(_NETWORK_KEYS) and key not in own_choices
-                 and before[key] != now[key]]
+    differing = [key for key in now if key.startswith(_NETWORK_KEYS) and before[key] != now[key]
+                 and key != "STRIP_MLP.TRAINED_IMG_SIZE"]  # the images' size decides it
     if differing:
         logger.warning("%s holds another network than --cfg describes, and its own is used: %s", path, ", ".join(
             f"MODEL.{key} {short(now[key])} instead of {short(before[key])}" for key in differing))
@@ -188,7 +187,6 @@ def _network_config(saved, given: CfgNode | None, path: Path) -> CfgNode:
         if key not in (*_CHOSEN_BY_USERS, "NAME"):
             config.MODEL[key] = value
     config.defrost()
-    config.MODEL.STRIP_MLP.FAST = given.MODEL.STRIP_MLP.FAST
     if config.DATA.IMG_SIZE != own.DATA.IMG_SIZE:
         config.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = given.MODEL.STRIP_MLP.TRAINED_IMG_SIZE
     config.freeze()
@@ -241,8 +239,6 @@ def architecture(values: dict, source: str):
         if not isinstance(found, dict):
             raise InputError(f"{source}: {group} is {short(found)}, not a group of keys")
         chosen[group] = {key: found[key] for key in keys if key in found}
-    if isinstance(model.get("STRIP_MLP"), dict):  # how to compute it is this machine's choice
-        chosen["MODEL"]["STRIP_MLP"] = {key: value for key, value in model["STRIP_MLP"].items() if key != "FAST"}
     _check_bounds(chosen, source)
     config = from_dict(chosen, source)
     _check_timm_arguments(config.MODEL.TIMM_KWARGS, source)

@@ -157,7 +157,6 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         resume.seed_everything(config.SEED + distributed.rank())
         precision = engine.Precision(config.AMP_DTYPE, device)
         logger.info(f"precision: {precision.name} ({precision.reason})")
-        engine.check_kernels(model, device, precision.dtype)
         optimizer = build_optimizer(config, model)
         updates_per_epoch = -(-len(train_loader) // config.TRAIN.ACCUMULATION_STEPS)
         state = resume.TrainState(
@@ -248,7 +247,6 @@ def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
     for name, weights in (("eval", content["model"]), ("eval_ema", content["model_ema"])):
         if weights is not None:
             network = engine.to_device(inference.build_with_weights(path, weights, config, warn=not networks), device)
-            engine.check_kernels(network, device, precision.dtype)
             if config.COMPILE == "on":  # auto compiles only for training
                 network.compile(options=engine.OPTIONS)
             networks[name] = network
@@ -280,7 +278,6 @@ def throughput(config, device: torch.device) -> None:
     """Logs images per second of the forward pass, on random images of the config's size and batch size."""
     precision = engine.Precision(config.AMP_DTYPE, device)
     model = engine.to_device(inference.build_network(config), device)
-    engine.check_kernels(model, device, precision.dtype)
     if config.COMPILE == "on":
         model.compile(options=engine.OPTIONS)
     images = torch.randn(config.DATA.BATCH_SIZE, *inference.image_shape(config), device=device)

@@ -9,7 +9,6 @@ from torch import nn
 
 from .ablations import build_ablated
 from .backbone import freeze_stages
-from .fast import accelerate
 from .strip_mlp import VARIANTS, StripMLPNet
 
 WHOLE = ("both", True, True)  # the full network
@@ -31,8 +30,6 @@ def build_model(config) -> nn.Module:
         }
         choices = _ablations(config)
         model = StripMLPNet(**kwargs) if choices == WHOLE else build_ablated(*choices, **kwargs)
-        if config.MODEL.STRIP_MLP.FAST:
-            accelerate(model)
     if config.TRAIN.USE_CHECKPOINT:
         try:
             model.set_grad_checkpointing(True)

@@ -8,7 +8,6 @@ from timm.models._features import FeatureGetterNet
 
 from . import smlpnet, strip_mlp, wavemlp
 from .backbone import Backbone
-from .fast import accelerate
 from .smlpnet import SMLPNet
 from .strip_mlp import StripMLPNet
 from .wavemlp import WaveMLP
@@ -74,7 +73,7 @@ def _create(
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": StageFeatures},
         **(_NETWORKS[network][0][variant] | kwargs),
     )
-    return accelerate(model).to(device=device, dtype=dtype)
+    return model.to(device=device, dtype=dtype)
 
 
 def _register(network: type[Backbone], variant: str) -> None:

@@ -1,10 +1,6 @@
 """One thread for every test, since many threads on busy cores wait for one another; a training that tests share."""
 
 import logging
-import os
-
-if not os.path.exists("/dev/nvidiactl"):
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU; it reads this when PyTorch imports it
 
 import pytest
 import torch

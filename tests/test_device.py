@@ -1,17 +1,11 @@
-"""The choice of device, precision and kernels, on machines that are only pretended."""
+"""The choice of device and precision, on machines that are only pretended."""
 
 import pytest
 import torch
 
 import distributed
-import engine
-from config import load_config
 from distributed import choose_device
-from engine import check_kernels, choose_precision
-from models import build_model, fast
-from models.fast import FastStripMLP
-from models.strip_mlp import StripMLP
-from tests.helpers import DIGITS, TINY
+from engine import choose_precision
 from utils import InputError
 
 CUDA = torch.device("cuda", 0)
@@ -129,28 +123,3 @@ def test_precision_elsewhere(machine):
     machine(found=[(9, 4)], hip="6.4")
     assert choose_precision(CUDA)[0] == "bf16"
     assert choose_precision(torch.device("cpu"))[0] == choose_precision(torch.device("mps"))[0] == "fp32"
-
-
-def kinds(config, dtype=torch.bfloat16):
-    model = build_model(config)
-    check_kernels(model, CUDA, dtype)
-    return {type(module) for module in model.modules() if isinstance(module, StripMLP)}
-
-
-def test_plain_everywhere_where_one_process_lacks_the_kernels(machine, monkeypatch):
-    """Every process hears of the one that cannot, and all compute alike."""
-    pytest.importorskip("triton")
-    config = load_config(DIGITS, TINY)
-    build_model(config)  # compares the formulas before there is a pretended GPU
-    machine(found=[(9, 0)])
-    warnings = []
-    monkeypatch.setattr(engine.logger, "warning", warnings.append)
-    monkeypatch.setattr(fast, "why_not", lambda *args: "")
-    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, "no C compiler", value])
-    assert kinds(config) == {StripMLP}
-    assert len(warnings) == 1 and "Triton's kernels do not work on rank 1: no C compiler" in warnings[0]
-    assert kinds(config, torch.float32) == {FastStripMLP}  # no kernels without TF32, so none are probed
-    assert kinds(load_config(DIGITS, [*TINY, "MODEL.STRIP_MLP.FAST", "False"])) == {StripMLP}
-    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value] * 3)
-    assert kinds(config) == {FastStripMLP}
-    assert len(warnings) == 1

@@ -212,7 +212,7 @@ def test_only_the_architecture_is_taken(network):
     values = to_dict(config)
     values["OUTPUT"], values["DATA"]["DATA_PATH"], values["WANDB_PROJECT"] = "/etc", "/etc", "theirs"
     values["MODEL"] |= {"PRETRAINED": "/etc/passwd", "RESUME": "/etc/passwd"}
-    values["MODEL"]["STRIP_MLP"] |= {"FAST": False, "FORM": "triton"}  # FORM: of an older version
+    values["MODEL"]["STRIP_MLP"] |= {"FAST": False, "FORM": "triton"}  # of older versions
     values["TRAIN"] = {"NO_SUCH_KEY": 3}
     chosen = architecture(values, "a test")
     assert chosen.MODEL.STRIP_MLP == config.MODEL.STRIP_MLP and chosen.DATA.IMG_SIZE == 16

@@ -1,6 +1,4 @@
 """What others do to a network's parts takes effect: adapters, hooks, pruning, quantisation, replaced parts, transforms.
-
-Each on the network of ``build_model``, whose strip layers are fast, and on the plain one.
 """
 
 import copy
@@ -11,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from models.fast import accelerate
 from models.strip_mlp import CGSMM, GRN, RelativePosition, StripMLP
 from tests.nets import relative_error, tiny_net
 from tests.processes import Fork
@@ -25,15 +22,15 @@ PARTS = {  # linear layers, by what a user calls them
 each_part = pytest.mark.parametrize("part", PARTS)
 
 
-@pytest.fixture(params=["plain", "fast"])
-def net(request):
+@pytest.fixture
+def net():
     """A network of four blocks without drop path, whose GRN is not the identity."""
     net = tiny_net(depths=(1, 1, 1, 1), drop_path_rate=0.0)
     generator = torch.Generator().manual_seed(1)
     for module in net.modules():
         if isinstance(module, GRN):
             module.gamma.data.copy_(torch.randn(module.gamma.shape, generator=generator))
-    return accelerate(net) if request.param == "fast" else net
+    return net
 
 
 def images(count=2):
@@ -232,7 +229,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from models.fast import accelerate
 from tests.nets import tiny_net
 
 rank = int(sys.argv[2])
@@ -247,7 +243,7 @@ def step(net, images):
 images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 found = {}
 for kind in ("plain", "fsdp1", "fsdp2"):
-    net = accelerate(tiny_net(depths=(1, 1, 1, 1), drop_path_rate=0.0)).eval()  # BatchNorm without batch statistics
+    net = tiny_net(depths=(1, 1, 1, 1), drop_path_rate=0.0).eval()  # BatchNorm without batch statistics
     share = images
     if kind == "fsdp1":
         from torch.distributed.fsdp import FullyShardedDataParallel

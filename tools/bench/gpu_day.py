@@ -78,8 +78,7 @@ def start(name: str, part: Part, args: argparse.Namespace) -> tuple[subprocess.P
     words = [word.format(tag=f"{time.time():.0f}", output=folder, data=args.data_path) for word in part.words.split()]
     words += ["--json", str(path)] * part.writes_json
     with open(path.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                                   env=os.environ | {"TRITON_CACHE_AUTOTUNING": "1"})
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     return process, path, time.monotonic()
 
 

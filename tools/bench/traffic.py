@@ -11,7 +11,6 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
-
-from models import fast
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
@@ -104,7 +101,7 @@ def _replace_tensors(network: nn.Module) -> None:
 @contextmanager
 def _as_on_cuda():
     """The choices that code makes on a GPU, made for fake tensors on the CPU."""
-    with mock.patch.object(fast, "DEVICES", ("cpu",)), _CudaAutocast():
+    with _CudaAutocast():
         yield
 
 

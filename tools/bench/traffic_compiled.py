@@ -9,7 +9,6 @@ from torch import nn
 from torch._inductor.graph import GraphLowering
 
 from engine import EARLY, OPTIONS, keep_activation_layout
-from models import fast
 from tools.bench.traffic import Operation, Traffic, layout_of
 from utils import InputError
 
@@ -69,7 +68,6 @@ def count_compiled_step(
     keep_activation_layout()
     with (
         mock.patch.object(GraphLowering, "compile_to_module", plan),
-        mock.patch.object(fast, "DEVICES", ("cpu",)),
         mock.patch("torch._inductor.ir.is_cpu", return_value=False),  # asked where a CPU would store an exponential
         torch._inductor.config.patch(force_disable_caches=True),
         torch._functorch.config.patch(EARLY),

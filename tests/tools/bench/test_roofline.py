@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from engine import EARLY
-from models.fast import accelerate
 from models.strip_mlp import Block
 from tests.helpers import DIGITS
 from tools.bench import roofline, traffic_compiled
@@ -137,7 +136,7 @@ def one_block(dim=80, side=56):
     """T*'s stem and first block, or another of its blocks, then a mean over the tokens."""
     block = Block(dim, side, num_patches=2, strip_width=3, mlp_ratio=3.0, drop_path=0.1)
     stem = nn.Conv2d(3, dim, 4, 4, bias=False)
-    network = nn.Sequential(stem, accelerate(block), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return network.to(memory_format=torch.channels_last)
 
 
