@@ -289,7 +289,7 @@ class _Progress:
 
 # ---- evaluation ------------------------------------------------------------------------------------
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode autocast would cast the weights in every batch
 def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, predictions: list | None = None) -> dict:
     """Top-1 and top-5 accuracy (percent) and mean cross entropy over all images of a validation set.
 
@@ -314,19 +314,22 @@ def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, pred
     hits1 = hits5 = torch.zeros((), dtype=torch.int64, device=device)
     count = torch.zeros((), dtype=torch.int64, device=device)
     losses = [torch.zeros(0, device=device)]  # of every image; the CPU sums them in 64 bits, which MPS does not support
-    failure = ""
+    failure, full_batch = "", 0
     try:
-        for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=not _shows_progress()):
-            with precision.autocast():
-                logits = model(images)
-            losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
-            count = count + (targets >= 0).sum()  # without the images that could not be read
-            hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-            hits1 = hits1 + hits[:, 0].sum()
-            hits5 = hits5 + hits.sum()
-            if predictions is not None:
-                probabilities, classes = logits.float().softmax(dim=1).max(dim=1)
-                predictions += zip(targets.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
+        with precision.autocast():  # around all batches, so that the weights are cast once
+            for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=not _shows_progress()):
+                full_batch = max(full_batch, len(images))
+                # A compiled network would be compiled once more for a short last batch.
+                with torch.compiler.set_stance("force_eager" if len(images) < full_batch else "default"):
+                    logits = model(images)
+                losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
+                count = count + (targets >= 0).sum()  # without the images that could not be read
+                hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+                hits1 = hits1 + hits[:, 0].sum()
+                hits5 = hits5 + hits.sum()
+                if predictions is not None:
+                    probabilities, classes = logits.float().softmax(dim=1).max(dim=1)
+                    predictions += zip(targets.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
     except InputError as error:  # an unreadable image; all processes stop together and can save the training
         failure = error_message(error)
     if failures := list(filter(None, distributed.gather_objects(failure))):
@@ -359,7 +362,7 @@ def log_results(results: dict, before: str = "", after: str = "") -> None:
                     f"loss {result['loss']:.4f}  ({result['images']} images){after}")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_throughput(model: nn.Module, images: torch.Tensor, precision: Precision, repeats: int = 30) -> float:
     """Images per second of the forward pass, measured on one batch (N, C, H, W) repeatedly, after a warm-up."""
     model.eval()
@@ -367,8 +370,8 @@ def measure_throughput(model: nn.Module, images: torch.Tensor, precision: Precis
     def seconds(runs: int) -> float:
         _synchronize(images.device)
         start = time.perf_counter()
-        for _ in range(runs):
-            with precision.autocast():
+        with precision.autocast():
+            for _ in range(runs):
                 model(images)
         _synchronize(images.device)
         return time.perf_counter() - start

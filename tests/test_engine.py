@@ -9,6 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import main
@@ -330,6 +331,45 @@ def test_evaluate_against_a_plain_count():
     assert result["acc5"] == pytest.approx(100 * (order[:, :5] == targets[:, None]).sum().item() / 360, rel=1e-12)
     picked = -logits.double().log_softmax(1)[range(360), targets]
     assert result["loss"] == pytest.approx(picked.mean().item(), rel=1e-6)
+
+
+class ValBatches(list):
+    """Batches of random images, as a loader gives them."""
+
+    bad_images = list
+
+    def __init__(self, *sizes):
+        super().__init__((torch.randn(size, 3, 16, 16), torch.zeros(size, dtype=torch.int64)) for size in sizes)
+        self.dataset = range(sum(sizes))
+
+
+def test_evaluation_casts_the_weights_once():
+    """And not in every batch."""
+    model = build_model(load_config(DIGITS, TINY))
+    names, casts = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}, []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in names:
+                casts.append(names[args[0].data_ptr()])
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        evaluate(model, ValBatches(4, 4, 4), Precision("bf16", CPU))
+    assert len(casts) == len(set(casts)) > 10
+
+
+def test_a_short_last_batch_is_not_compiled():
+    shapes = []
+
+    def compiler(graph, inputs):
+        shapes.extend(tuple(t.shape) for t in inputs if t.ndim == 4 and t.shape[1:] == (3, 16, 16))
+        return graph
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    model.compile(backend=compiler)
+    assert evaluate(model, ValBatches(4, 4, 3), Precision("fp32", CPU))["images"] == 11
+    assert shapes == [(4, 3, 16, 16)]
 
 
 def test_evaluate_with_fewer_than_five_classes():
