@@ -51,6 +51,7 @@ if __name__ == "__main__":
 import datetime
 import gc
 import time
+from functools import partial
 
 import torch
 from torch.utils.benchmark import Timer
@@ -60,7 +61,7 @@ from engine import CompiledNetwork, Precision
 from inference import build_network
 from logger import describe_environment
 from tools.bench.networks import Named, build_named
-from tools.tables import choose, read_tables
+from tools.tables import Row, choose, read_tables
 
 
 class Case:
@@ -76,27 +77,27 @@ class Case:
 
     def __init__(self, named: Named, mode: str, precision: Precision, batch_size: int, device: torch.device):
         layout = torch.contiguous_format if named.is_published else torch.channels_last
-        network = named.network.to(device, memory_format=layout).train(mode == "training")
+        self.network = named.network.to(device, memory_format=layout).train(mode == "training")
         images = torch.randn(batch_size, 3, named.img_size, named.img_size, device=device)
-        images = images.contiguous(memory_format=layout)
+        self.images = images.contiguous(memory_format=layout)
+        self.targets = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.run = CompiledNetwork(self.network, may_fail=False) if named.is_compiled else self.network
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), fused=True) if mode == "training" else None
+        self.precision, self.scaler = precision, precision.scaler()
         self.device, self.seconds, self.peak_bytes = device, [], 0
-        run = CompiledNetwork(network, may_fail=False) if named.is_compiled else network
-        optimizer = torch.optim.AdamW(network.parameters(), fused=True) if mode == "training" else None
-        scaler = precision.scaler()
-        targets = torch.zeros(batch_size, dtype=torch.long, device=device)
 
-        def step():
-            with torch.set_grad_enabled(optimizer is not None), precision.autocast():
-                logits = run(images)
-            if optimizer:
-                with precision.autocast():
-                    loss = torch.nn.functional.cross_entropy(logits, targets)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-
-        self.network, self.step = network, step
+    def step(self) -> None:
+        """One step of training or inference."""
+        if not self.optimizer:
+            with torch.no_grad(), self.precision.autocast():
+                self.run(self.images)
+            return
+        with self.precision.autocast():
+            loss = torch.nn.functional.cross_entropy(self.run(self.images), self.targets)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def warm_up(self) -> None:
         """Compiles, chooses algorithms, fills the optimiser; then measures the memory of a step on CUDA."""
@@ -118,13 +119,12 @@ class Case:
         self.step()
         self.seconds.append(clock() - start)
 
-
-def kernels(step) -> str:
-    """The kernels that take longest in a step on CUDA, as a table."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    return profile.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80)
+    def kernels(self) -> str:
+        """The kernels that take longest in a step on CUDA, as a table."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.step()
+            torch.cuda.synchronize()
+        return profile.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80)
 
 
 def report(result: dict) -> str:
@@ -139,18 +139,17 @@ def report(result: dict) -> str:
                   "|---|---|---|---|---|"]
         first = next(iter(cases.values()))["seconds"]
         for name, case in cases.items():
-            if "failed" in case or not case["seconds"]:
+            seconds = case["seconds"]
+            if not seconds:
                 lines.append(f"| {name} | {case.get('failed', 'not measured')} | | | |")
                 continue
-            seconds = case["seconds"]
             median = statistics.median(seconds)
             spread = 100 * (max(seconds) - min(seconds)) / median
             ratio = f"{statistics.median(a / b for a, b in zip(first, seconds, strict=False)):.2f}" if first else ""
             memory = f"{case['peak_bytes'] / 2**30:.2f} GiB" if case["peak_bytes"] else ""
             lines.append(f"| {name} | {1e3 * median:.2f} ({spread:.0f} %) | {settings['batch_size'] / median:.1f} | "
                          f"{ratio} | {memory} |")
-            if "kernels" in case:
-                lines += ["", f"```\n{case['kernels']}\n```", ""]
+        lines += [f"\n```\n{case['kernels']}\n```" for case in cases.values() if "kernels" in case]
     return "\n".join(lines)
 
 
@@ -162,10 +161,12 @@ def main(argv: list[str] | None = None) -> int:
     precision = Precision(args.dtype, device)
     batch_size = args.batch_size or (128 if device.type == "cuda" else 8)
     torch.backends.cudnn.benchmark = True
-    tables = read_tables()
-    rows = {row.name: row.config() for row in tables[choose([args.table], tables, "table")[0]][1]} if args.table else {}
+    networks = {name: partial(build_named, name) for name in args.networks}
+    if args.table:
+        tables = read_tables()
+        (table,) = choose([args.table], tables, "table")
+        networks = {row.name: partial(build_row, row) for row in tables[table][1]}
     result = {
-        "command": "python tools/bench/benchmark.py " + " ".join(sys.argv[1:] if argv is None else argv),
         "date": datetime.date.today().isoformat(), "environment": describe_environment(device),
         "settings": {"batch_size": batch_size, "dtype": precision.name, "turns": args.turns,
                      "threads": torch.get_num_threads()},
@@ -178,11 +179,10 @@ def main(argv: list[str] | None = None) -> int:
 
     for mode in args.modes:  # inference first by default: a process that has trained holds memory that helps it
         cases, results = {}, result["cases"].setdefault(mode, {})
-        for name in rows or args.networks:
-            torch.manual_seed(0)
-            config = rows.get(name)
-            named = Named(build_network(config), config.DATA.IMG_SIZE, False, False) if config else build_named(name)
+        for name, build in networks.items():
             print(f"{mode}: {name}", file=sys.stderr, flush=True)
+            torch.manual_seed(0)
+            named = build()
             try:
                 case = Case(named, mode, precision, batch_size, device)
                 case.warm_up()
@@ -195,15 +195,21 @@ def main(argv: list[str] | None = None) -> int:
                 case.time()
                 save()
         for name, case in cases.items() if args.profile and device.type == "cuda" else ():
-            results[name]["kernels"] = kernels(case.step)
+            results[name]["kernels"] = case.kernels()
             save()
         cases.clear()
         torch.compiler.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    print(f"# `{result['command']}`\n\n{report(result)}")
+    print(report(result))
     return 0
+
+
+def build_row(row: Row) -> Named:
+    """The network of a table's row."""
+    config = row.config()
+    return Named(build_network(config), config.DATA.IMG_SIZE)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 In order: the tests that need CUDA, while another process compiles what is timed later; training and inference of T*
 against the published formulation and ConvNeXt-T; an epoch of CIFAR-10 at 224; then T, B, and the slowest kernels. A
-part that fails or takes too long does not stop the others. OUTPUT/report.json and report.md, a section for
-docs/benchmarks.md, are written after each part, with what a stopped part had measured.
+part that fails or takes too long does not stop the others. OUTPUT/report.md, a section for docs/benchmarks.md, is
+written after each part, with what a stopped part had measured; beside it are each part's JSON and log.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -24,27 +24,25 @@ sys.path.insert(0, str(ROOT))
 from utils import InputError, one_line_errors, write_text
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A command, after ``python``, and the most seconds that it may take."""
 
     words: str
     limit: int
-    writes_json: bool = True  # by --json FILE
 
 
 TIMED = "published:strip_mlp_tiny_light compiled:strip_mlp_tiny_light strip_mlp_tiny_light compiled:convnext_tiny"
-BENCHMARK = "tools/bench/benchmark.py"
+BENCHMARK = "tools/bench/benchmark.py --json {json}"
+OTHERS = "published:strip_mlp_tiny compiled:strip_mlp_tiny published:strip_mlp_base compiled:strip_mlp_base"
 EPOCH = ("main.py --cfg configs/smlp_tiny_light_alpha3_patch4_224_cifar10.yaml --tag {tag} --output {output} "
          "--data-path {data} --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0")
 WARM_UP = Part(f"{BENCHMARK} {TIMED} --turns 1", 150)
 PARTS = {
-    "tests": Part("-m pytest -m cuda -q -p no:cacheprovider", 110, writes_json=False),
+    "tests": Part("-m pytest -m cuda -q -p no:cacheprovider", 110),
     "training": Part(f"{BENCHMARK} {TIMED} --modes training --turns 3", 60),
     "inference": Part(f"{BENCHMARK} {TIMED} --modes inference --turns 3", 40),
-    "cifar10": Part(EPOCH, 110, writes_json=False),
-    "other networks": Part(f"{BENCHMARK} published:strip_mlp_tiny compiled:strip_mlp_tiny published:strip_mlp_base "
-                           "compiled:strip_mlp_base --modes training --turns 3", 80),
+    "cifar10": Part(EPOCH, 110),
+    "other networks": Part(f"{BENCHMARK} {OTHERS} --modes training --turns 3", 80),
     "kernels": Part(f"{BENCHMARK} compiled:strip_mlp_tiny_light --modes training --turns 1 --profile", 40),
 }
 
@@ -70,43 +68,36 @@ from logger import describe_environment
 from tools.bench.benchmark import report
 
 
-def start(name: str, part: Part, args: argparse.Namespace) -> tuple[subprocess.Popen, Path, float]:
-    """Starts a part; returns its process, its JSON file, and when it started."""
-    folder = Path(args.output).resolve()
-    path = folder / f"{name.replace(' ', '_')}.json"
-    path.unlink(missing_ok=True)
-    words = [word.format(tag=f"{time.time():.0f}", output=folder, data=args.data_path) for word in part.words.split()]
-    words += ["--json", str(path)] * part.writes_json
-    with open(path.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-    return process, path, time.monotonic()
+class Running:
+    """A part that runs in a process of its own, with its log and its JSON in a folder."""
 
+    def __init__(self, name: str, part: Part, folder: Path, data_path: str):
+        self.name, self.part, self.started = name, part, time.monotonic()
+        self.json = folder / f"{name.replace(' ', '_')}.json"
+        self.json.unlink(missing_ok=True)
+        values = {"json": self.json, "tag": f"{time.time():.0f}", "output": folder, "data": data_path}
+        command = [sys.executable, *(word.format(**values) for word in part.words.split())]
+        with open(self.json.with_suffix(".log"), "w") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+                                            env=os.environ | {"TRITON_CACHE_AUTOTUNING": "1"})
 
-def finish(part: Part, process: subprocess.Popen, path: Path, started: float, limit: float) -> dict:
-    """Waits for a part; returns its command, seconds, how it ended, the end of its output, and its JSON so far."""
-    try:
-        status = process.wait(timeout=limit)
-        ended = "finished" if status == 0 else f"failed with status {status}"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # including the processes that it started
-        process.wait()
-        ended = f"stopped after {limit:.0f} seconds"
-    output = path.with_suffix(".log").read_text(errors="replace")
-    return {"command": f"python {part.words}", "seconds": round(time.monotonic() - started, 1), "ended": ended,
-            "output": output[-8000:], "result": json.loads(path.read_text()) if path.is_file() else None}
-
-
-def page(environment: dict, parts: dict[str, dict]) -> str:
-    """What was measured, as Markdown."""
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "timm", "git_commit"))
-    lines = [f"# Measured on {environment['device']}", "", f"`python tools/bench/gpu_day.py`; {versions}.", "",
-             "| part | command | seconds | |", "|---|---|---|---|"]
-    lines += [f"| {name} | `{part['command']}` | {part['seconds']} | {part['ended']} |" for name, part in parts.items()]
-    for name, part in parts.items():
-        is_table = bool(part["result"])
-        text = report(part["result"]) if is_table else "\n".join(part["output"].splitlines()[-30:])
-        lines += ["", f"## {name.capitalize()}", "", text if is_table else f"```\n{text}\n```"]
-    return "\n".join(lines) + "\n"
+    def finish(self, limit: float) -> tuple[bool, str]:
+        """Waits; returns whether it succeeded, and what it measured in Markdown, or the end of its output."""
+        try:
+            status = self.process.wait(timeout=limit)
+            ended = "finished" if status == 0 else f"failed with status {status}"
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)  # including the processes that it started
+            status = self.process.wait()
+            ended = f"stopped after {limit:.0f} seconds"
+        if self.json.is_file():
+            found = report(json.loads(self.json.read_text()))
+        else:
+            log = self.json.with_suffix(".log").read_text(errors="replace").splitlines()
+            found = "\n".join(["```", *log[-30:], "```"])
+        print(f"{self.name}: {ended}", flush=True)
+        return status == 0, (f"## {self.name.capitalize()}\n\n`python {self.part.words}`: {ended}, "
+                             f"{time.monotonic() - self.started:.0f} s\n\n{found}\n")
 
 
 @one_line_errors
@@ -118,23 +109,26 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(args.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
-    environment, parts = describe_environment(torch.device("cuda")), {}
-    warm_up = start("warm up", WARM_UP, args)
+    environment = describe_environment(torch.device("cuda"))
+    sections = [f"# Measured on {environment['device']}\n\n{json.dumps(environment)}\n"]
+    succeeded = []
+    warm_up = Running("warm up", WARM_UP, folder, args.data_path)
     for name in args.parts:
         if name != "tests" and warm_up:  # nothing is timed while it runs
-            parts["warm up"] = finish(WARM_UP, *warm_up, max(1, WARM_UP.limit - (time.monotonic() - warm_up[2])))
+            succeeded.append(warm_up.finish(max(1, WARM_UP.limit - (time.monotonic() - warm_up.started)))[0])
             warm_up = None
         left = end - time.monotonic()
-        if left > 5:
-            parts[name] = finish(PARTS[name], *start(name, PARTS[name], args), min(PARTS[name].limit, left))
-            print(f"{name}: {parts[name]['ended']}, {parts[name]['seconds']} s", flush=True)
-        # After each part, so that the results survive if the machine stops.
-        write_text(folder / "report.json", json.dumps({"environment": environment, "parts": parts}, indent=1) + "\n")
-        write_text(folder / "report.md", page(environment, parts))
+        if left < 5:
+            succeeded.append(False)
+            break
+        is_good, section = Running(name, PARTS[name], folder, args.data_path).finish(min(PARTS[name].limit, left))
+        succeeded.append(is_good)
+        sections.append(section)
+        write_text(folder / "report.md", "\n".join(sections))  # after each part, in case the machine stops
     if warm_up:
-        finish(WARM_UP, *warm_up, 1)
-    print(f"written to {folder}/report.md and report.json")
-    return 0 if all(part["ended"] == "finished" for part in parts.values()) else 1
+        warm_up.finish(1)
+    print(f"written to {folder}/report.md")
+    return 0 if all(succeeded) else 1
 
 
 if __name__ == "__main__":

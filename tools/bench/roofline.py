@@ -1,22 +1,20 @@
 """What bounds a training or inference step on a GPU, counted without one: bytes, operations, launches, memory.
 
     python tools/bench/roofline.py strip_mlp_tiny_light
-    python tools/bench/roofline.py compiled:convnext_tiny --mode inference --json output/convnext_tiny.json
+    python tools/bench/roofline.py compiled:convnext_tiny --mode inference
 
-Prints the step's traffic by operation and by module, and the time that GPUs cannot beat. Only the network and its loss
-are counted, neither the optimiser nor the input pipeline. Counting a compiled network takes one to three minutes.
+Prints the step's traffic by operation, and the time that GPUs cannot beat. Only the network and its loss are counted,
+neither the optimiser nor the input pipeline. Counting a compiled network takes one to three minutes.
 """
 
 import argparse
-import json
 import sys
-from collections import defaultdict
-from dataclasses import asdict
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import one_line_errors, write_text
+from utils import one_line_errors
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,8 +26,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=["training", "inference"], default="training", help="default: training")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="default: bf16")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images; default: 128")
-    parser.add_argument("--rows", type=int, default=15, metavar="N", help="rows of each table; default: 15")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write every operation")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size is {args.batch_size}; it must be at least 1")
@@ -43,8 +39,7 @@ import torch
 
 from engine import Precision
 from tools.bench.networks import build_named
-from tools.bench.traffic import Traffic, count_step
-from tools.bench.traffic_compiled import count_compiled_step
+from tools.bench.traffic import Traffic, count_compiled_step, count_step
 
 # Data sheets: GB/s of memory, TFLOP/s of dense products in 16 bits summed in 32.
 GPUS = {
@@ -53,25 +48,23 @@ GPUS = {
 }
 
 
-def report(traffic: Traffic, images: int, rows: int) -> str:
+def report(traffic: Traffic, images: int) -> str:
     """A step's traffic as Markdown."""
-    phases = [phase for phase in ("forward", "backward") if traffic.total("launches", phase)]
     lines = ["| | MB an image | GFLOP an image | launches |", "|---|---|---|---|"]
-    for phase in (*phases, None):
+    for phase in ("forward", "backward", None):
         moved, flops = (traffic.total(what, phase) / images for what in ("bytes", "flops"))
-        lines.append(f"| {phase or 'step'} | {moved / 1e6:.1f} | {flops / 1e9:.2f} | "
-                     f"{traffic.total('launches', phase)} |")
+        if moved:
+            launches = traffic.total("launches", phase)
+            lines.append(f"| {phase or 'step'} | {moved / 1e6:.1f} | {flops / 1e9:.2f} | {launches} |")
     if traffic.peak_bytes:
         lines += ["", f"Peak of activations and gradients: {traffic.peak_bytes / 2**30:.2f} GiB."]
-    for title, of in (("operation", lambda op: f"{op.name}, {op.phase}"), ("module", _kind_of_module)):
-        sums = defaultdict(lambda: [0, 0])
-        for op in traffic.operations:
-            sums[of(op)][0] += op.bytes
-            sums[of(op)][1] += op.launches
-        if len(sums) > 1:
-            lines += ["", f"| {title} | MB an image | launches |", "|---|---|---|"]
-            largest = sorted(sums.items(), key=lambda item: -item[1][0])[:rows]
-            lines += [f"| {name} | {moved / images / 1e6:.1f} | {launches} |" for name, (moved, launches) in largest]
+    moved, launches = Counter(), Counter()
+    for op in traffic.operations:
+        name = f"{op.name}, {op.phase}"
+        moved[name] += op.bytes
+        launches[name] += op.launches
+    lines += ["", "| operation | MB an image | launches |", "|---|---|---|"]
+    lines += [f"| {name} | {size / images / 1e6:.1f} | {launches[name]} |" for name, size in moved.most_common(15)]
     lines += ["", "| GPU | GB/s | TFLOP/s | ms a step at least | images/s at most |", "|---|---|---|---|---|"]
     for name, (bandwidth, flops) in GPUS.items():
         seconds = traffic.seconds(1e9 * bandwidth, 1e12 * flops)
@@ -79,14 +72,9 @@ def report(traffic: Traffic, images: int, rows: int) -> str:
     return "\n".join(lines)
 
 
-def _kind_of_module(op) -> str:
-    """A module's path without the numbers of stage and block, so that all blocks add up."""
-    return ".".join(part for part in op.module.split(".") if not part.isdigit()) or "(network)"
-
-
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Counts and prints Markdown; with ``--json`` writes every operation."""
+    """Counts and prints Markdown."""
     args = parse_arguments(argv)
     torch.manual_seed(0)
     named = build_named(args.network)
@@ -96,12 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     count = count_compiled_step if named.is_compiled else count_step
     training = args.mode == "training"
     shape = (args.batch_size, 3, named.img_size, named.img_size)
-    traffic = count(named.network.train(training), shape, training, dtype)
-    command = "python tools/bench/roofline.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    print(f"# `{command}`\n\n{report(traffic, args.batch_size, args.rows)}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.json, json.dumps({"command": command} | asdict(traffic), indent=1) + "\n")
+    print(report(count(named.network.train(training), shape, training, dtype), args.batch_size))
     return 0
 
 

@@ -1,27 +1,36 @@
-"""Counts what a step of a network asks of a GPU: bytes, operations, launches and memory, without a GPU or any data.
+"""Counts what a step of a network asks of a GPU, without a GPU or any data: bytes, operations, launches and memory.
 
-The step runs on fake tensors, which have shapes and layouts and no contents, on the CPU with CUDA's autocast. An
-operation is charged every distinct number that it reads, once, and every number that it writes. CUDA's kernels move
-more than that in a few places (``_extra``): a convolution copies activations that are dense in neither layout, as
-PyTorch's source says, and adds its bias in a pass of its own; a BatchNorm in training, and the norms' backward passes,
-read their input twice. Whether cuDNN converts (N, C, H, W) activations inside is not known, and is not charged.
+``count_step`` runs the step on fake tensors, which have shapes and layouts and no contents, on the CPU with CUDA's
+autocast. An operation is charged every distinct number that it reads, once, and every number that it writes. CUDA's
+kernels move more than that in a few places (``_extra``): a convolution copies activations that are dense in neither
+layout, as PyTorch's source says, and adds its bias in a pass of its own; a BatchNorm in training, and the norms'
+backward passes, read their input twice. Whether cuDNN converts (N, C, H, W) activations inside is not known, and is not
+charged. ``count_compiled_step`` counts the plan that torch.compile makes, of which nothing is run.
 """
 
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.graph import GraphLowering
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from torch.utils.module_tracker import ModuleTracker
+
+from engine import EARLY, OPTIONS, keep_activation_layout
+from models import fast
+from utils import InputError
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
@@ -33,7 +42,6 @@ class Operation:
 
     phase: str  # forward | backward
     name: str  # of the ATen operator; convolutions by kind
-    module: str  # path of the innermost module that it belongs to
     bytes: int
     flops: int  # a multiply-accumulate is two
     launches: int
@@ -55,26 +63,27 @@ class Traffic:
         return sum(max(op.bytes / bytes_per_second, op.flops / flops_per_second) for op in self.operations)
 
 
+# ---- a step as it is written ---------------------------------------------------------------------
+
 def count_step(
-    network: nn.Module, images: torch.Size | tuple[int, ...], training: bool, dtype: torch.dtype | None = torch.bfloat16
+    network: nn.Module, images: tuple[int, ...], training: bool, dtype: torch.dtype | None = torch.bfloat16
 ) -> Traffic:
     """Counts a forward pass, and with ``training`` the loss and the backward pass as well; not the optimiser.
 
     Args:
-        network: on the CPU, in the memory format and mode to count it in. Its weights are replaced by fake ones.
+        network: on the CPU, in the memory format and mode to count it in.
         images: shape (N, C, H, W) of a batch; the images lie as the network's convolutions do.
         training: whether to count the backward pass.
         dtype: autocast's precision; None: no autocast.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        _replace_tensors(network)
-        x = torch.empty(images).contiguous(memory_format=layout_of(network))
-        with _as_on_cuda(), Counter() as counter, ModuleTracker() as modules:
-            counter.modules = modules
+    layout = layout_of(network)
+    with FakeTensorMode() as mode:
+        weights = {name: mode.from_tensor(weight) for name, weight in _tensors(network).items()}
+        x = torch.empty(images).contiguous(memory_format=layout)
+        with mock.patch.object(fast, "DEVICES", ("cpu",)), _CudaAutocast(), Counter() as counter:
             counter.note(x)
             with torch.autocast("cpu", dtype, enabled=dtype is not None), torch.set_grad_enabled(training):
-                y = network(x)
+                y = functional_call(network, weights, (x,))
                 loss = F.cross_entropy(y, torch.empty(y.shape)) if training else None
             if training:
                 counter.phase = "backward"
@@ -88,21 +97,8 @@ def layout_of(network: nn.Module) -> torch.memory_format:
     return torch.channels_last if torch.channels_last in layouts else torch.contiguous_format
 
 
-def _replace_tensors(network: nn.Module) -> None:
-    """Puts fake tensors of the same shapes and layouts in the place of weights and buffers."""
-    for module in network.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            fake = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype)
-            module.register_parameter(name, nn.Parameter(fake, weight.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype))
-
-
-@contextmanager
-def _as_on_cuda():
-    """The choices that code makes on a GPU, made for fake tensors on the CPU."""
-    with _CudaAutocast():
-        yield
+def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(network.named_parameters()) | dict(network.named_buffers())
 
 
 class _CudaAutocast(TorchFunctionMode):
@@ -131,8 +127,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.traffic, self.phase, self.modules = Traffic(), "forward", None
-        self.module_of_node = {}  # of autograd's nodes, by the number that it gives them in the forward pass
+        self.traffic, self.phase = Traffic(), "forward"
         self.live_bytes, self.storages = 0, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -159,16 +154,7 @@ class Counter(TorchDispatchMode):
             formula = flop_registry.get(packet)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
         extra, extra_launches = _extra(name, args, outputs)
-        return Operation(self.phase, name, self._module(), moved + extra, flops, launches + extra_launches)
-
-    def _module(self) -> str:
-        if self.phase == "forward":
-            path = max((p for p in self.modules.parents if p != "Global"), key=len, default="").partition(".")[2]
-            self.module_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, path)
-            return path
-        node = torch._C._current_autograd_node()
-        last = self.traffic.operations[-1].module  # where gradients of one tensor are added up there is no node
-        return self.module_of_node.get(node._sequence_nr(), last) if node else last
+        return Operation(self.phase, name, moved + extra, flops, launches + extra_launches)
 
     def note(self, tensor: torch.Tensor) -> None:
         """Counts a tensor's storage as long as it lives."""
@@ -266,3 +252,67 @@ def _layout(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
     """The layout in which PyTorch has cuDNN compute: channels last if either operand is."""
     is_channels_last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
     return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+# ---- a step as torch.compile would fuse it -------------------------------------------------------
+
+class _Planned(Exception):
+    """Ends a step that is planned and is not to be run."""
+
+
+def count_compiled_step(
+    network: nn.Module, images: tuple[int, ...], training: bool, dtype: torch.dtype | None = torch.bfloat16
+) -> Traffic:
+    """Bytes and launches of a step of a compiled network; each kernel is charged what it reads and writes, once.
+
+    The plan is Inductor's for the CPU with a GPU's rule of what to compute twice, so its fusions differ from a GPU's in
+    details; convolutions and matrix products are calls, as on a GPU, and one that reads a part of a tensor is charged
+    all of it. Operations are not counted, nor is memory. The arguments are those of ``count_step``.
+
+    Raises:
+        InputError: PyTorch is too old to plan the backward pass with the forward pass.
+        RuntimeError: the network does not compile in one piece.
+    """
+    if not EARLY:
+        raise InputError(f"PyTorch {torch.__version__} cannot plan a compiled step without running it; use 2.11 or "
+                         "newer")
+    traffic = Traffic()
+
+    def stop(*args):
+        raise _Planned
+
+    def plan(graph: GraphLowering):
+        """In place of writing and loading the code of a graph."""
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        phase = "backward" if graph.is_backward else "forward"
+        for node in graph.scheduler.nodes:
+            moved = node.get_read_write_buffers_sizes()
+            if moved:
+                traffic.operations.append(Operation(phase, _kernel_name(node), moved, 0, 1))
+        graph.cache_key, graph.cache_path, graph.cache_linemap = "", __file__, []
+        return SimpleNamespace(call=stop, runner=None, key="", cache_path=__file__, __file__=__file__, __path__="")
+
+    x = torch.empty(images).contiguous(memory_format=layout_of(network))
+    torch.compiler.reset()
+    keep_activation_layout()
+    with (
+        mock.patch.object(GraphLowering, "compile_to_module", plan),
+        mock.patch.object(fast, "DEVICES", ("cpu",)),
+        mock.patch("torch._inductor.ir.is_cpu", return_value=False),  # asked where a CPU would store an exponential
+        torch._inductor.config.patch(force_disable_caches=True),
+        torch._functorch.config.patch(EARLY),
+        torch.autocast("cpu", dtype, enabled=dtype is not None),
+        torch.set_grad_enabled(training),
+    ):
+        try:
+            torch.compile(network, fullgraph=True, options=OPTIONS)(x)
+        except _Planned:
+            pass
+    torch.compiler.reset()
+    return traffic
+
+
+def _kernel_name(node) -> str:
+    kernel = getattr(node.node, "python_kernel_name", None) if hasattr(node, "node") else None
+    return kernel.rpartition("extern_kernels.")[2].replace("torch.ops.", "") if kernel else "fused loops"

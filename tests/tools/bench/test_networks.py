@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import StripMLPNet
-from tools.bench.published import published_formulation
+from tools.bench.networks import published_formulation
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_patches": 4}, {"img_size": (32, 64)}], ids=str)
