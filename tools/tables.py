@@ -1,5 +1,6 @@
-"""The tables of ``tables.yaml`` and the finished runs in folders, for reproduce.py and paper_tables.py."""
+"""The tables of ``tables.yaml``, and the results of finished runs."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,41 +42,33 @@ def read_tables(path: str | Path = TABLES) -> dict[str, tuple[str, list[Row]]]:
     """
     if not Path(path).is_file():
         raise MissingFileError(f"the file of tables {path} does not exist; see tools/tables.yaml")
-    tables = read_yaml(Path(path))
+    tables = {}
     try:
-        for table, content in tables.items():
+        for table, content in read_yaml(Path(path)).items():
             _check_keys(content, _TABLE_KEYS, f"{path}: {table}")
-            for key, row in content["rows"].items():
-                _check_keys(row, _ROW_KEYS, f"{path}: {table}: {key}")
-        return {
-            table: (content["title"], [_read_row(key, row) for key, row in content["rows"].items()])
-            for table, content in tables.items()
-        }
+            rows = [_read_row(key, row, f"{path}: {table}: {key}") for key, row in content["rows"].items()]
+            tables[table] = content["title"], rows
     except (AttributeError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not a file of tables like tools/tables.yaml: {error!r}") from None
+    return tables
+
+
+def _read_row(key: str, row: dict, where: str) -> Row:
+    _check_keys(row, _ROW_KEYS, where)
+    file, paper = f"{row.get('config', key)}.yaml", row.get("paper", [])
+    return Row(
+        key=key,
+        name=row["name"],
+        path=next((ROOT / "configs").rglob(file), ROOT / "configs" / file),
+        opts=tuple(map(str, row.get("opts", []))),
+        paper=dict(zip(("acc1", "acc5"), paper if isinstance(paper, list) else [paper], strict=False)),
+    )
 
 
 def _check_keys(values: dict, known: tuple[str, ...], where: str) -> None:
     for key in values.keys() - set(known):
         hint = "; it belongs into a row" if key in _ROW_KEYS else nearest(str(key), known)
         raise InputError(f"{where}: unknown key {key}{hint}; known are {', '.join(known)}")
-
-
-def _read_row(key: str, row: dict) -> Row:
-    paper = row.get("paper", [])
-    return Row(
-        key=key,
-        name=row["name"],
-        path=_find_config(row.get("config", key)),
-        opts=tuple(map(str, row.get("opts", []))),
-        paper=dict(zip(("acc1", "acc5"), paper if isinstance(paper, list) else [paper], strict=False)),
-    )
-
-
-def _find_config(name: str) -> Path:
-    """The config file of that name, in any folder of configs/."""
-    found = sorted((ROOT / "configs").rglob(f"{name}.yaml"))
-    return found[0] if found else ROOT / "configs" / f"{name}.yaml"
 
 
 def choose(names: list[str], known, what: str) -> list[str]:
@@ -91,14 +84,21 @@ def choose(names: list[str], known, what: str) -> list[str]:
 
 
 def final_results(folder: Path, epochs: int) -> list[dict]:
-    """A finished run's evaluations, one per epoch, of the averaged weights if there are any; empty for an unfinished
-    run.
+    """A finished run's evaluations, one per epoch, see ``better``; empty for an unfinished run.
 
     Raises:
         InputError: its ``metrics.jsonl`` is damaged.
     """
     path = folder / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() and path.stat().st_size else []
-    results = [record for record in records if record["kind"] == "eval_ema"]
-    results = results or [record for record in records if record["kind"] == "eval"]
-    return results if results and results[-1]["epoch"] == epochs - 1 else []
+    by_epoch = {}
+    for record in records:
+        if record["kind"] in ("eval", "eval_ema"):
+            by_epoch.setdefault(record["epoch"], []).append(record)
+    return [better(*results) for results in by_epoch.values()] if epochs - 1 in by_epoch else []
+
+
+def better(*results: dict) -> dict:
+    """Of the network's result and that of its averaged weights, the one that the run itself counts: the higher top-1,
+    and if equal the lower loss."""
+    return max(results, key=lambda result: (result["acc1"], -(result.get("loss") or math.inf)))

@@ -114,6 +114,19 @@ def test_seeds_are_averaged(tables, tmp_path):
     assert (baseline["top-1"], baseline["best"], baseline["top-1 difference"]) == ("50.00", "60.00", "")
 
 
+def test_the_better_of_network_and_average_counts(tables, tmp_path):
+    """As for the run's own "Best top-1"."""
+    folder = add_run(tmp_path, "first", "a", [80.0, 70.0])
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"acc1": 1.0', '"acc1": 75.0'))  # the network's in both epochs
+    (folder / "eval.json").write_text(json.dumps({
+        "eval": {"acc1": 75.0, "acc5": 99.0, "loss": 1.0}, "eval_ema": {"acc1": 70.0, "acc5": 75.0, "loss": 0.9},
+        "sha256": "ffff0000ee", "config": config_of("first"), "environment": {"git_commit": COMMIT}}))
+    _, output, _ = tables()
+    assert (cells(output, "First")["top-1"], cells(output, "First")["best"]) == ("75.00", "80.00")
+    assert cells(output, "First, checkpoint ffff0000")["top-1"] == "75.00"
+
+
 @pytest.mark.parametrize("opts, reason", [
     (["TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0],
      "the nearest is first, but it has TRAIN.EPOCHS 1 instead of 2, TRAIN.WARMUP_EPOCHS 0 instead of 1"),
