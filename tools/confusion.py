@@ -9,7 +9,7 @@ Writes into the same folder:
   classes.csv     per class: images, correct ones, recall (the class's accuracy), precision, F1, images predicted as it,
                   most frequent error
   confusion.png   the matrix as shares of each row, and the recall of each class
-and prints the accuracy, the means over the classes, and the pairs of classes that are confused most.
+and prints the accuracy, the means over the classes, and the ten pairs of classes that are confused most.
 """
 
 import argparse
@@ -28,7 +28,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="predictions.csv, or the output folder that holds it")
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="folder for the results; default: that of predictions.csv")
-    parser.add_argument("--pairs", type=int, default=10, metavar="N", help="confused pairs to print; default: 10")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png",
                         help="also draw a contact sheet of up to 64 mistakes, the most confident first")
     parser.add_argument("--data-path", metavar="DIR", help="--sheet: the data set's folder; default: the evaluation's")
@@ -49,9 +48,8 @@ from plots import COLOURS, check_sheet, draw_sheet, new_figure, save_figure, thu
 _COLUMNS = ("index", "target", "prediction", "probability", "target_label", "prediction_label")
 _SHOWN = 64  # most mistakes on the contact sheet
 _NUMBERED = 20  # most classes for which the numbers fit into the cells
-_MOST = 30_000  # classes; their matrix takes 7 GB
 _NAMED = 60  # most classes for which the names fit beside the matrix
-_CELLS = 250  # most cells per side of the figure; beyond it several classes share one
+_MOST = 30_000  # classes; their matrix takes 7 GB
 
 
 def read_predictions(path: Path) -> tuple[np.ndarray, list[str], list[tuple[float, int, str, str]]]:
@@ -87,10 +85,9 @@ def read_predictions(path: Path) -> tuple[np.ndarray, list[str], list[tuple[floa
             raise InputError(f"{path} is damaged: line {rows.line_num} is not a prediction; {again}") from None
     if not labels:
         raise InputError(f"{path} holds no predictions")
-    classes = max(names) + 1
-    matrix = np.zeros((classes, classes), dtype=np.int64)
+    matrix = np.zeros((max(names) + 1,) * 2, dtype=np.int64)
     np.add.at(matrix, tuple(np.transpose(labels)), 1)
-    return matrix, [csv_cell(names.get(label, str(label))) for label in range(classes)], mistakes
+    return matrix, [csv_cell(names.get(label, str(label))) for label in range(len(matrix))], mistakes
 
 
 def scores(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -99,65 +96,51 @@ def scores(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     A class's recall is the share of its images that were classified correctly.
     """
     hits, images, taken = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-    return _percent(hits, images), _percent(hits, taken), _percent(2 * hits, images + taken)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return 100 * hits / images, 100 * hits / taken, 200 * hits / (images + taken)
 
 
-def most_confused(matrix: np.ndarray, count: int) -> list[tuple[int, int, int]]:
+def most_confused(matrix: np.ndarray, count: int = 10) -> list[tuple[int, int, int]]:
     """The ``count`` most frequent errors as (true class, predicted class, images), the most frequent first."""
     errors = matrix - np.diag(matrix.diagonal())
-    order = np.argsort(-errors, axis=None, kind="stable")[:count]
-    pairs = zip(*np.unravel_index(order, errors.shape), strict=True)
+    pairs = zip(*np.unravel_index(np.argsort(-errors, axis=None, kind="stable")[:count], errors.shape), strict=True)
     return [(int(target), int(prediction), int(errors[target, prediction]))
             for target, prediction in pairs if errors[target, prediction]]
 
 
 def draw_confusion(matrix: np.ndarray, names: list[str]):
-    """The matrix, darker for a larger share of the row, beside the recall of each class.
-
-    Numbers and names are written if they fit. With more than 250 classes, several share a cell, which shows the largest
-    of their shares, so that every confusion stays visible.
+    """The matrix, darker for a larger share of the row, beside the recall of each class; numbers and names if they fit.
 
     Returns:
         A matplotlib Figure.
     """
-    classes, (recalls, _, _) = len(matrix), scores(matrix)
+    classes, total, (recalls, _, _) = len(matrix), matrix.sum(), scores(matrix)
+    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     figure, (left, right) = new_figure(1, 2, size=(10, 5.4), width_ratios=(1.7, 1))
-    step = -(-classes // _CELLS)
-    cells = _largest_of_blocks(_percent(matrix, matrix.sum(axis=1, keepdims=True)), step)
-    edge = len(cells) * step - 0.5
-    image = left.imshow(cells, cmap="Blues", norm=PowerNorm(0.5, 0, 100),  # the square root, to show rare confusions
-                        interpolation="nearest", aspect="auto", extent=(-0.5, edge, edge, -0.5))
-    label = "% of the true class" + (f", the largest of {step} x {step} classes" if step > 1 else "")
-    figure.colorbar(image, ax=left, label=label, ticks=(0, 1, 5, 10, 25, 50, 100))
-    left.set_xlabel("predicted class")
-    left.set_ylabel("true class")
-    short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
-    total = matrix.sum()
-    left.set_title(f"{100 * matrix.trace() / total:.2f} % of {total} images correct")
+    image = left.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), aspect="auto")  # shows rare confusions too
+    figure.colorbar(image, ax=left, label="% of the true class", ticks=(0, 1, 5, 10, 25, 50, 100))
+    left.set(xlabel="predicted class", ylabel="true class",
+             title=f"{100 * matrix.trace() / total:.2f} % of {total} images correct")
     if classes <= _NUMBERED:
         for target, prediction in np.argwhere(matrix):
-            share = matrix[target, prediction] / matrix[target].sum()
             left.text(prediction, target, matrix[target, prediction], ha="center", va="center",
-                      fontsize=8 if classes <= 12 else 6, color="white" if share > 0.3 else "black")
+                      fontsize=8 if classes <= 12 else 6, color="white" if shares[target, prediction] > 30 else "black")
+    short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
     if classes <= _NAMED:
         size = min(9, 300 / classes)
         left.set_xticks(range(classes), short, rotation=90 if max(map(len, short)) > 2 else 0, fontsize=size)
         left.set_yticks(range(classes), short, fontsize=size)
-        right.barh(range(classes), np.nan_to_num(recalls), color=COLOURS[0])
+        bars = right.barh(range(classes), np.nan_to_num(recalls), color=COLOURS[0])
+        right.bar_label(bars, ["no images" if np.isnan(recall) else f"{recall:.1f}" for recall in recalls],
+                        fontsize=0.9 * size, padding=2)
         right.set_yticks(range(classes), short, fontsize=size)
-        right.set_ylim(edge, -0.5)
-        for label, recall in enumerate(recalls):
-            right.text(1, label, "no images" if np.isnan(recall) else f"{recall:.1f}", va="center_baseline",
-                       fontsize=0.9 * size, color="white" if recall > 20 else "black")
-        right.set_xlim(0, 100)
-        right.set_xlabel("recall (%)")
+        right.set(xlim=(0, 118), ylim=(classes - 0.5, -0.5), xticks=range(0, 101, 20))
     else:
         right.hist(recalls[~np.isnan(recalls)], bins=20, range=(0, 100), color=COLOURS[0])
         worst = [f"{recalls[label]:.1f}  {short[label]}" for label in np.argsort(recalls, kind="stable")[:10]]
         right.text(0.03, 0.99, "\n".join(["lowest:", *worst]), va="top", fontsize=8, transform=right.transAxes)
-        right.set_xlabel("recall (%)")
         right.set_ylabel("classes")
-    right.set_title(f"each class; mean {np.nanmean(recalls):.2f} %")
+    right.set(xlabel="recall (%)", title=f"each class; mean {np.nanmean(recalls):.2f} %")
     right.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -206,21 +189,8 @@ def draw_mistakes(mistakes: list, report: Path, data_path: str | None):
     if beyond:
         raise InputError(f"--sheet: image {beyond[0]} was evaluated, but the data set has {len(dataset)}; is "
                          "--data-path right?")
-    return draw_sheet([
-        (f"true: {target}", thumbnail(dataset[index][0]), [(prediction, probability)])
-        for probability, index, target, prediction in shown
-    ])
-
-
-def _percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(100.0 * part, whole, out=np.full(part.shape, np.nan), where=np.broadcast_to(whole > 0, part.shape))
-
-
-def _largest_of_blocks(shares: np.ndarray, step: int) -> np.ndarray:
-    """The largest share in each block of ``step`` by ``step`` cells."""
-    padding = -len(shares) % step
-    blocks = np.pad(np.nan_to_num(shares), (0, padding)).reshape(-1, step, (len(shares) + padding) // step, step)
-    return blocks.max(axis=(1, 3))
+    return draw_sheet([(f"true: {target}", thumbnail(dataset[index][0]), [(prediction, probability)])
+                       for probability, index, target, prediction in shown])
 
 
 @one_line_errors
@@ -240,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     recalls, _, f1 = scores(matrix)
     print(f"{matrix.trace()} of {matrix.sum()} images correct: top-1 {100 * matrix.trace() / matrix.sum():.3f}, mean "
           f"recall {np.nanmean(recalls):.3f}, mean F1 {np.nanmean(f1):.3f}")
-    for target, prediction, images in most_confused(matrix, args.pairs):
+    for target, prediction, images in most_confused(matrix):
         print(f"  {names[target]} classified as {names[prediction]}: {images} of {matrix[target].sum()}")
     print(f"written to {folder}: confusion.csv, classes.csv, confusion.png")
     if args.sheet and mistakes:
