@@ -34,9 +34,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments()  # before the slow imports, so that --help is fast
 
-from collections.abc import Callable
-from functools import partial
-
 import numpy as np
 import torch
 from matplotlib.colors import LogNorm
@@ -44,14 +41,13 @@ from matplotlib.colors import LogNorm
 from config import load_config
 from data import build_val_loader
 from data.transforms import build_transform
-from inference import build_network, load_network
+from inference import build_network, image_shape, load_network
 from plots import new_figure, save_figure
 
 SHARES = (0.2, 0.5, 0.9, 0.99)
-_DECADES = 4  # of the colour scale
 
 
-def effective_fields(stages: Callable, images: torch.Tensor, batch_size: int = 8) -> list[tuple[torch.Tensor, tuple]]:
+def effective_fields(stages, images: torch.Tensor, batch_size: int = 8) -> list[tuple[torch.Tensor, tuple]]:
     """The mean absolute gradient of each stage's central output with respect to the input.
 
     Args:
@@ -76,27 +72,27 @@ def effective_fields(stages: Callable, images: torch.Tensor, batch_size: int = 8
     return [(total / len(images), size) for total, size in zip(sums, sizes, strict=True)]
 
 
-def centre_of(field: torch.Tensor, size: tuple[int, int]) -> tuple[float, float]:
-    """The position in the input, in pixels, of the centre of the central output of a stage of ``size`` (h, w)."""
-    return tuple((side // 2 + 0.5) * whole / side - 0.5 for whole, side in zip(field.shape, size, strict=True))
+def areas(field: torch.Tensor, size: tuple[int, int], shares=SHARES) -> list[float]:
+    """The shares of the image's pixels in the smallest squares around the central output that hold these shares of it.
 
-
-def areas(field: torch.Tensor, centre: tuple[float, float], shares=SHARES) -> list[float]:
-    """The shares of the image's pixels in the smallest squares around ``centre`` that hold these shares of the field.
-
-    The part of a square outside the image does not count.
+    Args:
+        field: of a stage, (H, W).
+        size: (h, w) of the stage's output. The centre of its central output is that of the squares; what of a square is
+            outside the image does not count.
+        shares: of the field.
 
     Raises:
         InputError: the field is zero everywhere, or not finite.
     """
     if not 0 < field.sum() < float("inf"):
         raise InputError(f"the gradient of a stage's output adds up to {field.sum()}; are its weights finite?")
-    rows, columns = (torch.arange(whole) - middle for whole, middle in zip(field.shape, centre, strict=True))
-    rings = torch.maximum(rows.abs()[:, None], columns.abs()[None]).double().flatten()  # half the side, less a half
-    radii, ring_of = rings.unique(return_inverse=True)
-    held = torch.zeros_like(radii).index_add_(0, ring_of, field.flatten()).cumsum(0) / field.sum()
-    pixels = ring_of.bincount().cumsum(0) / field.numel()
-    return [float(pixels[(held >= share - 1e-12).nonzero()[0]]) for share in shares]
+    rows, columns = (torch.arange(whole) - ((side // 2 + 0.5) * whole / side - 0.5)
+                     for whole, side in zip(field.shape, size, strict=True))
+    rings = torch.maximum(rows.abs()[:, None], columns.abs()[None]).flatten()  # half the side of a pixel's square
+    order = rings.argsort()
+    held = field.flatten()[order].cumsum(0) / field.sum()
+    outermost = rings[order][torch.searchsorted(held, torch.tensor(shares, dtype=held.dtype) - 1e-12)]
+    return [float((rings <= ring).double().mean()) for ring in outermost]
 
 
 def draw_fields(fields: list[torch.Tensor], titles: list[str]):
@@ -105,19 +101,12 @@ def draw_fields(fields: list[torch.Tensor], titles: list[str]):
     Returns:
         A matplotlib Figure.
     """
-    columns = min(len(fields), 6)
-    rows = -(-len(fields) // columns)
     height, width = fields[0].shape
-    size = (2.5 * columns + 0.7, (2.5 * height / width + 0.5) * rows)
-    figure, panels = new_figure(rows, columns, size, squeeze=False)
-    for panel in panels.flat[len(fields):]:
-        panel.set_visible(False)
-    for panel, field, title in zip(panels.flat, fields, titles, strict=False):
-        image = panel.imshow((field / field.max()).clamp(min=10.0**-_DECADES).numpy(), cmap="magma",
-                             norm=LogNorm(10.0**-_DECADES, 1), interpolation="nearest", aspect="auto")
+    size = (2.5 * len(fields) + 0.7, 2.5 * height / width + 0.5)
+    figure, panels = new_figure(1, len(fields), size, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for panel, field, title in zip(panels.flat, fields, titles, strict=True):
+        image = panel.imshow((field / field.max()).clamp(min=1e-4), cmap="magma", norm=LogNorm(1e-4, 1), aspect="auto")
         panel.set_title(title, fontsize=9)
-        panel.set_xticks([])
-        panel.set_yticks([])
     figure.colorbar(image, ax=panels, label="gradient / largest", fraction=0.02, pad=0.01)
     return figure
 
@@ -133,32 +122,12 @@ def validation_images(config, count: int) -> torch.Tensor:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
     args = parse_arguments(argv)
-    model, images = _prepare(args)
-    measured = effective_fields(partial(model.forward_intermediates, intermediates_only=True), images)
-    fields = [field for field, _ in measured]
-    held = [areas(field, centre_of(field, size)) for field, size in measured]
-    titles = [f"stage {stage}: {h} x {w}\n50 % of it in {100 * held[stage - 1][1]:.1f} % of the image"
-              for stage, (_, (h, w)) in enumerate(measured, start=1)]
-    save_figure(draw_fields(fields, titles), args.figure)
-    numbers = Path(args.figure).with_suffix(".npz")
-    np.savez_compressed(numbers, **{f"stage{stage}": field for stage, field in enumerate(fields, start=1)})
-    print(f"Area of the smallest centred square that holds a share of the gradient, in % of the image's "
-          f"({len(images)} images of {images.shape[2]} x {images.shape[3]}):")
-    print("stage     output" + "".join(f"{share:>8.0%}" for share in SHARES))
-    for stage, ((_, (h, w)), shares) in enumerate(zip(measured, held, strict=True), start=1):
-        print(f"{stage:>5}{f'{h} x {w}':>11}" + "".join(f"{100 * share:>8.2f}" for share in shares))
-    print(f"drawn to {args.figure}; the fields are in {numbers}")
-    return 0
-
-
-def _prepare(args) -> tuple[torch.nn.Module, torch.Tensor]:
-    """The network, in evaluation mode, and the images of the command line, on one device."""
     if not (args.checkpoint or args.cfg):
         raise InputError("name a checkpoint, or use --cfg to name the config of a new network")
     if args.images < 1:
         raise InputError(f"--images is {args.images}; it must be at least 1")
-    config = load_config(args.cfg) if args.cfg else None
     torch.manual_seed(0)
+    config = load_config(args.cfg) if args.cfg else None
     if args.checkpoint:
         model, config, _ = load_network(args.checkpoint, config)
     else:
@@ -166,15 +135,28 @@ def _prepare(args) -> tuple[torch.nn.Module, torch.Tensor]:
     if not hasattr(model, "forward_intermediates"):
         raise InputError(f"{config.MODEL.NAME} does not return its stages' outputs (forward_intermediates)")
     if args.noise:
-        channels, size = config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE
-        images = torch.randn(args.images, channels, size, size)
+        images = torch.randn(args.images, *image_shape(config))
     else:
-        config = config.clone()
         config.defrost()
         config.DATA.DATA_PATH = args.data_path or config.DATA.DATA_PATH
         images = validation_images(config, args.images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device), images.to(device)
+    model = model.to(device)
+    measured = effective_fields(lambda x: model.forward_intermediates(x, intermediates_only=True), images.to(device))
+    fields, sizes = zip(*measured, strict=True)
+    held = [areas(field, size) for field, size in measured]
+    titles = [f"stage {stage}: {h} x {w}\n50 % of it in {100 * shares[1]:.1f} % of the image"
+              for stage, ((h, w), shares) in enumerate(zip(sizes, held, strict=True), start=1)]
+    save_figure(draw_fields(fields, titles), args.figure)
+    numbers = Path(args.figure).with_suffix(".npz")
+    np.savez_compressed(numbers, **{f"stage{stage}": field for stage, field in enumerate(fields, start=1)})
+    print(f"Area of the smallest centred square that holds a share of the gradient, in % of the image's "
+          f"({len(images)} images of {images.shape[2]} x {images.shape[3]}):")
+    print("stage     output" + "".join(f"{share:>8.0%}" for share in SHARES))
+    for stage, ((h, w), shares) in enumerate(zip(sizes, held, strict=True), start=1):
+        print(f"{stage:>5}{f'{h} x {w}':>11}" + "".join(f"{100 * share:>8.2f}" for share in shares))
+    print(f"drawn to {args.figure}; the fields are in {numbers}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -62,19 +62,6 @@ def last_of_each_stage(blocks: dict) -> dict:
     return {name: blocks[name] for name in lasts.values()}
 
 
-def shown_weight(weight: torch.Tensor, channel: int | None) -> torch.Tensor:
-    """The part of a weight (D, L, L, K) to draw: the mean over D, or one of its channels: (L, L, K).
-
-    Raises:
-        InputError: there is no such channel.
-    """
-    if channel is None:
-        return weight.mean(dim=0)
-    if not 0 <= channel < len(weight):
-        raise InputError(f"--channel is {channel}; the smallest layer has channels 0 to {len(weight) - 1}")
-    return weight[channel]
-
-
 def summarise(weight: torch.Tensor) -> dict:
     """How the squares of a strip weight (D, L, L, K) are distributed.
 
@@ -84,37 +71,45 @@ def summarise(weight: torch.Tensor) -> dict:
         equal weights.
     """
     squares = weight.double().square().sum(dim=0)  # (L, L, K)
-    index = torch.arange(len(squares))
-    is_near = (index[:, None] - index[None]).abs() <= 1
+    is_near = torch.ones_like(squares[..., 0]).triu(-1).tril(1)
     return {
         "rms": float((squares.sum() / weight.numel()).sqrt()),
         "rows": (squares.sum(dim=(0, 1)) / squares.sum()).tolist(),
-        "near": float(squares[is_near].sum() / squares.sum()),
-        "near_if_even": float(is_near.double().mean()),
+        "near": float((squares * is_near[..., None]).sum() / squares.sum()),
+        "near_if_even": float(is_near.mean()),
     }
 
 
 def draw_weights(blocks: dict[str, list[StripMLP]], channel: int | None = None):
     """A line of panels for each block, blue below and red above zero, with one scale for each layer.
 
+    Args:
+        blocks: as ``strip_layers`` returns them.
+        channel: the channel of a patch to draw; None: the mean over all.
+
     Returns:
         A matplotlib Figure.
+
+    Raises:
+        InputError: there is no such channel.
     """
-    layers, width = len(next(iter(blocks.values()))), next(iter(blocks.values()))[0].weight.shape[3]
-    columns = layers * width
-    figure, panels = new_figure(len(blocks), columns, (1.35 * columns + 0.4, 1.6 * len(blocks) + 0.3), squeeze=False)
-    for line, (name, modules) in zip(panels, blocks.items(), strict=True):
+    layers = [layer for block in blocks.values() for layer in block]
+    channels, width = min(len(layer.weight) for layer in layers), layers[0].weight.shape[3]
+    if channel is not None and not 0 <= channel < channels:
+        raise InputError(f"--channel is {channel}; the smallest layer has channels 0 to {channels - 1}")
+    columns = width * len(layers) // len(blocks)
+    figure, panels = new_figure(len(blocks), columns, (1.35 * columns + 0.4, 1.6 * len(blocks) + 0.3), squeeze=False,
+                                subplot_kw={"xticks": [], "yticks": []})
+    for line, name in zip(panels, blocks, strict=True):
         _, stage, block = name.split(".")
-        for i, module in enumerate(modules):
-            weight = shown_weight(module.weight.detach().float().cpu(), channel)
-            limit = float(weight.abs().max())
-            for k, panel in enumerate(line[i * width:(i + 1) * width]):
-                panel.imshow(weight[:, :, k].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto",
-                             interpolation="nearest")
-                panel.set_xticks([])
-                panel.set_yticks([])
-                panel.set_title(f"{module.axis}, k = {k} (±{limit:.2g})", fontsize=7)
         line[0].set_ylabel(f"stage {int(stage) + 1}, block {int(block) + 1}\noutput token", fontsize=7)
+    for layer, line in zip(layers, panels.reshape(-1, width), strict=True):
+        weight = layer.weight.detach().float().cpu()
+        weight = weight.mean(dim=0) if channel is None else weight[channel]  # (L, L, K)
+        limit = float(weight.abs().max())
+        for k, panel in enumerate(line):
+            panel.imshow(weight[:, :, k], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+            panel.set_title(f"{layer.axis}, k = {k} (±{limit:.2g})", fontsize=7)
     for panel in panels[-1]:
         panel.set_xlabel("input token", fontsize=7)
     return figure
@@ -126,15 +121,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     model, _, _ = load_network(args.checkpoint, load_config(args.cfg) if args.cfg else None)
     blocks = strip_layers(model)
-    drawn = blocks if args.all else last_of_each_stage(blocks)
-    save_figure(draw_weights(drawn, args.channel), args.figure)
+    save_figure(draw_weights(blocks if args.all else last_of_each_stage(blocks), args.channel), args.figure)
     print("layer                  root mean square   squared weights by k (%)   token and neighbours (% / if even)")
-    for name, modules in blocks.items():
-        for module in modules:
-            spread = summarise(module.weight.detach())
-            rows = " ".join(f"{100 * share:5.1f}" for share in spread["rows"])
-            print(f"{f'{name} {module.axis}':<21}{spread['rms']:>18.4f}{rows:>27}"
-                  f"{100 * spread['near']:>22.1f} / {100 * spread['near_if_even']:.1f}")
+    for name, layers in blocks.items():
+        for layer in layers:
+            found = summarise(layer.weight.detach())
+            rows = " ".join(f"{100 * share:5.1f}" for share in found["rows"])
+            print(f"{f'{name} {layer.axis}':<21}{found['rms']:>18.4f}{rows:>27}"
+                  f"{100 * found['near']:>22.1f} / {100 * found['near_if_even']:.1f}")
     print(f"drawn to {args.figure}")
     return 0
 

@@ -12,7 +12,7 @@ from models import build_model
 from models.strip_mlp import StripMLP
 from tests.helpers import DIGITS, TINY
 from tools import receptive_field
-from tools.receptive_field import areas, centre_of, effective_fields
+from tools.receptive_field import areas, effective_fields
 
 TINY_STRIP = load_config(DIGITS, [*TINY, "DATA.IMG_SIZE", "32"])
 
@@ -105,11 +105,12 @@ def test_centre_and_areas():
     field[14:22, 14:22] = 0.3 / 48
     field[16:20, 16:20] = 0.5 / 16
     field[0, 31] = 0.2
-    centre = centre_of(field, (8, 8))
-    assert centre == (17.5, 17.5) and centre_of(torch.zeros(7, 14), (7, 7)) == (3, 6.5)
     with pytest.raises(ValueError, match="adds up to nan"):
-        areas(field * float("nan"), centre)
-    assert areas(field, centre, (0.5, 0.51, 0.79, 1.0)) == [16 / 1024, 36 / 1024, 64 / 1024, 1.0]
+        areas(field * float("nan"), (8, 8))
+    assert areas(field, (8, 8), (0.5, 0.51, 0.79, 1.0)) == [16 / 1024, 36 / 1024, 64 / 1024, 1.0]
+    wide = torch.zeros(7, 14, dtype=torch.float64)
+    wide[3, 6:8] = 1.0  # the central output of 7 x 7
+    assert areas(wide, (7, 7), (1.0,)) == [2 / 98]
 
 
 def test_panels_hold_the_fields():
@@ -135,7 +136,7 @@ def test_command_line_on_a_fresh_network(tmp_path, capsys):
     for stage, (field, size) in enumerate(expected, start=1):
         assert np.allclose(fields[f"stage{stage}"], field, rtol=1e-6)
         printed = [float(word) for word in lines[1 + stage].split()[4:]]
-        assert printed == pytest.approx([100 * share for share in areas(field, centre_of(field, size))], abs=0.0051)
+        assert printed == pytest.approx([100 * share for share in areas(field, size)], abs=0.0051)
     assert (tmp_path / "field.png").stat().st_size > 10_000
 
 
