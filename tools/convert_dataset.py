@@ -23,8 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import InputError, one_line_errors, printable
 
-FORMS = ("folders", "zip", "shards", "hub")
-
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -33,7 +31,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("source", metavar="DIR", type=Path, help="the data set, in any form")
     parser.add_argument("target", metavar="TARGET", type=Path, help="an empty or new folder")
-    parser.add_argument("--to", choices=FORMS, required=True, help="the form to write")
+    parser.add_argument("--to", choices=["folders", "zip", "shards", "hub"], required=True, help="the form to write")
     parser.add_argument("--short-side", type=int, default=0, metavar="N", help="shrink larger images to N pixels")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), metavar="N",
                         help="processes that read and shrink; default: one per core, at most 16")
@@ -43,13 +41,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments()  # before the slow imports, so that --help is fast
 
+import contextlib
 import functools
 import io
+import itertools
 import multiprocessing
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from PIL import Image
@@ -84,31 +84,31 @@ def convert(source: Path, target: Path, form: str, short_side: int = 0, workers:
         workers: processes that read and shrink.
 
     Raises:
-        InputError: ``target`` exists and is not empty.
-        MissingFileError, InputError: ``source`` holds no data set of two splits with the same classes, an image cannot
-            be read, a class name is not a valid folder name, or the result reads back as another data set.
+        InputError: ``target`` exists and is not empty; ``source`` holds no data set of two splits with the same
+            classes; an image cannot be read; a class name is not a valid folder name; the result reads back as another
+            data set.
     """
     if target.is_dir() and any(target.iterdir()):
         raise InputError(f"{target} is not empty; choose another folder")
     sets = {split: _open(source, split) for split in SPLITS}
     classes = sets["train"].classes
     check_same_classes(classes, sets["val"].classes, source)
-    for label, name in enumerate(classes):
+    for name in classes:
         if not name or "/" in name or is_system(name) or not name.isprintable() or len(os.fsencode(name)) > 255:
             raise InputError(f"{source}: the class name {name!r:.300} cannot be used as a folder name")
-        if name in classes[:label]:
+        if classes.count(name) > 1:
             raise InputError(f"{source}: two classes are called {name}; each needs a folder of its own")
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as unfinished:
         place = Path(unfinished, "data")
         place.mkdir()
-        images = {split: functools.partial(_images, sets[split], split, short_side, workers) for split in SPLITS}
-        _WRITERS[form](place, images, classes)
-        for split in SPLITS:
+        _WRITERS[form](place, {split: functools.partial(_images, sets[split], split, short_side, workers)
+                               for split in SPLITS}, classes)
+        for split, dataset in sets.items():
             written = _open(place, split)
-            if written.classes != classes or sorted(written.labels) != sorted(sets[split].labels):
-                raise InputError(f"{source}: {len(sets[split])} images of {split} were written as {form}, and "
-                                 f"{len(written)} read back; nothing was kept. Please report this")  # fmt: skip
+            if written.classes != classes or sorted(written.labels) != sorted(dataset.labels):
+                raise InputError(f"{source}: {len(dataset)} images of {split} were written as {form}, and "
+                                 f"{len(written)} read back; nothing was kept. Please report this")
         for entry in place.iterdir():
             if not is_system(entry.name):  # the index that reading back left
                 entry.rename(target / entry.name)
@@ -116,53 +116,37 @@ def convert(source: Path, target: Path, form: str, short_side: int = 0, workers:
 
 
 def _open(source: Path, split: str):
-    if (source / f"{split}.zip").is_file():
-        return ZipDataset(source, split, _ANY)
-    return open_images(source, split)
+    return ZipDataset(source, split, _ANY) if (source / f"{split}.zip").is_file() else open_images(source, split)
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
-
 def _images(dataset, split: str, short_side: int, workers: int) -> Iterator[Stored]:
     """The images of a split, in order."""
-    read = functools.partial(_read, dataset, short_side)
-    with tqdm(total=len(dataset), desc=split, unit=" images", disable=None) as bar:
-        if workers == 1:
-            for image in map(read, range(len(dataset))):
-                yield image
-                bar.update()
-            return
-        with multiprocessing.Pool(workers) as pool:
-            for image in pool.imap(read, range(len(dataset)), chunksize=16):
-                yield image
-                bar.update()
+    with multiprocessing.Pool(workers) if workers > 1 else contextlib.nullcontext() as pool:
+        read_all = functools.partial(pool.imap, chunksize=16) if pool else map
+        images = read_all(functools.partial(_read, dataset, short_side), range(len(dataset)))
+        yield from tqdm(images, split, len(dataset), unit=" images", disable=None)
 
 
 def _read(dataset, short_side: int, index: int) -> Stored:
-    data, is_shrunk = dataset.read(index), False
-    if short_side:
-        image, label = dataset[index]
-        shorter = min(image.size)
-        is_shrunk = shorter > short_side
-        if is_shrunk:
-            size = tuple(max(1, round(side * short_side / shorter)) for side in image.size)
-            file = io.BytesIO()
-            image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
-            data = file.getvalue()
-    decode(data, dataset.name(index))  # raises InputError, with the image's name, for one that is damaged
-    name = Path(dataset.name(index).rpartition(":")[2])
-    extension = ".jpg" if is_shrunk else name.suffix.lower()
-    if extension not in IMAGE_EXTENSIONS:  # Hugging Face's have no names
+    data, name = dataset.read(index), dataset.name(index)
+    image = Image.fromarray(decode(data, name))  # raises InputError, with the image's name, for one that is damaged
+    suffix = Path(name.rpartition(":")[2]).suffix.lower()
+    shorter = min(image.size)
+    if 0 < short_side < shorter:
+        size = tuple(max(1, round(side * short_side / shorter)) for side in image.size)
+        file, suffix = io.BytesIO(), ".jpg"
+        image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
+        data = file.getvalue()
+    if suffix not in IMAGE_EXTENSIONS:  # Hugging Face's images have no names
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            extension = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
-    stem = printable(name.stem.partition(".")[0]).replace("\\", "_")[:60]  # safe in a text and in a file system
-    return Stored(f"{index:08d}_{stem}{extension}" if not stem.isdecimal() else f"{index:08d}{extension}",
-                  dataset.labels[index], data)  # fmt: skip
+            suffix = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format, f".{image.format.lower()}")
+    stem = printable(Path(name.rpartition(":")[2]).stem.partition(".")[0]).replace("\\", "_")[:60]  # safe in a text
+    return Stored(f"{index:08d}{'' if stem.isdecimal() else '_' + stem}{suffix}", dataset.labels[index], data)
 
 
 # ---- writing -------------------------------------------------------------------------------------
-
 
 def _write_folders(target: Path, images: dict, classes: list[str]) -> None:
     for split, read in images.items():
@@ -187,26 +171,19 @@ def _write_zip(target: Path, images: dict, classes: list[str]) -> None:
 
 def _write_shards(target: Path, images: dict, classes: list[str]) -> None:
     for split, read in images.items():
-        for number, part in enumerate(_parts(read(), SHARD)):
+        left = read()
+        for number in itertools.count():
+            part = list(itertools.islice(left, SHARD))
+            if not part:
+                break
             with tarfile.open(target / f"{split}-{number:04d}.tar", "w") as shard:
                 for image in part:
-                    for name, data in ((image.name, image.data),
-                                       (f"{Path(image.name).stem}.cls", str(image.label).encode())):  # fmt: skip
+                    label = f"{Path(image.name).stem}.cls", str(image.label).encode()
+                    for name, data in ((image.name, image.data), label):
                         info = tarfile.TarInfo(name)
                         info.size = len(data)
                         shard.addfile(info, io.BytesIO(data))
     (target / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
-
-
-def _parts(images: Iterable[Stored], size: int) -> Iterator[list[Stored]]:
-    part = []
-    for image in images:
-        part.append(image)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part
 
 
 def _write_hub(target: Path, images: dict, classes: list[str]) -> None:
@@ -216,7 +193,7 @@ def _write_hub(target: Path, images: dict, classes: list[str]) -> None:
     except ImportError as error:
         raise InputError(f"--to hub needs a package: pip install datasets ({error})") from None
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
-    names, splits = {"train": "train", "val": "validation"}, {}
+    splits = datasets.DatasetDict()
     with tempfile.TemporaryDirectory(dir=target.parent) as cache:
         for split, read in images.items():
             path = str(Path(cache, f"{split}.arrow"))
@@ -224,11 +201,11 @@ def _write_hub(target: Path, images: dict, classes: list[str]) -> None:
                 for image in read():
                     writer.write({"image": {"bytes": image.data, "path": image.name}, "label": image.label})
                 writer.finalize()
-            splits[names[split]] = datasets.Dataset.from_file(path)
-        datasets.DatasetDict(splits).save_to_disk(str(target))
+            splits["validation" if split == "val" else split] = datasets.Dataset.from_file(path)
+        splits.save_to_disk(str(target))
 
 
-_WRITERS = dict(zip(FORMS, (_write_folders, _write_zip, _write_shards, _write_hub), strict=True))
+_WRITERS = {"folders": _write_folders, "zip": _write_zip, "shards": _write_shards, "hub": _write_hub}
 
 
 @one_line_errors

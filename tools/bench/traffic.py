@@ -1,11 +1,8 @@
 """Counts what a step of a network asks of a GPU, without a GPU or any data: bytes, operations, launches and memory.
 
 ``count_step`` runs the step on fake tensors, which have shapes and layouts and no contents, on the CPU with CUDA's
-autocast. An operation is charged every distinct number that it reads, once, and every number that it writes. CUDA's
-kernels move more than that in a few places (``_extra``): a convolution copies activations that are dense in neither
-layout, as PyTorch's source says, and adds its bias in a pass of its own; a BatchNorm in training, and the norms'
-backward passes, read their input twice. Whether cuDNN converts (N, C, H, W) activations inside is not known, and is not
-charged. ``count_compiled_step`` counts the plan that torch.compile makes, of which nothing is run.
+autocast. ``count_compiled_step`` counts the plan that torch.compile makes, of which nothing is run. Both charge an
+operation every distinct number that it reads, once, and every number that it writes: the least that it can move.
 """
 
 import weakref
@@ -132,29 +129,23 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # PyTorch's fake convolutions choose the layouts of the CPU's library.
-        out = _fake_convolution(function, args) if function in CONVOLUTIONS else function(*args, **kwargs)
+        out = function(*args, **kwargs)
         inputs, outputs = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
         if not _is_free(function, inputs, outputs):
-            self.traffic.operations.append(self._operation(function, args, kwargs, out, inputs, outputs))
+            name = _name(function, args, inputs, outputs)
+            if function is aten.convolution_backward.default:
+                moved, flops, launches = _convolution_backward(args, out)
+            else:
+                overwrites = name in ("copy_", "zero_", "fill_", "zeros", "zeros_like", "full", "full_like",
+                                      "ones_like")
+                moved = sum(map(_bytes, inputs[1:] if overwrites else inputs)) + sum(map(_bytes, outputs))
+                packet = aten.baddbmm if function.overloadpacket is aten.baddbmm_ else function.overloadpacket
+                formula = flop_registry.get(packet)
+                flops, launches = formula(*args, **kwargs, out_val=out) if formula else 0, LAUNCHES.get(name, 1)
+            self.traffic.operations.append(Operation(self.phase, name, moved, flops, launches))
         for tensor in outputs:
             self.note(tensor)
         return out
-
-    def _operation(self, function, args, kwargs, out, inputs, outputs) -> Operation:
-        name = _name(function, args, inputs, outputs)
-        if function is aten.convolution_backward.default:
-            moved, launches = _moved_by_convolution_backward(args, out)
-            flops = 2 * args[0].numel() * prod(args[2].shape[1:]) * sum(args[10][:2])
-        else:
-            overwrites = name in ("copy_", "zero_", "fill_", "zeros", "zeros_like", "full", "full_like", "ones_like")
-            reads = inputs[1:] if overwrites else inputs
-            moved, launches = sum(map(_bytes, reads)) + sum(map(_bytes, outputs)), 1
-            packet = aten.baddbmm if function.overloadpacket is aten.baddbmm_ else function.overloadpacket
-            formula = flop_registry.get(packet)
-            flops = formula(*args, **kwargs, out_val=out) if formula else 0
-        extra, extra_launches = _extra(name, args, outputs)
-        return Operation(self.phase, name, moved + extra, flops, launches + extra_launches)
 
     def note(self, tensor: torch.Tensor) -> None:
         """Counts a tensor's storage as long as it lives."""
@@ -170,6 +161,10 @@ class Counter(TorchDispatchMode):
         self.storages[key] = weakref.ref(storage, free)
         self.live_bytes += size
         self.traffic.peak_bytes = max(self.traffic.peak_bytes, self.live_bytes)
+
+
+# The strip operators': the kernel, and packing the weight or adding up the parts of two gradients.
+LAUNCHES = {"mix": 2, "weight_grad": 3}
 
 
 def _is_free(function, inputs, outputs) -> bool:
@@ -201,57 +196,12 @@ def _bytes(tensor: torch.Tensor) -> int:
     return prod(sides) * tensor.element_size()
 
 
-def _extra(name: str, args, outputs) -> tuple[int, int]:
-    """Bytes that CUDA's kernels move beside what they must, and launches beside the first."""
-    if name.startswith("convolution"):
-        is_backward = name.endswith("backward")
-        layout = _layout(*args[1:3] if is_backward else args[:2])
-        copied = [2 * _bytes(t) for t in args[:1 + is_backward] if not t.is_contiguous(memory_format=layout)]
-        if not is_backward and args[2] is not None:
-            copied.append(2 * _bytes(outputs[0]))
-        return sum(copied), len(copied)
-    if name in ("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"):
-        is_inference = args[5] is False  # then the statistics are there already
-        return (0, 0) if is_inference else (_bytes(args[0]), 1)
-    if name in ("native_batch_norm_backward", "cudnn_batch_norm_backward", "batch_norm_backward",
-                "native_layer_norm_backward"):
-        return _bytes(args[0]) + _bytes(args[1]), 1
-    return 0, LAUNCHES.get(name, 1) - 1
-
-
-# The strip operators': the kernel, and packing the weight or adding up the parts of two gradients.
-LAUNCHES = {"mix": 2, "weight_grad": 3}
-
-
-def _moved_by_convolution_backward(args, gradients) -> tuple[int, int]:
-    dy, x, weight = args[:3]
+def _convolution_backward(args, gradients) -> tuple[int, int, int]:
+    """Bytes, operations and launches: a pass for each gradient that is asked for."""
+    dy, x, weight, *_, wanted = args
     read = (_bytes(dy) + _bytes(weight), _bytes(dy) + _bytes(x), _bytes(dy))  # for dx, dw and db
-    passes = [read[i] + _bytes(gradients[i]) for i in range(3) if args[10][i]]
-    return sum(passes), len(passes)
-
-
-def _fake_convolution(function, args):
-    """The result of a convolution or its backward in the layout that cuDNN gives it."""
-    if function is CONVOLUTIONS[0]:
-        x, weight, _, stride, padding, dilation = args[:6]
-        sides = [
-            (side + 2 * p - d * (kernel - 1) - 1) // s + 1
-            for side, kernel, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-        ]
-        return x.new_empty(len(x), len(weight), *sides).contiguous(memory_format=_layout(x, weight))
-    dy, x, weight = args[:3]
-    like = [x, weight, dy.new_empty(len(weight))]
-    return tuple(
-        torch.empty(t.shape, dtype=t.dtype).contiguous(
-            memory_format=_layout(x, weight) if t.ndim == 4 else torch.contiguous_format) if wanted else None
-        for t, wanted in zip(like, args[10], strict=True)
-    )
-
-
-def _layout(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
-    """The layout in which PyTorch has cuDNN compute: channels last if either operand is."""
-    is_channels_last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
-    return torch.channels_last if is_channels_last else torch.contiguous_format
+    passes = [read[i] + _bytes(gradients[i]) for i in range(3) if wanted[i]]
+    return sum(passes), 2 * dy.numel() * prod(weight.shape[1:]) * sum(wanted[:2]), len(passes)
 
 
 # ---- a step as torch.compile would fuse it -------------------------------------------------------
