@@ -10,12 +10,8 @@
 
 ONNX and torch.export files take batches of any size: images (N, 3, S, S), float32, resized and normalised as in
 evaluation (their metadata describes this in JSON and names the classes), and return logits (N, classes). If the
-checkpoint has averaged weights, the better ones at its last evaluation are exported.
-
-A folder to share holds the weights, timm's config.json, and a model card (README.md) with details from the run's
-folder. timm.create_model("local-dir:DIR", pretrained=True) loads it once models/ is imported, and so does everything
-here that takes a checkpoint. `hf upload USER/NAME DIR` uploads it to Hugging Face's Hub; afterwards its name is
-hf-hub:USER/NAME.
+checkpoint has averaged weights, the better ones at its last evaluation are exported. docs/tools.md says what to do with
+a folder to share.
 """
 
 import argparse
@@ -49,7 +45,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments()  # before the slow imports, so that --help is fast
 
-import importlib
 import json
 import os
 import tempfile
@@ -70,11 +65,10 @@ from models import StripMLPNet, to_released_state_dict
 from tools.model_card import model_card, preprocessing, timm_config
 
 TOLERANCE = 1e-4  # of the outputs, relative to the largest logit or 1
-BATCH = torch.export.Dim("batch", max=2**31 - 1)  # PyTorch 2.6 needs an upper limit
 
 
 class Network(NamedTuple):
-    """The network to export, in evaluation mode, its config, its class names, and its source."""
+    """The network to export, in evaluation mode, its config, its class names, its source; whether to store 16 bits."""
 
     model: nn.Module
     config: CfgNode
@@ -109,14 +103,9 @@ def export(source: Path, target: Path, format: str, config=None, half: bool = Fa
         raise InputError(f"{target} already exists; remove it or choose another name")
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"{target.parent} is not a writable folder")
-    for package in ONNX_PACKAGES if format == "onnx" else ():
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise InputError(f"{format} needs more packages ({error}): pip install {' '.join(ONNX_PACKAGES)}") from None
     network = Network(*load_network(source, config), source, half)
     if half:
-        network.model.load_state_dict(_halved(network.model))
+        network.model.load_state_dict(_stored(network))
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as unfinished, torch.no_grad():
         path = Path(unfinished, target.name)
         difference = largest_difference(network.model, write(network, path), image_shape(network.config))
@@ -143,14 +132,18 @@ def largest_difference(model: nn.Module, other: Callable, shape: tuple[int, ...]
 # ---- the formats: each function writes a file and returns the network as it reads back -----------
 
 def _write_onnx(network: Network, path: Path) -> Callable:
-    import onnxruntime
-
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"onnx needs more packages ({error}): pip install onnx onnxscript onnxruntime") from None
     if torch.__version__ < (2, 8):  # 2.6 cannot convert a batched product whose batch may have any size
         raise InputError(f"ONNX export needs PyTorch 2.8 or newer; this is {torch.__version__}")
-    names = {"input_names": ["images"], "output_names": ["logits"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter's internals
-        program = torch.onnx.export(_trace(network), dynamo=True, verbose=False, **names)
+        program = torch.onnx.export(_trace(network), dynamo=True, verbose=False, input_names=["images"],
+                                    output_names=["logits"])
     program.model.metadata_props.update(_metadata(network))
     program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -164,11 +157,26 @@ def _write_torch_export(network: Network, path: Path) -> Callable:
         return torch.export.load(path).module()
 
 
+def _trace(network: Network) -> torch.export.ExportedProgram:
+    images = torch.zeros(2, *image_shape(network.config))
+    batch = torch.export.Dim("batch", max=2**31 - 1)  # PyTorch 2.6 needs an upper limit
+    return torch.export.export(network.model, (images,), dynamic_shapes=({0: batch},))
+
+
+def _metadata(network: Network) -> dict[str, str]:
+    return {"classes": json.dumps(network.classes), "preprocessing": json.dumps(preprocessing(network.config))}
+
+
 def _write_safetensors(network: Network, path: Path) -> Callable:
-    about = {"config": json.dumps(to_dict(network.config)), "classes": json.dumps(network.classes)}
-    weights = _halved(network.model) if network.half else network.model.state_dict()
-    path.write_bytes(safetensors.torch.save(weights, about | {"format": "pt"}))
+    about = {"config": json.dumps(to_dict(network.config)), "classes": json.dumps(network.classes), "format": "pt"}
+    path.write_bytes(safetensors.torch.save(_stored(network), about))
     return load_network(path)[0]
+
+
+def _stored(network: Network) -> dict[str, torch.Tensor]:
+    """The weights, with ``half`` those of two and more dimensions in 16 bits."""
+    return {key: value.half() if network.half and value.ndim > 1 else value
+            for key, value in network.model.state_dict().items()}
 
 
 def _write_hub(network: Network, path: Path) -> Callable:
@@ -181,35 +189,17 @@ def _write_hub(network: Network, path: Path) -> Callable:
 
 
 def _write_released(network: Network, path: Path) -> Callable:
-    model, config, classes = network[:3]
-    if not isinstance(model, StripMLPNet):
-        raise InputError(f"the released code supports Strip-MLP only; this network is a {type(model).__name__}")
-    content = {"model": to_released_state_dict(model.state_dict()), "config": to_dict(config), "classes": classes}
-    checkpoint.save_file(content, path)
+    if not isinstance(network.model, StripMLPNet):
+        raise InputError(f"the released code supports Strip-MLP only; this network is a {type(network.model).__name__}")
+    return _write_native(network, path, to_released_state_dict(network.model.state_dict()))
+
+
+def _write_native(network: Network, path: Path, weights: dict | None = None) -> Callable:
+    weights = weights or network.model.state_dict()
+    checkpoint.save_file({"model": weights, "config": to_dict(network.config), "classes": network.classes}, path)
     return load_network(path)[0]
 
 
-def _write_native(network: Network, path: Path) -> Callable:
-    model, config, classes = network[:3]
-    checkpoint.save_file({"model": model.state_dict(), "config": to_dict(config), "classes": classes}, path)
-    return load_network(path)[0]
-
-
-def _halved(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights, those of two and more dimensions rounded to 16 bits."""
-    return {key: value.half() if value.ndim > 1 else value for key, value in model.state_dict().items()}
-
-
-def _trace(network: Network) -> torch.export.ExportedProgram:
-    images = torch.zeros(2, *image_shape(network.config))
-    return torch.export.export(network.model, (images,), dynamic_shapes=({0: BATCH},))
-
-
-def _metadata(network: Network) -> dict[str, str]:
-    return {"classes": json.dumps(network.classes), "preprocessing": json.dumps(preprocessing(network.config))}
-
-
-ONNX_PACKAGES = "onnx", "onnxscript", "onnxruntime"
 WRITERS = {
     "onnx": _write_onnx, "torch-export": _write_torch_export, "safetensors": _write_safetensors, "hub": _write_hub,
     "released": _write_released, "native": _write_native,
@@ -222,19 +212,14 @@ WRITERS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
     args = parse_arguments(argv)
-    format = args.format or _format_of(args.target)
-    config = load_config(args.cfg) if args.cfg else None
-    difference = export(args.checkpoint, args.target, format, config, args.half)
+    formats = [name for name, suffix in FORMATS.items() if suffix and suffix == args.target.suffix]
+    if not args.format and len(formats) != 1:
+        raise InputError(f"{args.target}: its extension does not determine the format; add --format "
+                         f"{' or '.join(formats or FORMATS)}")
+    format = args.format or formats[0]
+    difference = export(args.checkpoint, args.target, format, load_config(args.cfg) if args.cfg else None, args.half)
     print(f"{args.target} written ({format}); read back, its outputs differ by at most {difference:.1e}")
     return 0
-
-
-def _format_of(target: Path) -> str:
-    names = [name for name, suffix in FORMATS.items() if suffix and suffix == target.suffix]
-    if len(names) != 1:
-        raise InputError(f"{target}: its extension does not determine the format; add --format "
-                         f"{' or '.join(names or FORMATS)}")
-    return names[0]
 
 
 if __name__ == "__main__":

@@ -84,8 +84,7 @@ def predict(model, images: torch.Tensor, top_k: int) -> list[list[tuple[int, flo
     Raises:
         InputError: an output is not finite.
     """
-    device = next(model.parameters()).device
-    logits = model(images.to(device))
+    logits = model(images.to(next(model.parameters()).device))
     if not logits.isfinite().all():
         raise InputError("the network's outputs are not finite; its weights cannot be used")
     probabilities, labels = logits.softmax(dim=1).topk(top_k)
@@ -104,44 +103,40 @@ def main(argv: list[str] | None = None) -> int:
         check_sheet(args.sheet)
         if len(paths) > SHEET_LIMIT:
             raise InputError(f"--sheet holds at most {SHEET_LIMIT} images; {len(paths)} were given")
-    titles = dict(zip(paths, run_names(paths), strict=True)) if args.sheet else {}
-    device = choose_device(args.device)
-    model, config, classes = load_network(args.checkpoint, load_config(args.cfg) if args.cfg else None, device)
-    transform, top_k = build_transform(config), min(args.top_k, len(classes))
-    cells, bad = [], 0
-    for first in range(0, len(paths), args.batch_size):
+    titles = run_names(paths) if args.sheet else [""] * len(paths)
+    config = load_config(args.cfg) if args.cfg else None
+    model, config, classes = load_network(args.checkpoint, config, choose_device(args.device))
+    transform, cells, bad = build_transform(config), [], 0
+    pictures = list(zip(paths, titles, strict=True))
+    for first in range(0, len(pictures), args.batch_size):
         batch = []
-        for path in paths[first : first + args.batch_size]:
+        for path, title in pictures[first : first + args.batch_size]:
             try:
                 picture = load_image(path)
-                batch.append((path, picture, transform(picture)))
+                batch.append((path, title, picture, transform(picture)))
             except (ImageError, OSError) as error:
                 bad += 1
                 message = str(error) if str(path) in str(error) else f"{path}: {error}"
                 print(f"predict.py: {printable(message)}; skipped", file=sys.stderr)
         if not batch:
             continue
-        rankings = predict(model, torch.stack([prepared for *_, prepared in batch]), top_k)
-        for (path, picture, _), ranking in zip(batch, rankings, strict=True):
+        rankings = predict(model, torch.stack([prepared for *_, prepared in batch]), min(args.top_k, len(classes)))
+        for (path, title, picture, _), ranking in zip(batch, rankings, strict=True):
             named = [(classes[label], probability) for label, probability in ranking]
-            print(_json_line(path, named) if args.json else _text_line(path, named))
+            if args.json:
+                ranking = [{"class": name, "probability": round(probability, 6)} for name, probability in named]
+                print(json.dumps({"picture": str(path), "classes": ranking}))
+            else:
+                found = ", ".join(f"{name} {probability:.1%}" for name, probability in named)
+                print(printable(f"{path}: {found}"))
             if args.sheet:
-                cells.append((titles[path], thumbnail(picture), named[:SHEET_CLASSES]))
+                cells.append((title, thumbnail(picture), named[:SHEET_CLASSES]))
     if cells:
         draw_sheet(cells).save(args.sheet, optimize=True)
         print(f"contact sheet written to {args.sheet}", file=sys.stderr)
     if bad:
         print(f"predict.py: {bad} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if bad else 0
-
-
-def _text_line(path: Path, named: list[tuple[str, float]]) -> str:
-    return printable(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in named))
-
-
-def _json_line(path: Path, named: list[tuple[str, float]]) -> str:
-    ranking = [{"class": name, "probability": round(probability, 6)} for name, probability in named]
-    return json.dumps({"picture": str(path), "classes": ranking})
 
 
 if __name__ == "__main__":

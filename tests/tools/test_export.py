@@ -34,25 +34,33 @@ def logits(model, batch):
         return images, model(images)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 8), reason="PyTorch 2.6 cannot export the network to ONNX")
-def test_onnx(network, tmp_path, capsys):
-    """onnxruntime gives the network's logits for any batch size; the file says how to prepare images."""
-    onnxruntime = pytest.importorskip("onnxruntime")
+@pytest.fixture(scope="module")
+def onnx_file(network, tmp_path_factory):
+    """The network in ONNX, for images of which the centre is cropped."""
+    pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    path, config, model = network
-    assert export.main([str(path), str(tmp_path / "a.onnx")]) == 0
-    assert "a.onnx written (onnx); read back, its outputs differ by at most" in capsys.readouterr().out
-    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    if torch.__version__ < (2, 8):
+        pytest.skip("PyTorch 2.6 cannot export the network to ONNX")
+    folder = tmp_path_factory.mktemp("onnx")
+    save_network(folder / "best.pth", load_config(DIGITS, [*TINY, "TEST.CROP", "True"]), network[2])
+    assert export.main([str(folder / "best.pth"), str(folder / "model.onnx")]) == 0
+    return folder / "model.onnx"
+
+
+def test_onnx(network, onnx_file):
+    """onnxruntime gives the network's logits for any batch size; the file says how to prepare images."""
+    import onnxruntime
+    session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
     for batch in (1, 2, 7):
-        images, expected = logits(model, batch)
+        images, expected = logits(network[2], batch)
         found, = session.run(["logits"], {"images": images.numpy()})
         assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["classes"]) == CLASSES
     assert json.loads(about["preprocessing"]) == {
-        "input_size": [3, 16, 16], "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic",
+        "input_size": [3, 16, 16], "crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic",
         "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]  # the weights too are in it
+    assert {file.name for file in onnx_file.parent.iterdir()} == {"best.pth", "model.onnx"}  # the weights too are in it
 
 
 def test_onnx_needs_a_newer_pytorch(network, tmp_path, capsys, monkeypatch):
@@ -75,22 +83,16 @@ def test_torch_export(network, tmp_path):
     assert json.loads(about["classes"]) == CLASSES and json.loads(about["preprocessing"])["input_size"] == [3, 16, 16]
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 8), reason="PyTorch 2.6 cannot export the network to ONNX")
-def test_the_page_s_onnxruntime_example(network, tmp_path, monkeypatch, capsys):
+def test_the_page_s_onnxruntime_example(network, onnx_file, tmp_path, monkeypatch, capsys):
     """It needs nothing of this repository, and gives what the network gives."""
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    config = load_config(DIGITS, [*TINY, "TEST.CROP", "True"])
-    save_network(tmp_path / "best.pth", config, network[2])
-    Image.linear_gradient("L").resize((300, 200)).save(tmp_path / "photo.jpg")  # smooth, so that both resize alike
-    monkeypatch.chdir(tmp_path)
-    assert export.main(["best.pth", "model.onnx"]) == 0
+    Image.linear_gradient("L").resize((300, 200)).save(onnx_file.with_name("photo.jpg"))  # smooth: both resize alike
+    monkeypatch.chdir(onnx_file.parent)
     (code,) = re.findall(r"```python\n(import json\n.*?)```", (ROOT / "docs" / "tools.md").read_text(), re.S)
     assert len(code.splitlines()) <= 12
-    capsys.readouterr()
     exec(code, names := {})
+    transform = build_transform(load_config(DIGITS, [*TINY, "TEST.CROP", "True"]))
     with torch.inference_mode():
-        expected = network[2](build_transform(config)(Image.open("photo.jpg").convert("RGB"))[None])
+        expected = network[2](transform(Image.open("photo.jpg").convert("RGB"))[None])
     assert_close(torch.from_numpy(names["logits"]), expected, rtol=0, atol=0.02)
     assert capsys.readouterr().out == f"digit {expected.argmax()}\n"
 
