@@ -9,7 +9,6 @@ import platform
 import re
 import subprocess
 import sys
-import threading
 import uuid
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -94,15 +93,10 @@ def setup_console(is_first: bool) -> None:
     handler.setLevel(logging.INFO if is_first else logging.ERROR)
     handler.setFormatter(_Formatter(coloured=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     logger.handlers = [handler, MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)]
-    threading.excepthook = _thread_failed
 
 
 def _fill_closed_streams() -> None:
-    """Opens the null device in place of standard streams that the caller has closed.
-
-    Otherwise the next files would get their numbers, and a library's messages on standard error would end up in a
-    checkpoint.
-    """
+    """Opens the null device for closed standard streams; else a checkpoint would get their number, and their text."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -132,14 +126,6 @@ def open_log(folder: Path) -> None:
         held.flush()
         logger.removeHandler(held)
     logger.addHandler(handler)
-
-
-def _thread_failed(failure) -> None:
-    """Logs one line for a thread that could not write, such as TensorBoard's on a full disk; a traceback for a bug."""
-    if issubclass(failure.exc_type, OSError):
-        logger.error("a thread ended: %s", failure.exc_value)
-    else:
-        threading.__excepthook__(failure)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------
@@ -191,7 +177,12 @@ class MetricsWriter:
     def __init__(self, folder: Path, epochs: float, step: int, wandb_run=None):
         path = folder / "metrics.jsonl"
         check_place(folder / "tensorboard", is_folder=True)
-        write_text(path, "".join(line for line, done in _read_records(path) if done <= epochs))
+        parsed = plots.parse_metrics(path)
+        odd = [number for number, (_, record) in enumerate(parsed, start=1) if record is None]
+        if odd:
+            logger.warning("%s: skipped %d lines that are not records of a run, the first of them line %d", path,
+                           len(odd), odd[0])
+        write_text(path, "".join(line for line, record in parsed if record and record["epochs"] <= epochs))
         self.file = open(path, "a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.wandb_run = wandb_run
@@ -199,15 +190,15 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, epoch: int, epochs: float, **figures: float) -> None:
         """Records figures of ``kind`` (``train``, ``eval``, ``eval_ema``) after update ``step``, in epoch ``epoch``."""
-        record = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        record = {"kind": kind, "step": step, "epoch": epoch, "epochs": epochs}
+        record |= {name: value if math.isfinite(value) else None for name, value in figures.items()}
         with self._going_on("metrics.jsonl"):
-            self.file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, "epochs": epochs, **record}) + "\n")
-            self.file.flush()
+            print(json.dumps(record), file=self.file, flush=True)
         with self._going_on("TensorBoard's events"):
             for name, value in figures.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
-        if self.wandb_run:
-            with self._going_on("Weights & Biases' log", Exception):
+        with self._going_on("Weights & Biases' log"):
+            if self.wandb_run:
                 self.wandb_run.log({f"{kind}/{name}": value for name, value in figures.items()}, step=step)
 
     def close(self) -> None:
@@ -216,29 +207,19 @@ class MetricsWriter:
             self.file.close()
         with self._going_on("TensorBoard's events"):
             self.tensorboard.close()
-        if self.wandb_run:
-            with self._going_on("Weights & Biases' log", Exception):
+        with self._going_on("Weights & Biases' log"):
+            if self.wandb_run:
                 self.wandb_run.finish()
 
     @contextlib.contextmanager
-    def _going_on(self, name: str, failures: type[Exception] = OSError):
+    def _going_on(self, name: str):
         """Reports once that something cannot be written, for example on a full disk, and lets the run continue."""
         try:
             yield
-        except failures as error:
+        except Exception as error:
             if name not in self.failing:
                 self.failing.add(name)
                 logger.error("cannot write %s: %s; the run continues", name, error)
-
-
-def _read_records(path: Path) -> list[tuple[str, float]]:
-    """The lines of a run's metrics and the epochs done at each; other lines are skipped with a warning."""
-    parsed = plots.parse_metrics(path)
-    odd = [number for number, (_, record) in enumerate(parsed, start=1) if record is None]
-    if odd:
-        logger.warning("%s: skipped %d lines that are not records of a run, the first of them line %d", path, len(odd),
-                       odd[0])
-    return [(line, record["epochs"]) for line, record in parsed if record]
 
 
 # ---- the description of a run ----------------------------------------------------------------------
@@ -260,15 +241,10 @@ def describe_environment(device: torch.device) -> dict:
         "torchvision": str(torchvision.__version__),
         "timm": timm.__version__,
         "git_commit": git_commit(),
-        "device": _device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
+                  f"CPU, {os.cpu_count()} cores" if device.type == "cpu" else device.type,
         "world_size": distributed.world_size(),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {os.cpu_count()} cores" if device.type == "cpu" else device.type
 
 
 def describe_run(config, state: TrainState, device: torch.device, precision: str, metadata: dict) -> dict:
@@ -282,14 +258,13 @@ def describe_run(config, state: TrainState, device: torch.device, precision: str
     Raises:
         InputError: the network does not take images of the config's size.
     """
-    layout = state.layout
+    layout, parameters = state.layout, list(state.model.parameters())
     try:
         macs = count_macs(state.model, image_shape(config))
     except Exception as error:  # PyTorch's counter fails on some of timm's networks, which train all the same
         _check_img_size(state.model, config)
         logger.warning(f"the multiply-accumulates could not be counted ({error})")
         macs = None
-    parameters = list(state.model.parameters())
     return describe_environment(device) | {
         "command": " ".join(sys.argv),
         "effective_batch": layout.effective_batch,

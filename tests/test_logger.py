@@ -21,12 +21,10 @@ from models import StripMLPNet, build_model
 from tests.helpers import arguments, folder
 from tests.processes import ROOT, environment, run
 
-# ---- the log ---------------------------------------------------------------------------------------
-
 logger = logging.getLogger("strip_mlp")
-
-
 pytestmark = pytest.mark.usefixtures("log_handlers")
+
+# ---- the log ---------------------------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):
@@ -106,12 +104,6 @@ def test_names_cannot_command_the_terminal(tmp_path):
 
 
 # ---- metrics ---------------------------------------------------------------------------------------
-
-logger = logging.getLogger("strip_mlp")
-
-
-pytestmark = pytest.mark.usefixtures("log_handlers")
-
 
 ODD_LINES = [b'{"a":1}', b"3", b"\xff", b"", b"null", b"[" * 10_000, b'{"kind": "train", "epochs": "1"}', b"9" * 10_000,
              b'{"kind": 3, "step": 1, "epoch": 0, "epochs": 0.5}', b'{"kind": "train", "step": 1, "epoch": 0, "epo']
@@ -236,7 +228,7 @@ def offline_records(path):
 def test_offline_runs_of_the_real_module(tmp_path):
     """A run in two parts, each a process of its own: the same id, and together the figures of metrics.jsonl."""
     pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
-    write = ("import pathlib, sys; from metrics import MetricsWriter, start_wandb; first = int(sys.argv[2])\n"
+    write = ("import pathlib, sys; from logger import MetricsWriter, start_wandb; first = int(sys.argv[2])\n"
              "folder = pathlib.Path(sys.argv[1])\n"
              "wandb_run = start_wandb('strips', 'net/run', {'TRAIN': {'EPOCHS': 2}}, folder)\n"
              "metrics = MetricsWriter(folder, first // 2, first, wandb_run)\n"

@@ -148,9 +148,9 @@ def test_any_name_can_be_drawn(tmp_path):
     plots.draw_sheet([(name, Image.new("RGB", (9, 9)), [(name, 0.5)]) for name in names])
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
-def test_a_notebook_s_backend_does_not_matter(backend):
-    result = run_interpreter(["-c", "import logger, plots; plots.draw_curves({'a': []})"], MPLBACKEND=backend)
+def test_a_notebook_s_backend_does_not_matter():
+    result = run_interpreter(["-c", "import logger, plots; plots.draw_curves({'a': []})"],
+                             MPLBACKEND="module://matplotlib_inline.backend_inline")
     assert result.returncode == 0, result.stderr
 
 
