@@ -54,6 +54,7 @@ if __name__ == "__main__":
 import logging
 import time
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ from inference import build_network, weights_file
 from logger import setup_console
 from models import check_fit, load_pretrained
 from resume_checks import MAX_EPOCHS, check_optimizer, check_scaler
-from utils import InputError, error_message, exit_status, input_errors, replacing
+from utils import InputError, input_errors, one_line_errors, replacing
 
 logger = logging.getLogger("strip_mlp")
 STAGES = [1, 2, 3]  # stages 2 to 4 feed the pyramid
@@ -137,11 +138,12 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     return min(1.0, (step + 1) / max(warmup, 1)) * 0.1**drops
 
 
-def train_one_epoch(model, loader, optimizer, schedule, precision, scaler, device) -> float:
-    """The mean loss of an epoch."""
+def train_one_epoch(model, loader, optimizer, set_rates, precision, scaler, device) -> float:
+    """The mean loss of an epoch; ``set_rates(i)`` sets the learning rates of its batch i."""
     model.train()
     total = torch.zeros((), device=device)
-    for images, targets in loader:
+    for batch, (images, targets) in enumerate(loader):
+        set_rates(batch)
         images = [image.to(device, non_blocking=True) for image in images]
         targets = [{key: target[key].to(device) for key in ("boxes", "labels")} for target in targets]
         with precision.autocast():
@@ -152,7 +154,6 @@ def train_one_epoch(model, loader, optimizer, schedule, precision, scaler, devic
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-        schedule.step()
         total += loss.detach()
     return float(total) / len(loader)
 
@@ -172,11 +173,10 @@ def restore(content: dict, state: dict) -> int:
     epoch, optimizer = content["epoch"], state["optimizer"]
     if type(epoch) is not int or not 0 <= epoch <= MAX_EPOCHS:
         raise InputError(f"its epoch is {epoch!r:.60}; it must be a number from 0 to {MAX_EPOCHS}")
-    weights = content["model"]
-    check_fit(state["model"], weights)
+    check_fit(state["model"], content["model"])
     check_optimizer(content["optimizer"], optimizer)
     check_scaler(content["scaler"], state["scaler"])
-    state["model"].load_state_dict(weights)
+    state["model"].load_state_dict(content["model"])
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": groups})
     if content["scaler"]:
@@ -184,37 +184,40 @@ def restore(content: dict, state: dict) -> int:
     return epoch
 
 
-def run(args) -> None:
-    """Trains and evaluates; resumes from ``last.pth`` in the output folder."""
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Trains and evaluates; resumes from ``last.pth`` in the output folder. Returns the exit status."""
+    args = parse_arguments(argv)
+    setup_console(is_first=True)
     device = choose_device(args.device, distributed.launcher_local_rank())
     distributed.init_distributed(device)
     torch.manual_seed(0)
     train_loader, val_loader = build_loaders(args.data_path, args.batch_size, args.workers, args.scenes)
     detector = build_detector(args, len(train_loader.dataset.classes)).to(device)
+    backbone = list(detector.backbone.net.parameters())
     others = [p for name, p in detector.named_parameters() if not name.startswith("backbone.net.")]
-    groups = [{"params": others}, {"params": detector.backbone.net.parameters(), "lr": args.backbone_lr}]
-    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": backbone}], args.lr, weight_decay=0.05)
     steps = args.epochs * len(train_loader)
-    warmup = min(500, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, warmup))
+
+    def set_rates(done: int, batch: int) -> None:
+        factor = learning_rate_factor(done + batch, steps, warmup=min(500, steps // 10))
+        for group, rate in zip(optimizer.param_groups, (args.lr, args.backbone_lr), strict=True):
+            group["lr"] = rate * factor
+
     precision = Precision(args.amp_dtype, device)
     scaler = precision.scaler()
     state = {"model": detector, "optimizer": optimizer, "scaler": scaler}
-
     first, output = 0, Path(args.output)
     if (output / "last.pth").is_file():
         content = checkpoint.load_file(output / "last.pth")
         with input_errors(output / "last.pth"):
             first = restore(content, state)
-        schedule.last_epoch = first * len(train_loader)
-        for group, lr in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
-            group["lr"] = lr * learning_rate_factor(schedule.last_epoch, steps, warmup)
         logger.info(f"resumed {output / 'last.pth'} after epoch {first}")
     model = DistributedDataParallel(detector) if distributed.is_distributed() else detector
     for epoch in range(first, args.epochs):
-        start = time.perf_counter()
+        start, done = time.perf_counter(), epoch * len(train_loader)
         train_loader.sampler.set_epoch(epoch)
-        loss = train_one_epoch(model, train_loader, optimizer, schedule, precision, scaler, device)
+        loss = train_one_epoch(model, train_loader, optimizer, partial(set_rates, done), precision, scaler, device)
         mean, half = evaluate(detector, val_loader, precision, device)
         if distributed.rank() == 0:
             output.mkdir(parents=True, exist_ok=True)
@@ -224,21 +227,7 @@ def run(args) -> None:
                         f"({time.perf_counter() - start:.0f} s)")
     if distributed.rank() == 0:
         with replacing(output / "found.jpg") as file:
-            draw_found(detector, val_loader.dataset, device).save(file, "JPEG")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; the exit status is 0, 2 for an error that the user can fix, or 1 for a failure."""
-    args = parse_arguments(argv)
-    setup_console(is_first=True)
-    try:
-        run(args)
-    except Exception as error:
-        status = exit_status(error)
-        if status is None:
-            raise
-        logger.error(error_message(error))
-        return status
+            draw_found(detector, val_loader.dataset, device).save(file, "JPEG", quality=90)
     return 0
 
 
