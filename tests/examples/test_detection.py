@@ -188,7 +188,7 @@ def test_training_resumes(config_file, tmp_path, capsys):
     log = capsys.readouterr().out
     assert "after epoch 2" in log and "epoch 3  loss" in log and "epoch 2  loss" not in log
     lines = torch.load(tmp_path / "last.pth", weights_only=True)["optimizer"]["param_groups"]
-    factor = detection.learning_rate_factor(5, 6, 0)  # the last step's rate is what a run without a break would have had
+    factor = detection.learning_rate_factor(5, 6, 0)  # that of a run without a break in its last step
     assert [group["lr"] for group in lines] == pytest.approx([1e-4 * factor, 1e-5 * factor])
 
 

@@ -78,8 +78,7 @@ class Running:
         values = {"json": self.json, "tag": f"{time.time():.0f}", "output": folder, "data": data_path}
         command = [sys.executable, *(word.format(**values) for word in part.words.split())]
         with open(self.json.with_suffix(".log"), "w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                                            env=os.environ | {"TRITON_CACHE_AUTOTUNING": "1"})
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
     def finish(self, limit: float) -> tuple[bool, str]:
         """Waits; returns whether it succeeded, and what it measured in Markdown, or the end of its output."""

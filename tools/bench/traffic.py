@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from engine import EARLY, OPTIONS, keep_activation_layout
-from models import fast
 from utils import InputError
 
 aten = torch.ops.aten
@@ -77,7 +76,7 @@ def count_step(
     with FakeTensorMode() as mode:
         weights = {name: mode.from_tensor(weight) for name, weight in _tensors(network).items()}
         x = torch.empty(images).contiguous(memory_format=layout)
-        with mock.patch.object(fast, "DEVICES", ("cpu",)), _CudaAutocast(), Counter() as counter:
+        with _CudaAutocast(), Counter() as counter:
             counter.note(x)
             with torch.autocast("cpu", dtype, enabled=dtype is not None), torch.set_grad_enabled(training):
                 y = functional_call(network, weights, (x,))
@@ -141,7 +140,7 @@ class Counter(TorchDispatchMode):
                 moved = sum(map(_bytes, inputs[1:] if overwrites else inputs)) + sum(map(_bytes, outputs))
                 packet = aten.baddbmm if function.overloadpacket is aten.baddbmm_ else function.overloadpacket
                 formula = flop_registry.get(packet)
-                flops, launches = formula(*args, **kwargs, out_val=out) if formula else 0, LAUNCHES.get(name, 1)
+                flops, launches = formula(*args, **kwargs, out_val=out) if formula else 0, 1
             self.traffic.operations.append(Operation(self.phase, name, moved, flops, launches))
         for tensor in outputs:
             self.note(tensor)
@@ -161,10 +160,6 @@ class Counter(TorchDispatchMode):
         self.storages[key] = weakref.ref(storage, free)
         self.live_bytes += size
         self.traffic.peak_bytes = max(self.traffic.peak_bytes, self.live_bytes)
-
-
-# The strip operators': the kernel, and packing the weight or adding up the parts of two gradients.
-LAUNCHES = {"mix": 2, "weight_grad": 3}
 
 
 def _is_free(function, inputs, outputs) -> bool:
@@ -248,7 +243,6 @@ def count_compiled_step(
     keep_activation_layout()
     with (
         mock.patch.object(GraphLowering, "compile_to_module", plan),
-        mock.patch.object(fast, "DEVICES", ("cpu",)),
         mock.patch("torch._inductor.ir.is_cpu", return_value=False),  # asked where a CPU would store an exponential
         torch._inductor.config.patch(force_disable_caches=True),
         torch._functorch.config.patch(EARLY),
