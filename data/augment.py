@@ -1,14 +1,16 @@
-"""The random choices for one training image: crop, flip, timm's policy, colour jitter, erased rectangles.
+"""The augmentation of one training image: crop, flip, timm's policy, colour jitter, erased rectangles.
 
-All are drawn from one generator, which depends only on seed, epoch and index. It does not matter which process prepares
-an image, on which device, or which images came before it. ``augment_pillow`` applies the steps to an image in a data
-worker, ``augment_batch`` to a whole batch on the device.
+The random choices come from one generator, which depends only on seed, epoch and index. It does not matter which process
+prepares an image, on which device, or which images came before it. ``augment`` applies them to an image in a data
+worker, ``augment_batch.augment`` to a whole batch on the device.
 """
 
 import math
 import random
 from typing import NamedTuple
 
+import numpy as np
+from PIL import Image
 from PIL.Image import Resampling
 from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment
 
@@ -18,6 +20,7 @@ FILL = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)  # for pixels 
 ERASED_AREA = (0.02, 1 / 3)  # share of the image that random erasing covers, over all rectangles; as in timm
 ERASED_RATIO = (0.3, 1 / 0.3)  # height over width of a rectangle; as in timm
 _TRIES = 10  # for a crop or a rectangle that fits; as in timm
+_WITHOUT_VALUE = ("AutoContrast", "Equalize", "Invert")
 
 
 class Rectangle(NamedTuple):
@@ -43,8 +46,7 @@ class Draw(NamedTuple):
     crop: Rectangle  # resized to the input size
     bicubic: bool  # how; False: bilinear
     flip: bool
-    chains: list[list[Step]]  # AugMix: each applied separately to the flipped image; empty for other policies
-    weights: list[float]  # AugMix: of each chain and, last, of their mixture against the image
+    chains: list[tuple[float, list[Step]]]  # AugMix: weights and steps of the images that are mixed; others: empty
     steps: list[Step]
     erased: list[tuple[Rectangle, int]]  # rectangles, each with the seed of its noise
 
@@ -52,14 +54,10 @@ class Draw(NamedTuple):
 class Augmentation:
     """The augmentation of a config's training images.
 
-    Args:
-        config: the run's config.
-
     Attributes:
         size: side of the input, in pixels.
         erase_mode: what erased rectangles are filled with: ``"pixel"`` (noise), ``"rand"`` (one random colour) or
             ``"const"`` (the mean colour).
-        blended: AugMix blends its chains into the image one after the other, instead of adding them up.
 
     Raises:
         InputError: timm does not have the policy.
@@ -71,30 +69,33 @@ class Augmentation:
         name = "" if self.aug.AUTO_AUGMENT == "none" else self.aug.AUTO_AUGMENT
         self.policy = _parse(name, self.size, self.interpolation) if name else None
         self.jitter = self.aug.COLOR_JITTER if not name or "3a" in name else 0.0  # as timm combines them
-        self.blended = getattr(self.policy, "blended", False)
 
     def draw(self, epoch: int, index: int, width: int, height: int) -> Draw:
         """The choices for one image of a size in pixels."""
         rng = image_generator(self.seed, epoch, index)
         crop = draw_crop(rng, width, height, self.aug.SCALE, self.aug.RATIO)
         bicubic = rng.random() < 0.5 if self.interpolation == "random" else self.interpolation == "bicubic"
-        flip, chains, weights, steps = rng.random() < self.aug.HFLIP, [], [], []
+        flip, chains, steps = rng.random() < self.aug.HFLIP, [], []
         if isinstance(self.policy, auto_augment.RandAugment):
             steps = [self._step(op, rng) for op in _choose(self.policy, rng)]
         elif isinstance(self.policy, auto_augment.AutoAugment):
             steps = [self._step(op, rng) for op in rng.choice(self.policy.policy)]
         elif isinstance(self.policy, auto_augment.AugMixAugment):
-            weights = _augmix_weights(self.policy, rng)
-            for _ in range(self.policy.width):
-                depth = self.policy.depth if self.policy.depth > 0 else rng.randint(1, 3)
-                chains.append([self._step(rng.choice(self.policy.ops), rng) for _ in range(depth)])
+            alpha, depth = self.policy.alpha, self.policy.depth
+            weights = [rng.gammavariate(alpha, 1) for _ in range(self.policy.width)]  # normalised: Dirichlet's
+            mixed = rng.betavariate(alpha, alpha)
+            chains = [(1 - mixed, [])]
+            for weight in weights:
+                count = depth if depth > 0 else rng.randint(1, 3)
+                drawn = [self._step(rng.choice(self.policy.ops), rng) for _ in range(count)]
+                chains.append((mixed * weight / sum(weights), drawn))
         if self.jitter:
             jitter = [Step(name, rng.uniform(max(0.0, 1 - self.jitter), 1 + self.jitter))
                       for name in ("Brightness", "Contrast", "Color")]  # fmt: skip
             rng.shuffle(jitter)
             steps += jitter
         erased = draw_erasing(rng, self.size, self.aug.REPROB, self.aug.RECOUNT)
-        return Draw(crop, bicubic, flip, chains, weights, steps, erased)
+        return Draw(crop, bicubic, flip, chains, steps, erased)
 
     def _step(self, op: auto_augment.AugmentOp, rng: random.Random) -> Step:
         """One of timm's operations as timm's ``AugmentOp`` draws it."""
@@ -179,40 +180,19 @@ def _choose(policy: auto_augment.RandAugment, rng: random.Random) -> list:
     return chosen
 
 
-def _augmix_weights(policy: auto_augment.AugMixAugment, rng: random.Random) -> list[float]:
-    """Dirichlet weights of the chains and, last, the Beta weight of their mixture."""
-    drawn = [rng.gammavariate(policy.alpha, 1) for _ in range(policy.width)]
-    mixture = rng.betavariate(policy.alpha, policy.alpha)
-    weights = [weight / sum(drawn) for weight in drawn]
-    return (successive_weights(weights, mixture) if policy.blended else weights) + [mixture]
-
-
-def successive_weights(weights: list[float], mixture: float) -> list[float]:
-    """AugMix's blended form: the factors with which blending the chains in turn gives each its share of the result."""
-    left, found = 1.0, []
-    for weight in reversed([weight * mixture for weight in weights]):
-        share = weight / left
-        left *= 1 - share
-        found.append(share)
-    return found[::-1]
-
-
 def image_generator(seed: int, epoch: int, index: int) -> random.Random:
     """The generator of one image. Seeding takes microseconds and touches no global state."""
     return random.Random((seed << 80) | (epoch << 48) | index)  # one number for each triple: epoch < 2^32, index < 2^48
 
 
 def draw_crop(rng: random.Random, width: int, height: int, scale, ratio) -> Rectangle:
-    """A random crop as timm's RandomResizedCrop draws it.
+    """A random crop of an image, as timm's RandomResizedCrop draws it; if none of ten fits, the largest centred one.
 
     Args:
         rng: the image's generator.
         width, height: of the image, in pixels.
         scale: smallest and largest area, as a share of the image.
         ratio: smallest and largest width over height.
-
-    Returns:
-        The crop; if none of ten fits, the largest centred one of an allowed ratio.
     """
     for _ in range(_TRIES):
         area = rng.uniform(*scale) * width * height
@@ -226,13 +206,9 @@ def draw_crop(rng: random.Random, width: int, height: int, scale, ratio) -> Rect
 
 
 def draw_erasing(rng: random.Random, size: int, probability: float, most: int) -> list[tuple[Rectangle, int]]:
-    """The rectangles that random erasing fills in a ``size`` x ``size`` image, and a seed for the noise of each.
+    """The rectangles that random erasing fills in an image of ``size`` pixels, and a seed for the noise of each.
 
-    Args:
-        rng: the image's generator.
-        size: side of the image, in pixels.
-        probability: that anything is erased.
-        most: largest number of rectangles; together they have the area of one.
+    At most ``most``, which together have the area of one.
     """
     if rng.random() >= probability:
         return []
@@ -248,3 +224,25 @@ def draw_erasing(rng: random.Random, size: int, probability: float, most: int) -
                 erased.append((place, rng.getrandbits(63)))
                 break
     return erased
+
+
+def augment(image: Image.Image, draw: Draw) -> Image.Image:
+    """The RGB image after the flip and the steps of its draw, with timm's operations."""
+    if draw.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if draw.chains:
+        total = sum(np.float32(weight) * np.asarray(_run(image, steps), np.float32) for weight, steps in draw.chains)
+        image = Image.fromarray((total + 0.5).clip(0, 255).astype(np.uint8))
+    return _run(image, draw.steps)
+
+
+def _run(image: Image.Image, steps: list[Step]) -> Image.Image:
+    for step in steps:
+        if step.operation == "Posterize" and step.value < 1:  # Pillow 13 raises an error
+            image = Image.new(image.mode, image.size)
+        elif step.operation != "None":
+            value = int(step.value) if step.operation in ("Posterize", "SolarizeAdd") else step.value
+            values = () if step.operation in _WITHOUT_VALUE else (value,)
+            sampling = Resampling.BICUBIC if step.bicubic else Resampling.BILINEAR
+            image = auto_augment.NAME_TO_OP[step.operation](image, *values, fillcolor=FILL, resample=sampling)
+    return image

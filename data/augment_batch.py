@@ -1,13 +1,15 @@
-"""timm's augmentation operations on batches of uint8 images (N, 3, H, W), on any device.
+"""The augmentation of a whole batch on its device: crops, flips and timm's operations on uint8 images.
 
-Every operation takes the images, one value for each of them (N) and whether to sample bicubically, and returns new
-images. Each agrees with Pillow's result for the same image: photometric ones within 1 level, geometric ones within 1
+Every operation takes images (N, 3, H, W), one value for each of them (N) and whether to sample bicubically, and returns
+new images. Each agrees with Pillow's result for the same image: photometric ones within 1 level, geometric ones within 1
 level except for pixels at the border of the image's outside, where rounding may differ.
 
 Nothing here waits for the device: what the draws hold is on the CPU, and is copied without waiting.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torchvision.transforms.v2 import functional as F
@@ -15,39 +17,23 @@ from torchvision.transforms.v2 import functional as F
 from .augment import FILL, Draw, Step
 
 
-def augment(images: torch.Tensor, draws: list[Draw], blended: bool) -> torch.Tensor:
-    """The images after the flips and the steps of their draws.
-
-    Args:
-        images: uint8 (N, 3, H, W), on any device.
-        draws: of each image.
-        blended: ``Augmentation.blended``.
-    """
+def augment(images: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    """The images after the flips and the steps of their draws, one for each image."""
     flips = _copied(torch.tensor([draw.flip for draw in draws]), images)
     images = torch.where(_per_image(flips), images.flip(3), images)
-    if draws[0].chains:  # AugMix
-        chains = (run(images, [draw.chains[i] for draw in draws]) for i in range(len(draws[0].chains)))
-        *weights, mixture = _copied(torch.tensor([draw.weights for draw in draws]), images).unbind(1)
-        if blended:
-            for weight, chain in zip(weights, list(chains), strict=True):
-                images = _blend(images, chain, weight)
-        else:
-            total = sum(_per_image(weight) * chain.float() for weight, chain in zip(weights, chains, strict=True))
-            images = _blend(images, total.clamp(0, 255).byte(), mixture)
+    if draws[0].chains:
+        total = 0
+        for chains in zip(*(draw.chains for draw in draws), strict=True):  # of each image one of its chains
+            weights, steps = zip(*chains, strict=True)
+            total = total + _per_image(_copied(torch.tensor(weights), images)) * run(images, steps).float()
+        images = (total + 0.5).clamp_(0, 255).byte()
     return run(images, [draw.steps for draw in draws])
 
 
-def run(images: torch.Tensor, steps: list[list[Step]]) -> torch.Tensor:
-    """The images after all of their steps in turn; images that drew the same operation are processed together.
-
-    Args:
-        images: uint8 (N, 3, H, W), on any device.
-        steps: of each image, (N, any number).
-    """
-    depth = max(map(len, steps), default=0)
-    padded = [[*row, *[Step("None")] * (depth - len(row))] for row in steps]
+def run(images: torch.Tensor, steps: Sequence[list[Step]]) -> torch.Tensor:
+    """The images after all of their steps in turn; images that drew the same operation are processed together."""
     columns = []  # of each step: its operation, whether bicubic, and the images and values of those that drew it
-    for column in zip(*padded, strict=True):
+    for column in itertools.zip_longest(*steps, fillvalue=Step("None")):
         groups = {}
         for index, step in enumerate(column):
             groups.setdefault((step.operation, step.bicubic), []).append((index, step.value))
@@ -228,3 +214,66 @@ _OPERATIONS = {
     "TranslateY": _transposed(_translate_x),
     "GaussianBlur": _gaussian_blur,
 }
+
+
+# ---- crop and resize -----------------------------------------------------------------------------
+
+# Pillow resizes along rows, then along columns, with weights and sums in fixed point and a rounding to 8 bits after
+# each. All its numbers are integers below 2^53, so float64 holds them exactly and the result equals Pillow's bit for
+# bit, in whatever order a device adds. Without float64 (MPS), float32 is within 1 level.
+_PRECISION = 22  # bits of Pillow's fixed-point weights
+
+
+def resize_crops(images: torch.Tensor, crops: torch.Tensor, size: int, bicubic: torch.Tensor,
+                 window: tuple[int, int] | None = None) -> torch.Tensor:  # fmt: skip
+    """Each image's crop, resized to ``size`` x ``size``: like ``image.crop(crop).resize((size, size))``.
+
+    Equal bit for bit if images are no larger than ``size``. If both sides shrink, Pillow 13 chooses the order of its
+    two passes by cost, and so may round differently between them.
+
+    Args:
+        images: uint8 (N, H, W, 3).
+        crops: int64 (N, 4) of top, left, height and width, on the images' device.
+        size: of the resized crop, in pixels.
+        bicubic: bool (N); False: bilinear.
+        window: first and last (exclusive) row and column of the resized crop to keep; None: all of it.
+
+    Returns:
+        uint8 (N, S, S, 3), S = ``size`` or the window's.
+    """
+    dtype = torch.float32 if images.device.type == "mps" else torch.float64
+    output = torch.arange(*(window or (0, size)), device=images.device, dtype=dtype)
+    top, left, rows, columns = crops.unbind(1)
+    across = _resize_weights(left, columns, images.shape[2], size, output, bicubic)  # (N, S, W)
+    down = _resize_weights(top, rows, images.shape[1], size, output, bicubic)  # (N, S, H)
+    lines = _rounded(torch.einsum("nsw,nhwc->nhsc", across, images.to(dtype)))
+    return _rounded(torch.einsum("nth,nhsc->ntsc", down, lines)).byte()
+
+
+def _rounded(sums: torch.Tensor) -> torch.Tensor:
+    return (sums / 2**_PRECISION + 0.5).floor_().clamp_(0, 255)
+
+
+def _resize_weights(begin, length, total: int, size: int, output, bicubic) -> torch.Tensor:
+    """Pillow's weights, times 2^22, of each of ``total`` input pixels in each output pixel of a crop along one axis."""
+    inputs = torch.arange(total, device=begin.device)
+    begin, length, bicubic = (values[:, None, None] for values in (begin, length, bicubic))
+    output = output[:, None]
+    scale = length.to(output.dtype) / size
+    stretch = scale.clamp(min=1)  # an image that shrinks is averaged over more pixels
+    reach = (1 + bicubic.int()) * stretch
+    centre = (output + 0.5) * scale
+    first = (centre - reach + 0.5).long().clamp(min=0)
+    last = torch.minimum((centre + reach + 0.5).long(), length)  # exclusive
+    place = inputs - begin  # in the crop
+    distance = ((place + (0.5 - centre)) / stretch).abs()
+    value = torch.where(bicubic, _cubic(distance), (1 - distance).clamp(min=0))
+    value = torch.where((place >= first) & (place < last), value, 0)
+    value = value * 2**_PRECISION / value.sum(dim=2, keepdim=True)
+    return torch.where(value < 0, (value - 0.5).ceil(), (value + 0.5).floor())
+
+
+def _cubic(x: torch.Tensor, a: float = -0.5) -> torch.Tensor:
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0))

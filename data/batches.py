@@ -1,10 +1,9 @@
-"""From batches of bytes to batches for the network, on the device: copy, augment, normalise, erase, mix."""
+"""On the device, from batches of bytes to batches for the network: copy, augment, normalise, erase, mix."""
 
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 
@@ -12,7 +11,6 @@ from . import augment_batch
 from .augment import Augmentation, Rectangle
 from .datasets import ArraySet
 from .images import ImageSet
-from .resize import resize_crops
 from .transforms import Batch, eval_size
 
 
@@ -24,15 +22,11 @@ class DeviceBatches:
 
     Args:
         loader: yields a ``Batch`` in CPU memory or on the device.
-        images: the data set.
+        images: the data set; also the attribute ``dataset``.
         device: the device of the batches.
         augmentation: of the batches, or None.
         mixup: timm's Mixup, which turns targets into soft ones, or None. Its draws come from NumPy's global generator
             when a batch is returned, not when it is copied, so that a resumed run continues with the same ones.
-
-    Attributes:
-        dataset: ``images``.
-        batch_sampler: the loader's.
     """
 
     def __init__(self, loader, images: ImageSet, device: torch.device, augmentation: Augmentation | None = None,
@@ -62,7 +56,7 @@ class DeviceBatches:
         """Images and targets of a batch whose images are on the device."""
         images = batch.images.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W), channels last
         if any(draw.flip or draw.chains or draw.steps for draw in batch.draws):
-            images = augment_batch.augment(images, batch.draws, self.augmentation.blended)
+            images = augment_batch.augment(images, batch.draws)
         images = images.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(self._mean).div_(self._std)
         for image, draw in zip(images, batch.draws, strict=False):
             for place, seed in draw.erased:
@@ -118,12 +112,8 @@ def _copy_stream(device: torch.device) -> "torch.cuda.Stream":
 class ResidentLoader:
     """Batches of a small data set that is kept on the device as bytes, and cropped and resized there, without workers.
 
-    Args:
-        images: the data set.
-        batch_sampler: yields the batches as lists of ``(epoch, index)``, or of ``index`` without an augmentation.
-        config: the run's config.
-        device: the device of the images.
-        augmentation: whose crops to make; None: those of an evaluation.
+    ``batch_sampler`` yields lists of ``(epoch, index)``, or of ``index`` without an augmentation: then the crops are
+    those of an evaluation.
     """
 
     def __init__(self, images: ArraySet, batch_sampler, config, device: torch.device,
@@ -149,15 +139,10 @@ class ResidentLoader:
                 draws = [self.augmentation.draw(*key, width, height) for key in keys]
                 indices, crops = [index for _, index in keys], [draw.crop for draw in draws]
                 bicubic = [draw.bicubic for draw in draws]
-            indices, crops, kinds = (self._copied(values) for values in (indices, crops, bicubic))
-            pixels, images = self.pixels[indices], None
-            for kind in set(bicubic):  # both with INTERPOLATION random
-                found = resize_crops(pixels, crops, self.size, self.window, kind)
-                images = found if images is None else torch.where((kinds == kind).view(-1, 1, 1, 1), found, images)
+            indices, crops, bicubic = (torch.tensor(values).to(self.pixels.device, non_blocking=True)
+                                       for values in (indices, crops, bicubic))  # fmt: skip
+            images = augment_batch.resize_crops(self.pixels[indices], crops, self.size, bicubic, self.window)
             yield Batch(images, self.labels[indices], draws, [])
-
-    def _copied(self, values: list) -> torch.Tensor:
-        return torch.from_numpy(np.array(values)).to(self.pixels.device, non_blocking=True)
 
 
 def is_resident(images: ImageSet, config) -> bool:

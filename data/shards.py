@@ -5,10 +5,10 @@ The index holds the shard and position of each image. It is kept beside the shar
 again when a shard has changed.
 """
 
+import io
 import posixpath
-from collections.abc import Iterator
+import tarfile
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +21,6 @@ from .listing import IMAGE_EXTENSIONS, Names
 
 MAX_LABEL = 999_999
 SPLITS = {"train": ("*train*.tar",), "val": ("*validation*.tar", "*val*.tar")}
-_BLOCK = 512  # bytes, of which a tar file is made
 _MOST_NAME = 2**16  # bytes of the header of a long name
 
 
@@ -131,91 +130,43 @@ def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]
     """Name, shard, offset, size and label of each sample's image."""
     images, labels = {}, {}
     try:
-        with open(path, "rb") as file:
-            for name, offset, size in _members(file, path.stat().st_size):
-                if listing.is_system(posixpath.basename(name)):
+        with _BoundedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # a million of them would take a gigabyte
+                if member.issparse():
+                    raise ValueError(f"{member.name} is stored as a sparse file, which is not supported")
+                left = path.stat().st_size - member.offset_data
+                if member.size < 0 or member.isfile() and member.size > left:  # below 0 tarfile goes back, without end
+                    raise ValueError(f"{member.name} has {member.size} bytes; {left} are left")
+                base = posixpath.basename(member.name)
+                if not member.isfile() or listing.is_system(base):
                     continue
-                stem, _, extension = posixpath.basename(name).partition(".")
-                stem = posixpath.join(posixpath.dirname(name), stem)
+                stem, _, extension = base.partition(".")
+                stem = posixpath.join(posixpath.dirname(member.name), stem)
                 if f".{extension.lower()}" in IMAGE_EXTENSIONS:
-                    images[stem] = name, number, offset, size
+                    images[stem] = member.name, number, member.offset_data, member.size
                 elif extension == "cls":
-                    file.seek(offset)
-                    text = file.read(min(size, 100)).decode("utf-8", "replace").strip()
+                    text = tar.extractfile(member).read(100).decode("utf-8", "replace").strip()
                     if not text.isdecimal() or len(text) > 20 or int(text) > MAX_LABEL:
-                        raise InputError(printable(f"{path}:{name} holds {text!r:.60}, not a class from 0 to "
+                        raise InputError(printable(f"{path}:{member.name} holds {text!r:.60}, not a class from 0 to "
                                                    f"{MAX_LABEL}"))  # fmt: skip
                     labels[stem] = int(text)
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile ends at a damaged header, too
+                raise ValueError(f"its end, or the header at byte {tar.offset}, is missing or damaged")
     except InputError:
         raise
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not a complete tar file ({error}); download it again") from None
+    except Exception as error:  # tarfile raises many types of errors
+        raise InputError(printable(f"{path} is not a complete tar file ({error}); download it again")) from None
     for stem in images.keys() ^ labels.keys():
         raise InputError(printable(f"{path}: {stem} has no {'.cls file' if stem in images else 'image'}"))
     return [(*image, labels[stem]) for stem, image in images.items()]
 
 
-def _members(file: BinaryIO, total: int) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each regular file of a tar of ``total`` bytes; offsets grow with every header.
+class _BoundedFile(io.FileIO):
+    """A file that is read in small parts; tarfile would read a long name of any length."""
 
-    Python's tarfile follows negative sizes backwards, without end, and reads a long name of any length.
-
-    Raises:
-        ValueError: it is damaged or incomplete.
-        InputError: it holds a sparse file, whose bytes are not where its size says.
-    """
-    position, long_name, pax = 0, "", {}
-    while True:
-        file.seek(position)
-        header = file.read(_BLOCK)
-        if len(header) < _BLOCK:
-            raise ValueError("its end is missing")
-        if header == bytes(_BLOCK):
-            return
-        kind, size, begin = header[156:157], _number(header[124:136]), position + _BLOCK
-        if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:
-            raise ValueError(f"the checksum of the header at byte {position} is wrong")
-        if kind in b"xgLK":  # about the next file: its pax records, everybody's, its long name, its long link
-            if not 0 <= size <= _MOST_NAME:
-                raise ValueError(f"the name at byte {position} has {size} bytes")
-            data = file.read(size)
-            long_name = _text(data) if kind == b"L" else long_name
-            pax = _records(data) if kind == b"x" else pax
-        else:
-            name, size = pax.get("path") or long_name or _text(header[:100]), int(pax.get("size", size))
-            if header[257:263] == b"ustar\0" and header[345] and not (pax.get("path") or long_name):
-                name = f"{_text(header[345:500])}/{name}"
-            if kind == b"S" or any(key.startswith("GNU.sparse") for key in pax):
-                raise InputError(printable(f"{file.name}:{name} is stored as a sparse file, which is not supported"))
-            if kind in b"123456":  # links, devices and folders have no bytes
-                size = 0
-            if not 0 <= size <= total - begin:
-                raise ValueError(f"{printable(name)} has {size} bytes; {total - begin} are left")
-            if kind in b"07\0" and not name.endswith("/"):
-                yield name, begin, size
-            long_name, pax = "", {}
-        position = begin + -(-size // _BLOCK) * _BLOCK
-
-
-def _number(field: bytes) -> int:
-    """A number of a header, in octal digits or, above 8 GB, in binary."""
-    if field[0] & 0x80:
-        return int.from_bytes(field, "big", signed=True) if field[0] == 0xFF else int.from_bytes(field[1:], "big")
-    return int(field.strip(b"\0 ") or b"0", 8)
-
-
-def _records(data: bytes) -> dict[str, str]:
-    """The records of a pax header, ``length key=value`` and a line break each."""
-    records = {}
-    while data.strip(b"\0"):
-        length, space, _ = data.partition(b" ")
-        if not (space and length.isdigit() and len(length) + 2 < int(length) <= len(data)):
-            raise ValueError("a pax header is damaged")
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[_text(key)] = _text(value)
-        data = data[int(length) :]
-    return records
-
-
-def _text(data: bytes) -> str:
-    return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MOST_NAME:
+            raise ValueError(f"a name of {size} bytes")
+        return super().read(size)

@@ -12,8 +12,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from . import augment_pillow
-from .augment import Augmentation, Draw, Rectangle
+from .augment import Augmentation, Draw, Rectangle, augment
 from .images import ImageError, ImageSet
 
 NO_LABEL = -100  # of a validation image that could not be read; cross entropy ignores it
@@ -77,8 +76,8 @@ class TrainSet(Dataset):
         draw = self.augmentation.draw(epoch, index, width, height)
         pixels = resized_crop(pixels, draw.crop, self.augmentation.size, draw.bicubic)
         if not self.on_device:
-            image = augment_pillow.augment(Image.fromarray(pixels), draw, self.augmentation.blended)
-            pixels, draw = np.array(image), draw._replace(flip=False, chains=[], weights=[], steps=[])
+            pixels = np.array(augment(Image.fromarray(pixels), draw))
+            draw = draw._replace(flip=False, chains=[], steps=[])
         return Sample(pixels, label, draw, errors)
 
     def _read(self, index: int):

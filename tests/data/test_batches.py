@@ -28,7 +28,7 @@ class Loader(list):
 
 
 def batch(images: np.ndarray, erased=None) -> Batch:
-    draws = [Draw(Rectangle(0, 0, 1, 1), True, False, [], [], [], rectangles) for rectangles in erased or []]
+    draws = [Draw(Rectangle(0, 0, 1, 1), True, False, [], [], rectangles) for rectangles in erased or []]
     return Batch(torch.from_numpy(images), torch.arange(len(images)), draws, [])
 
 
