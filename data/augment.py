@@ -1,8 +1,8 @@
 """The augmentation of one training image: crop, flip, timm's policy, colour jitter, erased rectangles.
 
-The random choices come from one generator, which depends only on seed, epoch and index. It does not matter which process
-prepares an image, on which device, or which images came before it. ``augment`` applies them to an image in a data
-worker, ``augment_batch.augment`` to a whole batch on the device.
+The random choices come from one generator, which depends only on seed, epoch and index: it does not matter which
+process prepares an image, on which device, or which images came before it. ``augment`` applies them to an image in a
+data worker, ``augment_batch.augment`` to a whole batch on the device.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The augmentation of a whole batch on its device: crops, flips and timm's operations on uint8 images.
 
-Every operation takes images (N, 3, H, W), one value for each of them (N) and whether to sample bicubically, and returns
-new images. Each agrees with Pillow's result for the same image: photometric ones within 1 level, geometric ones within 1
-level except for pixels at the border of the image's outside, where rounding may differ.
+Every operation takes images (N, 3, H, W), one value for each of them (N) and whether to sample bicubically, and
+returns new images. Each agrees with Pillow's result for the same image: photometric ones within 1 level, geometric
+ones within 1 level except for pixels at the border of the image's outside, where rounding may differ.
 
 Nothing here waits for the device: what the draws hold is on the CPU, and is copied without waiting.
 """

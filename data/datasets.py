@@ -11,7 +11,7 @@ from utils import InputError, MissingFileError, printable
 
 from .cifar import CIFAR, download_cifar, read_cifar
 from .huggingface import HubDataset, is_hub_folder
-from .images import EncodedSet, ImageError, ImageSet, read_file
+from .images import ImageError, ImageSet, read_file
 from .listing import Names, class_folders, has_images, list_images
 from .shards import ShardDataset, find_shards
 from .zipped import ZipDataset, read_map
@@ -57,7 +57,7 @@ class Subset(ImageSet):
         return self.images.name(self.chosen[index])
 
 
-class FolderDataset(EncodedSet):
+class FolderDataset(ImageSet):
     """The images below the class folders of one folder; labels follow the sorted names of the classes.
 
     Args:
@@ -138,6 +138,9 @@ def build_dataset(config, split: str, rank: int = 0, world_size: int = 1) -> Ima
         InputError: files are damaged, the classes of the two splits differ, or their number is not
             ``MODEL.NUM_CLASSES``.
     """
+    channels = config.MODEL.STRIP_MLP.IN_CHANS
+    if channels != 3:
+        raise InputError(f"MODEL.STRIP_MLP.IN_CHANS is {channels}, but the data sets hold RGB images; set it to 3")
     images = _open(config, "train" if config.DATA.HOLD_OUT else split, rank, world_size)
     found = len(images.classes)
     if found != config.MODEL.NUM_CLASSES:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils import InputError, MissingFileError, printable
 
-from .images import EncodedSet, ImageError
+from .images import ImageError, ImageSet
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
 
@@ -26,7 +26,7 @@ def _parquet(root: Path, split: str) -> list[str]:
     return []
 
 
-class HubDataset(EncodedSet):
+class HubDataset(ImageSet):
     """Images and labels of one split; the columns are ``image`` and ``label``, the latter with the class names.
 
     Args:

@@ -1,7 +1,6 @@
 """Image files to upright RGB pixels. Every image is opened here; a damaged one is an error, never a grey patch."""
 
 import contextlib
-import functools
 import hashlib
 import io
 import itertools
@@ -11,7 +10,6 @@ import stat
 import struct
 import tempfile
 import threading
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +41,7 @@ class ImageError(InputError):
 
 
 class ImageSet(Dataset):
-    """Images with labels. A subclass sets the attributes and implements ``pixels``.
+    """Images with labels. A subclass sets the attributes and implements ``read`` and ``name``, or ``pixels``.
 
     Attributes:
         classes: names of the classes, by label.
@@ -55,13 +53,17 @@ class ImageSet(Dataset):
     labels: list[int]
     names = ()
 
-    def pixels(self, index: int) -> tuple[np.ndarray, int]:
-        """An image as uint8 (H, W, 3), and its label; raises ImageError if it cannot be used."""
+    def read(self, index: int) -> bytes:
+        """The stored bytes of an image; raises ImageError if it cannot be read."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
         """Where an image is stored, for messages, without control characters; empty if it has no file."""
         return ""
+
+    def pixels(self, index: int) -> tuple[np.ndarray, int]:
+        """An image as uint8 (H, W, 3), and its label; raises ImageError if it cannot be used."""
+        return decode(self.read(index), self.name(index)), self.labels[index]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,17 +80,6 @@ class ImageSet(Dataset):
         names = self.names if isinstance(self.names, Names) else Names.of(self.names)
         digest.update(names.text.tobytes() + names.ends.tobytes())
         return digest.hexdigest()[:16]
-
-
-class EncodedSet(ImageSet):
-    """Images that are stored encoded. A subclass implements ``read`` and ``name``."""
-
-    def read(self, index: int) -> bytes:
-        """The stored bytes of an image; raises ImageError if it cannot be read."""
-        raise NotImplementedError
-
-    def pixels(self, index: int) -> tuple[np.ndarray, int]:
-        return decode(self.read(index), self.name(index)), self.labels[index]
 
 
 def read_file(path: str | Path) -> bytes:
@@ -184,30 +175,19 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
 @contextlib.contextmanager
 def _complaints_are_errors():
     """What libjpeg and libtiff print to the standard error, about data that is corrupt, too short or too long."""
-    file, message = _messages(os.getpid()), b""
-    with _stderr:
+    with _stderr, tempfile.TemporaryFile() as file:
         before = os.dup(2)
-        os.dup2(file, 2)
+        os.dup2(file.fileno(), 2)
         try:
             yield
         finally:
             os.dup2(before, 2)
             os.close(before)
-            if size := os.fstat(file).st_size:
-                os.lseek(file, 0, os.SEEK_SET)
-                message = os.read(file, size)
-                os.lseek(file, 0, os.SEEK_SET)
-                os.ftruncate(file, 0)
+        file.seek(0)
+        message = file.read()
     if _COMPLAINT.search(message):
         raise ValueError(message.decode(errors="replace").splitlines()[0])
     os.write(2, message)  # of others: a warning, another thread
-
-
-@functools.lru_cache(maxsize=1)
-def _messages(pid: int) -> int:
-    """A file for messages, of this process alone."""
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 # ---- damage that decoders read past --------------------------------------------------------------
@@ -246,17 +226,8 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    """Raises ValueError if a part is missing or its checksum wrong; Pillow does not look at that of the pixels."""
-    position = 8
-    while position + 12 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, position)
-        end = position + 8 + length
-        if data[end : end + 4] != struct.pack(">I", zlib.crc32(data[position + 4 : end])):
-            raise ValueError(f"the checksum of its part {name.decode('latin-1')} is wrong")
-        if name == b"IEND":
-            return
-        position = end + 4
-    raise ValueError("its end is missing")
+    """Raises an error if a part is missing or its checksum wrong; decoding ignores that of the pixels."""
+    Image.open(io.BytesIO(data), formats=["PNG"]).verify()
 
 
 def _check_webp(data: bytes) -> None:

@@ -92,16 +92,31 @@ def list_images(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
         InputError: a link leads back to a folder that contains it.
     """
     place = folder.parent / f".listing_{folder.name}.npz"
-    cached = load(place) or {}
-    with contextlib.suppress(KeyError, ValueError, TypeError):  # another program's file: list again
-        listing, labels = Names(cached["text"], cached["ends"]), cached["labels"]
-        text = listing.text.tobytes()
-        is_sound = labels.dtype == np.int64 and labels.shape == (len(listing),) and b"\0" not in text
-        is_sound = is_sound and b"../" not in text  # only what is below the folder
-        if is_sound and np.isin(labels, range(len(classes))).all() and cached["classes"].tolist() == classes:
-            if _unchanged(folder, cached):
-                _warn_of_skipped(folder, str(cached["skipped"]))
-                return listing, labels
+    names, labels, told = _cached(place, folder, classes) or _listed(place, folder, classes)
+    if told and (folder, told) not in _warned:
+        _warned.add((folder, told))
+        logger.warning(printable(f"{folder}: skipped files that are not images: {told}"))
+    return names, labels
+
+
+_warned = set()  # a run opens its folders several times
+
+
+def _cached(place: Path, folder: Path, classes: list[str]) -> tuple[Names, np.ndarray, str] | None:
+    with contextlib.suppress(Exception):  # damaged, or another program's
+        cached = load(place)
+        names, labels = Names(cached["text"], cached["ends"]), cached["labels"]
+        folders, times = Names(cached["folders"], cached["folder_ends"]), cached["times"].tolist()
+        text = names.text.tobytes()
+        is_sound = labels.dtype == np.int64 and labels.shape == (len(names),) and cached["classes"].tolist() == classes
+        is_sound = is_sound and np.isin(labels, range(len(classes))).all() and folders[0] == ""
+        is_sound = is_sound and b"\0" not in text and b"../" not in text  # only what is below the folder
+        if is_sound and all(_time(folder / path) == time for path, time in zip(folders, times, strict=True)):
+            return names, labels, str(cached["skipped"])
+    return None
+
+
+def _listed(place: Path, folder: Path, classes: list[str]) -> tuple[Names, np.ndarray, str]:
     names, labels, folders, skipped = [], [], {"": _time(folder)}, collections.Counter()
     with tqdm(desc=f"listing {printable(str(folder))}", unit=" images", delay=2, leave=False, disable=None) as bar:
         for label, name in enumerate(classes):
@@ -109,23 +124,13 @@ def list_images(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
                 names.append(path)
                 labels.append(label)
                 bar.update()
-    listing, told = Names.of(names), ", ".join(f"{kind} ({count})" for kind, count in skipped.most_common(10))
-    _warn_of_skipped(folder, told)
+    told = ", ".join(f"{kind} ({count})" for kind, count in skipped.most_common(10))
+    names, labels, paths = Names.of(names), np.array(labels, np.int64), Names.of(folders)
     if len(names) >= WORTH_CACHING and time.time() - max(folders.values()) / 1e9 > _SETTLED:
-        paths = Names.of(folders)
-        save(place, {"classes": np.array(classes), "text": listing.text, "ends": listing.ends,
-                     "labels": np.array(labels), "folders": paths.text, "folder_ends": paths.ends,
-                     "times": np.array(list(folders.values())), "skipped": np.array(told)})  # fmt: skip
-    return listing, np.array(labels, np.int64)
-
-
-def _warn_of_skipped(folder: Path, told: str) -> None:
-    if told and (folder, told) not in _warned:
-        _warned.add((folder, told))
-        logger.warning(printable(f"{folder}: skipped files that are not images: {told}"))
-
-
-_warned = set()  # a run opens its folders several times
+        save(place, {"classes": np.array(classes), "text": names.text, "ends": names.ends, "labels": labels,
+                     "folders": paths.text, "folder_ends": paths.ends, "times": np.array(list(folders.values())),
+                     "skipped": np.array(told)})  # fmt: skip
+    return names, labels, told
 
 
 def _walk(root: Path, relative: str, folders: dict[str, int], skipped: collections.Counter, above: tuple) -> Iterator:
@@ -150,16 +155,6 @@ def _walk(root: Path, relative: str, folders: dict[str, int], skipped: collectio
         yield from _walk(root, f"{relative}/{name}", folders, skipped, (*above, identity))
 
 
-def _unchanged(folder: Path, cached: dict) -> bool:
-    folders = Names(cached["folders"], cached["folder_ends"])
-    try:
-        times = cached["times"].tolist()
-        pairs = zip(folders, times, strict=True)
-        return next(iter(folders), None) == "" and all(_time(folder / path) == time for path, time in pairs)
-    except OSError:
-        return False
-
-
 def _time(path: Path) -> int:
     return os.stat(path).st_mtime_ns
 
@@ -171,11 +166,10 @@ def load(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays saved for ``path``, there or in the user's cache; None if they cannot be read."""
     for place in (path, _in_cache(path)):
         with contextlib.suppress(Exception):  # whatever is wrong with the file, it is written anew
-            with zipfile.ZipFile(place) as archive:
-                is_stored = all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
-            if is_stored:  # uncompressed, as save() writes it; otherwise a small file could fill the memory
-                with np.load(place, allow_pickle=False) as arrays:
-                    return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+            with zipfile.ZipFile(place) as archive, np.load(place, allow_pickle=False) as arrays:
+                # Uncompressed, as save() writes it; otherwise a small file could fill the memory.
+                if all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist()):
+                    return dict(arrays)
     return None
 
 

@@ -37,7 +37,6 @@ def build_train_loader(config, rank: int = 0, world_size: int = 1, device="cpu")
     Raises:
         MissingFileError, InputError: the data set or the config is not usable (see ``datasets.build_dataset``).
     """
-    _check_channels(config)
     device = torch.device(device)
     images = build_dataset(config, "train", rank, world_size)
     is_sharded = config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part"
@@ -48,7 +47,7 @@ def build_train_loader(config, rank: int = 0, world_size: int = 1, device="cpu")
         loader = ResidentLoader(images, sampler, config, device, augmentation)
     else:
         dataset = TrainSet(images, augmentation, on_device, config.DATA.SKIP_BAD_IMAGES)
-        loader = _Loader(dataset, batch_sampler=sampler, **_loading(config, device))
+        loader = _Loader(dataset, sampler, config, device)
     return DeviceBatches(loader, images, device, augmentation, build_mixup(config))
 
 
@@ -61,7 +60,6 @@ def build_val_loader(config, rank: int = 0, world_size: int = 1, device="cpu") -
     Raises:
         MissingFileError, InputError: as ``build_train_loader``; the training images need not exist.
     """
-    _check_channels(config)
     device, size = torch.device(device), config.DATA.BATCH_SIZE
     images = build_dataset(config, "val", rank, world_size)
     order = eval_order(len(images), rank, world_size)
@@ -69,7 +67,7 @@ def build_val_loader(config, rank: int = 0, world_size: int = 1, device="cpu") -
     if augment_on(config, device) == "device" and is_resident(images, config) and device.type != "mps":
         loader = ResidentLoader(images, batches, config, device)
     else:
-        loader = _Loader(EvalSet(images, config), batch_sampler=batches, **_loading(config, device))
+        loader = _Loader(EvalSet(images, config), batches, config, device)
     return DeviceBatches(loader, images, device)
 
 
@@ -87,13 +85,9 @@ def shared_memory_needed(config) -> int:
 
 
 def check_shared_memory(config, folder: str = "/dev/shm") -> None:
-    """Raises InputError if the machine has too little shared memory for the data workers.
+    """Raises InputError if ``folder``, where it exists, has too little shared memory for the data workers.
 
     A worker that writes beyond it dies with a bus error. Docker gives a container 64 MB.
-
-    Args:
-        config: the run's config.
-        folder: the system's folder for shared memory; if it does not exist, nothing is checked.
     """
     if not config.DATA.NUM_WORKERS or not os.path.isdir(folder):
         return
@@ -108,11 +102,7 @@ def check_shared_memory(config, folder: str = "/dev/shm") -> None:
 
 
 def build_mixup(config) -> Mixup | None:
-    """timm's mixup and cutmix, from (images, labels) to (images, smoothed soft targets); None if both are off.
-
-    Raises:
-        InputError: the batch size is odd.
-    """
+    """timm's mixup and cutmix, from (images, labels) to (images, smoothed soft targets); None if both are off."""
     aug = config.AUG
     if not (aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX):
         return None
@@ -127,41 +117,25 @@ def build_mixup(config) -> Mixup | None:
     )  # fmt: skip
 
 
-def _check_channels(config) -> None:
-    channels = config.MODEL.STRIP_MLP.IN_CHANS
-    if channels != 3:
-        raise InputError(f"MODEL.STRIP_MLP.IN_CHANS is {channels}, but the data sets hold RGB images; set it to 3")
-
-
-def _loading(config, device: torch.device) -> dict:
-    check_shared_memory(config)
-    workers = config.DATA.NUM_WORKERS
-    return {
-        "collate_fn": Batch.of,
-        "num_workers": workers,
-        "prefetch_factor": _PREFETCH if workers else None,
-        "persistent_workers": workers > 0,
-        "pin_memory": device.type == "cuda",  # page-locked, so that copies to the GPU do not wait
-        "patience": 60 * config.HANG_MINUTES,
-        "worker_init_fn": _end_with_the_parent,
-        "generator": torch.Generator(),  # otherwise each new iterator would draw from the global one
-    }
-
-
 class _Loader(DataLoader):
     """A loader whose workers block the stop signals from the beginning, and are killed if they hang.
 
     A stop signal often reaches them too, while the training process still needs them to finish its update. They hang
     where a network drive stalls. PyTorch's own ``timeout`` does not see all of that: a batch may be announced, but its
     memory must be fetched from a worker that is stopped.
-
-    Args:
-        patience: seconds to wait for a batch.
     """
 
-    def __init__(self, *args, patience: float, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.patience = patience
+    def __init__(self, dataset, batch_sampler, config, device: torch.device):
+        check_shared_memory(config)
+        workers = config.DATA.NUM_WORKERS
+        super().__init__(
+            dataset, batch_sampler=batch_sampler, collate_fn=Batch.of, num_workers=workers,
+            prefetch_factor=_PREFETCH if workers else None, persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",  # page-locked, so that copies to the GPU do not wait
+            worker_init_fn=_end_with_the_parent,
+            generator=torch.Generator(),  # otherwise each new iterator would draw from the global one
+        )  # fmt: skip
+        self.patience = 60 * config.HANG_MINUTES  # seconds to wait for a batch
 
     def __iter__(self):
         batches, self.has_killed = self._start(), False

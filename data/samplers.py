@@ -42,33 +42,24 @@ class TrainBatchSampler(Sampler):
         return self.num_images // self.world_size // self.batch_size
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """The next pass yields the batches of ``epoch`` from ``start_batch`` on.
-
-        Raises:
-            ValueError: ``start_batch`` is not between 0 and the number of batches.
-        """
+        """The next pass yields the batches of ``epoch`` from ``start_batch`` on; ValueError if it has fewer."""
         if not 0 <= start_batch <= len(self):
             raise ValueError(f"start_batch is {start_batch}; an epoch has {len(self)} batches")
         self.epoch, self.start_batch = epoch, start_batch
 
     def __iter__(self):
+        images, key, first, stride = np.arange(self.num_images), (self.seed, self.epoch), self.rank, self.world_size
         if self.sharded:
-            shard = np.arange(self.rank, self.num_images, self.world_size)
-            order = self._order(np.random.default_rng((self.seed, self.epoch, self.rank)), shard)
-            first, stride = 0, self.batch_size
-        else:
-            order = self._order(np.random.default_rng((self.seed, self.epoch)), np.arange(self.num_images))
-            first, stride = self.rank * self.batch_size, self.world_size * self.batch_size
-        epoch = self.epoch
-        for batch in range(self.start_batch, len(self)):
-            begin = first + batch * stride
-            yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
-
-    def _order(self, rng: np.random.Generator, indices: np.ndarray) -> np.ndarray:
+            images, key, first, stride = images[self.rank :: self.world_size], (*key, self.rank), 0, 1
+        rng, epoch = np.random.default_rng(key), self.epoch
         if self.weights is None:
-            return rng.permutation(indices)
-        weights = self.weights[indices]
-        return rng.choice(indices, len(indices), p=weights / weights.sum())
+            order = rng.permutation(images)
+        else:
+            weights = self.weights[images]
+            order = rng.choice(images, len(images), p=weights / weights.sum())
+        for batch in range(self.start_batch, len(self)):
+            begin = (first + batch * stride) * self.batch_size
+            yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
 
 
 def eval_order(num_images: int, rank: int = 0, world_size: int = 1) -> range:

@@ -5,6 +5,7 @@ The index holds the shard and position of each image. It is kept beside the shar
 again when a shard has changed.
 """
 
+import contextlib
 import io
 import posixpath
 import tarfile
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from utils import InputError, MissingFileError, printable
 
 from . import listing
-from .images import EncodedSet, ImageError
+from .images import ImageError, ImageSet
 from .listing import IMAGE_EXTENSIONS, Names
 
 MAX_LABEL = 999_999
@@ -33,7 +34,7 @@ def find_shards(root: Path, split: str) -> list[Path]:
     return []
 
 
-class ShardDataset(EncodedSet):
+class ShardDataset(ImageSet):
     """Images of numbered tars with their labels.
 
     Class names are the lines of ``classes.txt`` beside the shards if it exists, else the numbers.
@@ -93,13 +94,12 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
     shards, place = find_shards(root, split), root / f".index_{split}.npz"
     names = np.array([path.name for path in shards])
     states = np.array([(path.stat().st_size, path.stat().st_mtime_ns) for path in shards])
-    index = listing.load(place)
-    if index is not None and _is_sound(index) and np.array_equal(index["shards"], names):
-        if np.array_equal(index["states"], states):
+    with contextlib.suppress(Exception):  # another program's file
+        index = listing.load(place)
+        if np.array_equal(index["shards"], names) and np.array_equal(index["states"], states) and _is_sound(index):
             return index
-    rows = [row for number, path in enumerate(tqdm(
-        shards, desc=f"indexing {split} shards", delay=2, leave=False, disable=None))
-        for row in _index_shard(path, number)]  # fmt: skip
+    bar = tqdm(shards, f"indexing {split} shards", delay=2, leave=False, disable=None)
+    rows = [row for number, path in enumerate(bar) for row in _index_shard(path, number)]
     if not rows:
         raise InputError(f"the shards of {split} in {root} hold no samples")
     names_of_images, shard, offset, size, labels = zip(*rows, strict=True)
@@ -112,18 +112,11 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
 
 def _is_sound(index: dict[str, np.ndarray]) -> bool:
     """Whether a file's arrays are a valid index, which leads only to bytes of its shards."""
-    try:
-        count, states = len(Names(index["text"], index["ends"])), index["states"]
-        numbers = [index[name] for name in ("shard", "offset", "size", "labels")]
-        shard, offset, size, labels = numbers
-        return bool(
-            count and all(array.dtype == np.int64 and array.shape == (count,) and array.min() >= 0 for array in numbers)
-            and states.dtype == np.int64 and states.shape == (len(index["shards"]), 2) and labels.max() <= MAX_LABEL
-            and shard.max() < len(states) and (size <= states[shard, 0]).all()
-            and (offset <= states[shard, 0] - size).all()
-        )  # fmt: skip
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return False
+    count, sizes = len(Names(index["text"], index["ends"])), index["states"][:, 0]
+    arrays = [index[name] for name in ("shard", "offset", "size", "labels")]
+    shard, offset, size, labels = arrays
+    return (all(array.dtype == np.int64 and array.shape == (count,) and array.min() >= 0 for array in arrays)
+            and labels.max() <= MAX_LABEL and (offset <= sizes[shard] - size).all())  # fmt: skip
 
 
 def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]]:

@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from utils import InputError, MissingFileError, printable
 
-from .images import EncodedSet, ImageError
+from .images import ImageError, ImageSet
 from .samplers import eval_order
 
 MOST_BYTES = 2**30  # of an unpacked image; a small archive could fill the memory
 
 
-class ZipDataset(EncodedSet):
+class ZipDataset(ImageSet):
     """Images of ``<split>.zip`` with the labels of ``<split>_map.txt``; safe in forked and spawned workers.
 
     Args:

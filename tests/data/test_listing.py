@@ -135,7 +135,6 @@ def test_a_listing_that_claims_anything_is_made_again(spoil, tmp_path, monkeypat
             archive.writestr("text", b"bytes")
         data = place.read_bytes().replace(b"text.npy", b"text.xyz")
         place.write_bytes(data)
-        assert "text" not in listing.load(place)
     elif spoil == "no folders":
         none = Names.of([])
         listing.save(place, arrays | {"folders": none.text, "folder_ends": none.ends, "times": np.zeros(0, np.int64)})
