@@ -10,7 +10,7 @@ import numpy as np
 from utils import InputError, MissingFileError, printable
 
 from .cifar import CIFAR, download_cifar, read_cifar
-from .huggingface import HubDataset, is_hub_folder
+from .huggingface import HubDataset, hub_classes, is_hub_folder
 from .images import ImageError, ImageSet, read_file
 from .listing import Names, class_folders, has_images, list_images
 from .shards import ShardDataset, find_shards
@@ -60,10 +60,7 @@ class Subset(ImageSet):
 class FolderDataset(ImageSet):
     """The images below the class folders of one folder; labels follow the sorted names of the classes.
 
-    Args:
-        root: the data set's folder, for messages.
-        folder: the folder of the class folders.
-        hint: text to add to the error if it is missing.
+    ``hint`` is added to the error if the folder, which belongs to the data set in ``root``, is missing.
 
     Raises:
         MissingFileError: a folder is missing or holds no image.
@@ -72,10 +69,14 @@ class FolderDataset(ImageSet):
 
     def __init__(self, root: Path, folder: Path, hint: str = ""):
         self.folder = folder
+        if not root.is_dir():
+            what = "is a file; unpack it if it is an archive, and" if root.exists() else "does not exist;"
+            raise MissingFileError(f"{root} {what} name the folder of the data set with --data-path DIR")
         if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
             raise MissingFileError(
-                f"{folder} does not exist; {root} must hold train/ and val/ with class folders, or another form of the "
-                f"data set (see docs/data.md){_likely_cause(root, folder.name)}{hint}"
+                f"{folder} {what}; {root} must hold train/ and val/ with class folders, or another form of the "
+                f"data set (see docs/data.md){_likely_cause(root)}{hint}"
             )
         stray = has_images(folder)
         if stray:
@@ -102,14 +103,23 @@ class FolderDataset(ImageSet):
         return printable(str(self.folder / self.names[index]))
 
 
-def _likely_cause(root: Path, split: str) -> str:
-    """A likely reason why a folder does not exist, for its message."""
-    if (root.parent / split).is_dir():
-        return f"; name {root.parent} instead"
-    if any(has_images(root / name) for name in class_folders(root)) or class_folders(split_folder(root, "train")):
+def _likely_cause(root: Path) -> str:
+    """A likely reason why a split of a data set is missing, for its message."""
+    for other in (root.parent, *(root / name for name in class_folders(root))):
+        if class_folders(split_folder(other, "train")) and class_folders(split_folder(other, "val")):
+            return f"; name {other} instead"
+    if (root / "train_map.txt").is_file():
+        return "; add --zip"
+    train = class_folders(split_folder(root, "train")) or find_shards(root, "train") or is_hub_folder(root)
+    if train or _holds_classes(root):
         return "; to evaluate on a part of the training images, add --opts DATA.HOLD_OUT 0.2"
     drive = PureWindowsPath(root).drive
     return f"; this is a Windows path, which WSL has under /mnt/{drive[0].lower()}" if drive else ""
+
+
+def _holds_classes(root: Path) -> bool:
+    """Whether a folder without splits holds class folders; a single folder of images may be a data set's pictures."""
+    return sum(bool(has_images(root / name)) for name in class_folders(root)) > 1
 
 
 def prepare_data(config) -> None:
@@ -163,7 +173,8 @@ def _open(config, split: str, rank: int = 0, world_size: int = 1) -> ImageSet:
         return ArraySet(*read_cifar(name, root, split))
     if config.DATA.ZIP_MODE:
         check_zip_classes(root, config.MODEL.NUM_CLASSES)
-        return ZipDataset(root, split, config.MODEL.NUM_CLASSES, config.DATA.CACHE_MODE, rank, world_size)
+        return ZipDataset(root, split, config.MODEL.NUM_CLASSES, config.DATA.CACHE_MODE, rank, world_size,
+                          config.DATA.SKIP_BAD_IMAGES)  # fmt: skip
     hint = f"; run: python split_caltech101.py 101_ObjectCategories {root}" if name == "caltech101" else ""
     return open_images(root, split, hint, config.DATA.HOLD_OUT > 0)
 
@@ -198,9 +209,10 @@ def data_path(config) -> Path:
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """The folder of a split: the first of its usual names that exists, else the first one."""
-    names = SPLIT_FOLDERS[split]
-    return root / next((name for name in names if (root / name).is_dir()), names[0])
+    """The folder of a split: of its usual names, in any case, the first one with class folders, else the first one."""
+    there = {name.lower(): name for name in class_folders(root)}
+    folders = [root / there.get(name, name) for name in SPLIT_FOLDERS[split]]
+    return min(folders, key=lambda folder: (not class_folders(folder), not folder.is_dir()))
 
 
 def open_images(root: Path, split: str, hint: str = "", is_held_out: bool = False) -> ImageSet:
@@ -213,18 +225,20 @@ def open_images(root: Path, split: str, hint: str = "", is_held_out: bool = Fals
         MissingFileError, InputError: see ``FolderDataset``, ``ShardDataset``, ``HubDataset``; or the two splits have
             different classes.
     """
-    train, val = (split_folder(root, name) for name in ("train", "val"))
-    if not (class_folders(train) or class_folders(val)):
-        if find_shards(root, split):
-            return ShardDataset(root, split)
-        if is_hub_folder(root):
-            return HubDataset(root, split)
-    if is_held_out:
-        return FolderDataset(root, train if train.is_dir() or val.is_dir() or not class_folders(root) else root, hint)
-    images = FolderDataset(root, train if split == "train" else val, hint)
-    other = class_folders(val if split == "train" else train)
-    if other:
-        check_same_classes(*(images.classes, other) if split == "train" else (other, images.classes), root)
+    other_split = "val" if split == "train" else "train"
+    folder, other = split_folder(root, split), split_folder(root, other_split)
+    if class_folders(folder) or class_folders(other):
+        images, classes = FolderDataset(root, folder, hint), class_folders(other)
+    elif is_held_out and _holds_classes(root):
+        return FolderDataset(root, root)
+    elif find_shards(root, split):
+        return ShardDataset(root, split)
+    elif is_hub_folder(root):
+        images, classes = HubDataset(root, split), hub_classes(root, other_split)
+    else:
+        return FolderDataset(root, folder, hint)  # which says what is missing
+    if classes and not is_held_out:
+        check_same_classes(*(images.classes, classes) if split == "train" else (classes, images.classes), root)
     return images
 
 

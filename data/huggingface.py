@@ -4,6 +4,8 @@ The optional package memory-maps them, so data workers share one copy. It first 
 own cache, which takes as much disk space as the files; the output of ``save_to_disk`` is read in place.
 """
 
+import contextlib
+import glob
 from pathlib import Path
 
 from utils import InputError, MissingFileError, printable
@@ -15,7 +17,11 @@ SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
 
 def is_hub_folder(root: Path) -> bool:
     """Whether a folder holds such a data set."""
-    return (root / "dataset_dict.json").is_file() or bool(_parquet(root, "train") or _parquet(root, "val"))
+    return _is_saved(root) or bool(_parquet(root, "train") or _parquet(root, "val"))
+
+
+def _is_saved(root: Path) -> bool:
+    return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()  # the latter: of a single split
 
 
 def _parquet(root: Path, split: str) -> list[str]:
@@ -39,40 +45,40 @@ class HubDataset(ImageSet):
     """
 
     def __init__(self, root: Path, split: str):
-        try:
-            import datasets  # optional
-        except ImportError as error:
-            raise MissingFileError(f"{root} needs a package: pip install datasets ({error})") from None
+        datasets = _package(root)
         self.root, self.split = root, split
         try:
             table = self._open(datasets).with_format(None)
             for column, kind in (("image", datasets.Image), ("label", datasets.ClassLabel)):
                 if not isinstance(table.features.get(column), kind):
                     raise InputError(f"{root}: the {split} split needs a column {column} of the type {kind.__name__}; "
-                                     f"its columns are {table.features}")  # fmt: skip
+                                     f"its columns are {table.features}. Rename or cast them")  # fmt: skip
             self.classes = list(table.features["label"].names)
             self.table, self.labels = table.cast_column("image", datasets.Image(decode=False)), list(table["label"])
         except InputError:
             raise
         except Exception as error:  # Arrow's, Parquet's and the package's own have no class in common
-            raise InputError(f"{root}: the {split} split cannot be read ({error}); download it again") from error
+            raise InputError(f"{root}: the {split} split cannot be read ({error.__cause__ or error}); download or save "
+                             "it again") from error  # fmt: skip
         for index, label in enumerate(self.labels):
             if label is None or not 0 <= label < len(self.classes):
                 raise InputError(f"{self.name(index)} has the label {label}, which is none of the {len(self.classes)} "
                                  "classes; remove images without a label")  # fmt: skip
 
     def _open(self, datasets):
-        if (self.root / "dataset_dict.json").is_file():
-            splits = datasets.load_from_disk(str(self.root))
+        if _is_saved(self.root):
+            splits = _saved(self.root, datasets)
             found = next((name for name in SPLITS[self.split] if name in splits), None)
-            if found is None:
-                raise MissingFileError(f"{self.root} has no split {' or '.join(SPLITS[self.split])}; it has "
-                                       f"{', '.join(splits)}")  # fmt: skip
-            return splits[found]
-        files = _parquet(self.root, self.split)
-        if not files:
-            raise MissingFileError(f"{self.root} has no {SPLITS[self.split][0]}*.parquet")
-        return datasets.load_dataset("parquet", data_files={"train": files}, split="train")
+            if found:
+                return splits[found]
+            missing = f"split {' or '.join(SPLITS[self.split])}; it has {', '.join(splits)}"
+        else:
+            files = [glob.escape(path) for path in _parquet(self.root, self.split)]
+            if files:
+                return datasets.load_dataset("parquet", data_files={"train": files}, split="train")
+            missing = f"{SPLITS[self.split][0]}*.parquet"
+        hint = "; to evaluate on a part of the training images, add --opts DATA.HOLD_OUT 0.2"
+        raise MissingFileError(f"{self.root} has no {missing}{hint if self.split == 'val' else ''}")
 
     def read(self, index: int) -> bytes:
         image = self.table[int(index)]["image"]
@@ -82,3 +88,31 @@ class HubDataset(ImageSet):
 
     def name(self, index: int) -> str:
         return printable(f"{self.root}:{self.split}[{index}]")
+
+
+def hub_classes(root: Path, split: str) -> list[str]:
+    """The names of a split's classes, without opening its images; none if there is no such split."""
+    datasets, found = _package(root), []
+    with contextlib.suppress(Exception):  # HubDataset says what is wrong
+        if _is_saved(root):
+            splits = _saved(root, datasets)
+            found = [splits[name].features for name in SPLITS[split] if name in splits]
+        elif files := _parquet(root, split):
+            from pyarrow import parquet  # datasets requires it
+
+            found = [datasets.Features.from_arrow_schema(parquet.read_schema(files[0]))]
+        return list(found[0]["label"].names)
+    return []
+
+
+def _saved(root: Path, datasets) -> dict:
+    content = datasets.load_from_disk(str(root))
+    return content if isinstance(content, dict) else {"train": content}
+
+
+def _package(root: Path):
+    try:
+        import datasets  # optional
+    except ImportError as error:
+        raise MissingFileError(f"{root} needs a package: pip install datasets ({error})") from None
+    return datasets

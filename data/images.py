@@ -40,6 +40,10 @@ class ImageError(InputError):
     """An image that cannot be used; the message names its file."""
 
 
+def with_advice(error: Exception) -> ImageError:
+    return ImageError(f"{error}; remove or replace it, or skip such images with --opts DATA.SKIP_BAD_IMAGES True")
+
+
 class ImageSet(Dataset):
     """Images with labels. A subclass sets the attributes and implements ``read`` and ``name``, or ``pixels``.
 
@@ -166,7 +170,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
     try:
         planes = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[0].rpartition(": ")[2]) from None
+        raise ValueError(re.sub(r".*(: |:\d+, )", "", str(error).splitlines()[0])) from None
     if planes.shape[0] == 1:
         planes = planes.expand(3, -1, -1)
     return planes.permute(1, 2, 0).contiguous().numpy()  # (C, H, W) -> (H, W, C), its layout in memory

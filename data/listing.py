@@ -22,7 +22,8 @@ from utils import InputError, printable
 logger = logging.getLogger("strip_mlp")
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-_SYSTEM = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "lost+found", "$recycle.bin", "system volume information")
+_SYSTEM = ("__macosx", "__pycache__", "thumbs.db", "desktop.ini", "lost+found", "system volume information", "@eadir",
+           "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin")  # fmt: skip
 WORTH_CACHING = 20_000  # files; listing fewer is fast
 _SETTLED = 3  # seconds; a folder's time stamp may not show two changes within them
 

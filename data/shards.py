@@ -28,7 +28,7 @@ _MOST_NAME = 2**16  # bytes of the header of a long name
 def find_shards(root: Path, split: str) -> list[Path]:
     """The shards of a split in a folder, by name; empty if there are none."""
     for pattern in SPLITS[split]:
-        found = sorted(root.glob(pattern))
+        found = sorted(path for path in root.glob(pattern) if not listing.is_system(path.name))
         if found:
             return found
     return []
@@ -92,6 +92,9 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
         InputError: as ``ShardDataset``.
     """
     shards, place = find_shards(root, split), root / f".index_{split}.npz"
+    for path in shards:
+        if not path.is_file():
+            raise InputError(f"{path} is not a file; copy the shard there, or remove it")
     names = np.array([path.name for path in shards])
     states = np.array([(path.stat().st_size, path.stat().st_mtime_ns) for path in shards])
     with contextlib.suppress(Exception):  # another program's file
@@ -101,7 +104,8 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
     bar = tqdm(shards, f"indexing {split} shards", delay=2, leave=False, disable=None)
     rows = [row for number, path in enumerate(bar) for row in _index_shard(path, number)]
     if not rows:
-        raise InputError(f"the shards of {split} in {root} hold no samples")
+        raise InputError(f"the shards of {split} in {root} hold no samples (an image and a .cls file each); unpack tar "
+                         "files that hold something else")  # fmt: skip
     names_of_images, shard, offset, size, labels = zip(*rows, strict=True)
     members = Names.of(names_of_images)
     index = {"shards": names, "states": states, "text": members.text, "ends": members.ends, "shard": np.array(shard),
@@ -152,7 +156,8 @@ def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]
     except Exception as error:  # tarfile raises many types of errors
         raise InputError(printable(f"{path} is not a complete tar file ({error}); download it again")) from None
     for stem in images.keys() ^ labels.keys():
-        raise InputError(printable(f"{path}: {stem} has no {'.cls file' if stem in images else 'image'}"))
+        missing = ".cls file, which holds its label; unpack an archive of class folders" if stem in images else "image"
+        raise InputError(printable(f"{path}: {stem} has no {missing}"))
     return [(*image, labels[stem]) for stem, image in images.items()]
 
 

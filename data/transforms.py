@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from .augment import Augmentation, Draw, Rectangle, augment
-from .images import ImageError, ImageSet
+from .images import ImageError, ImageSet, with_advice
 
 NO_LABEL = -100  # of a validation image that could not be read; cross entropy ignores it
 MOST_PIXELS = 2**27  # of a resized image before its centre is cropped; 0.5 GB in Pillow
@@ -87,7 +87,7 @@ class TrainSet(Dataset):
                 return *self.images.pixels((index + step) % len(self)), errors
             except (ImageError, OSError) as error:
                 if not self.skip_bad:
-                    raise _with_advice(error) from None
+                    raise with_advice(error) from None
                 errors.append(str(error))
         raise ImageError("no image of the training set can be read")
 
@@ -114,12 +114,8 @@ class EvalSet(Dataset):
                 raise ImageError(f"{self.images.name(index)}: {error}") from None
         except (ImageError, OSError) as error:
             if not self.skip_bad:
-                raise _with_advice(error) from None
+                raise with_advice(error) from None
             return Sample(np.zeros((self.size, self.size, 3), np.uint8), NO_LABEL, None, [str(error)])
-
-
-def _with_advice(error: Exception) -> ImageError:
-    return ImageError(f"{error}; remove or replace it, or skip such images with --opts DATA.SKIP_BAD_IMAGES True")
 
 
 def resized_crop(pixels: np.ndarray, crop: Rectangle, size: int, bicubic: bool) -> np.ndarray:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from utils import InputError, MissingFileError, printable
 
-from .images import ImageError, ImageSet
+from .images import ImageError, ImageSet, with_advice
 from .samplers import eval_order
 
 MOST_BYTES = 2**30  # of an unpacked image; a small archive could fill the memory
@@ -26,13 +26,15 @@ class ZipDataset(ImageSet):
         cache: what to keep in memory, undecoded: ``"no"``, ``"part"`` (images ``rank, rank + world_size, ...``) or
             ``"full"``.
         rank, world_size: this process and the number of them.
+        skip_bad: leave images that cannot be read out of the cache, instead of raising an error.
 
     Raises:
         MissingFileError: one of the files is missing.
         InputError: the archive or the map is invalid; the message names the line or the image.
     """
 
-    def __init__(self, root, split: str, num_classes: int, cache: str = "no", rank: int = 0, world_size: int = 1):
+    def __init__(self, root, split: str, num_classes: int, cache: str = "no", rank: int = 0, world_size: int = 1,
+                 skip_bad: bool = False):  # fmt: skip
         self.archive = Path(root) / f"{split}.zip"
         map_file = Path(root) / f"{split}_map.txt"
         self.names, self.labels, self.classes = read_map(map_file, num_classes)
@@ -40,13 +42,14 @@ class ZipDataset(ImageSet):
         for line, member in enumerate(self.names, start=1):
             if member not in stored:
                 raise InputError(printable(f"{map_file}:{line}: {member} is not in {self.archive}"))
-        cached = {
-            "no": range(0),
-            "part": eval_order(len(self), rank, world_size),
-            "full": range(len(self)),
-        }[cache]
-        bar = tqdm(cached, f"caching {self.archive}", unit=" images", delay=2, leave=False, disable=None)
-        self._cache = {index: self._read(index) for index in bar}
+        cached = {"no": range(0), "part": eval_order(len(self), rank, world_size), "full": range(len(self))}[cache]
+        self._cache = {}
+        for index in tqdm(cached, f"caching {self.archive}", unit=" images", delay=2, leave=False, disable=None):
+            try:
+                self._cache[index] = self._read(index)
+            except ImageError as error:
+                if not skip_bad:
+                    raise with_advice(error) from None
 
     def read(self, index: int) -> bytes:
         return self._cache[index] if index in self._cache else self._read(index)

@@ -106,11 +106,28 @@ def test_rare_classes_are_held_out_too(labels, held):
     assert set(hold_out(images, 0.1, "train").labels) == {0, 1}
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
-def test_other_names_of_the_validation_folder(name, tmp_path):
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "Val", "Validation"])
+def test_other_names_of_the_folders(name, tmp_path):
+    """In any case; an empty folder of another name does not matter."""
     write_folders(tmp_path)
     (tmp_path / "val").rename(tmp_path / name)
+    (tmp_path / "train").rename(tmp_path / "Training")
+    if name.lower() != "val":
+        (tmp_path / "val").mkdir()
     assert build_dataset(config("imagefolder", tmp_path), "val").name(0) == f"{tmp_path}/{name}/cat/0.png"
+    assert build_dataset(config("imagefolder", tmp_path), "train").name(0) == f"{tmp_path}/Training/cat/0.png"
+
+
+def test_a_path_that_is_not_the_data_sets_folder(tmp_path):
+    write_folders(tmp_path / "made" / "inner")
+    archive = tmp_path / "made.zip"
+    archive.write_bytes(b"PK")
+    instead = rf"does not exist; .*; name {tmp_path}/made/inner instead"
+    for path, message in ((archive, r"made\.zip is a file; unpack it if it is an archive, and name the folder"),
+                          (tmp_path / "gone", "gone does not exist; name the folder of the data set with --data-path"),
+                          (tmp_path / "made", instead), (tmp_path / "made" / "inner" / "train", instead)):
+        for split in ("train", "val"):
+            fails(FileNotFoundError, message, split, "imagefolder", path)
 
 
 def test_class_folders_come_before_the_archives_that_they_were_in(tmp_path):
@@ -120,12 +137,17 @@ def test_class_folders_come_before_the_archives_that_they_were_in(tmp_path):
         (tmp_path / name).write_bytes(b"an archive")
     for split in ("train", "val"):
         assert build_dataset(config("imagefolder", tmp_path), split).name(5) == f"{tmp_path}/{split}/dog/2.png"
+    for name in ("cat", "dog"):  # also class folders without splits
+        (tmp_path / "train" / name).rename(tmp_path / name)
+    shutil.rmtree(tmp_path / "train")
+    shutil.rmtree(tmp_path / "val")
+    assert len(build_dataset(config("imagefolder", tmp_path, 2, "DATA.HOLD_OUT", 0.4), "train")) == 4
 
 
 def test_what_systems_leave_is_skipped_and_counted(tmp_path, caplog):
     root = write_folders(tmp_path)
     for split in ("train", "val"):
-        for folder in (".ipynb_checkpoints", "__MACOSX", "cat/.ipynb_checkpoints", "cat/__MACOSX"):
+        for folder in (".ipynb_checkpoints", "__MACOSX", "#recycle", "@tmp", "cat/.ipynb_checkpoints", "cat/@eaDir"):
             (root / split / folder).mkdir()
             (root / split / folder / "0.png").write_bytes(b"a copy")
         for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini", "notes.txt", "1.heic", "2.heic"):
@@ -185,6 +207,9 @@ def test_evaluation_needs_no_training_folder(tmp_path):
     (tmp_path / "train").mkdir()
     assert len(build_dataset(config("imagefolder", tmp_path), "val")) == 6
     fails(FileNotFoundError, "train holds no class folders", "train", "imagefolder", tmp_path)
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "val").touch()
+    fails(FileNotFoundError, "val is not a folder; ", "val", "imagefolder", tmp_path)
 
 
 def test_missing_caltech101_names_the_script(tmp_path):
@@ -243,6 +268,14 @@ def write_zip(root: Path, split: str, classes: list[str]) -> None:
             archive.write(image, f"{name}/0.png" if name.isalpha() else f"{name}.png")
     members = [f"{name}/0.png" if name.isalpha() else f"{name}.png" for name in classes]
     (root / f"{split}_map.txt").write_text("".join(f"{name}\t{label}\n" for label, name in enumerate(members)))
+
+
+def test_other_forms_without_validation_images_say_what_to_add(tmp_path):
+    write_zip(tmp_path, "train", ["cat", "dog"])
+    fails(FileNotFoundError, "train does not exist; .*; add --zip$", "train", "imagefolder", tmp_path)
+    (tmp_path / "train_map.txt").unlink()
+    (tmp_path / "x-train-0.tar").touch()
+    fails(FileNotFoundError, "val does not exist; .* add --opts DATA.HOLD_OUT 0.2$", "val", "imagefolder", tmp_path)
 
 
 def build_zip(root, split="val", num_classes=2):

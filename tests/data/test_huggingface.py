@@ -72,8 +72,38 @@ def test_faults(tmp_path):
     write(tmp_path / "c", "parquet")
     path = tmp_path / "c" / "data" / "train-00001-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="c: the train split cannot be read .*; download it again"):
+    with pytest.raises(ValueError, match="c: the train split cannot be read .*Parquet magic .*; download or s"):
         HubDataset(tmp_path / "c", "train")
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_classes_of_the_splits_must_agree(form, tmp_path):
+    """In another order the labels of one split would mean other classes."""
+    features = FEATURES | {"label": datasets.ClassLabel(names=["dog", "cat"])}
+    val = datasets.Dataset.from_list(list(table(4)), features=datasets.Features(features))
+    write(tmp_path, form)
+    if form == "saved":
+        datasets.DatasetDict({"train": table(10), "validation": val}).save_to_disk(str(tmp_path))
+    else:
+        val.to_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet")
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match="different classes: label 0 is cat in train and dog in val"):
+            build_dataset(config(tmp_path), split)
+
+
+def test_a_single_saved_split(tmp_path):
+    table(10).save_to_disk(str(tmp_path / "[x]"))
+    options = config(tmp_path / "[x]")
+    with pytest.raises(FileNotFoundError, match="it has train; .* add --opts DATA.HOLD_OUT 0.2"):
+        build_dataset(options, "val")
+    options.defrost()
+    options.DATA.HOLD_OUT = 0.2
+    assert len(build_dataset(options, "val")) == 2
+
+
+def test_any_path_is_read_as_it_is(tmp_path):
+    write(tmp_path / "[x] *a?", "parquet")
+    assert len(build_dataset(config(tmp_path / "[x] *a?"), "train")) == 10
 
 
 def test_a_path_in_place_of_an_image_is_not_followed(tmp_path):

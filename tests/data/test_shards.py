@@ -1,6 +1,7 @@
 """Tar shards written by the webdataset package and by hand, read at random."""
 
 import io
+import os
 import pickle
 import random
 import shutil
@@ -127,6 +128,19 @@ def test_samples_that_are_not_whole(files, message, tmp_path):
         ShardDataset(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="holds no shards of val"):
         ShardDataset(tmp_path, "val")
+
+
+def test_shards_that_are_no_files(root):
+    """A pipe would be waited for; what macOS leaves beside files is no shard."""
+    (root / "._imagenet1k-train-0000.tar").touch()
+    assert len(ShardDataset(root, "train")) == 20
+    path = root / "imagenet1k-train-0001.tar"
+    path.unlink()
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("gone", path)):
+        make(path)
+        with pytest.raises(InputError, match=r"train-0001\.tar is not a file; copy the shard there, or remove it"):
+            ShardDataset(root, "train")
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_a_sparse_member_is_refused(tmp_path):

@@ -112,8 +112,15 @@ def test_a_damaged_member_is_named(tmp_path):
     data = bytearray((tmp_path / "train.zip").read_bytes())
     data[data.find(png(3)) + 20] ^= 1
     (tmp_path / "train.zip").write_bytes(data)
-    with pytest.raises(ImageError, match=r"train\.zip:cat/3\.png cannot be read from the archive \(Bad CRC-32"):
+    message = r"train\.zip:cat/3\.png cannot be read from the archive \(Bad CRC-32"
+    with pytest.raises(ImageError, match=message):
         ZipDataset(tmp_path, "train", 2)[3]
+    with pytest.raises(ImageError, match=f"{message}.* --opts DATA.SKIP_BAD_IMAGES True"):
+        ZipDataset(tmp_path, "train", 2, "full")
+    dataset = ZipDataset(tmp_path, "train", 2, "full", skip_bad=True)
+    assert dataset[4][1] == 0
+    with pytest.raises(ImageError, match=message):
+        dataset[3]
 
 
 def test_a_member_that_is_no_image_is_named(tmp_path):
