@@ -71,7 +71,7 @@ class FolderDataset(ImageSet):
         self.folder = folder
         if not root.is_dir():
             what = "is a file; unpack it if it is an archive, and" if root.exists() else "does not exist;"
-            raise MissingFileError(f"{root} {what} name the folder of the data set with --data-path DIR")
+            raise MissingFileError(f"{root} {what} name the folder of the data set{hint}")
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
             raise MissingFileError(

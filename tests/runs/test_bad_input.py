@@ -168,7 +168,7 @@ def folder_row(name, *message, options=()):
     return add
 
 
-folder_row("data folder missing", "data/train does not exist")(shutil.rmtree)
+folder_row("data folder missing", "data does not exist; name the folder of the data set")(shutil.rmtree)
 folder_row("data path empty", "DATA.DATA_PATH is empty", options=("DATA.DATA_PATH", ""))(lambda root: None)
 folder_row("training folder missing", "data/train does not exist")(lambda root: shutil.rmtree(root / "train"))
 folder_row("validation folder missing", "data/val does not exist")(lambda root: shutil.rmtree(root / "val"))
@@ -182,13 +182,13 @@ folder_row("fewer images than a batch", "6 images", "batch of 8", "--batch-size"
            options=("DATA.BATCH_SIZE", 8))(lambda root: None)
 
 
-@folder_row("file in place of the data folder", "data/train does not exist")
+@folder_row("file in place of the data folder", "data is a file; unpack it if it is an archive")
 def _(root):
     shutil.rmtree(root)
     root.write_text("not a folder")
 
 
-@folder_row("file in place of the training folder", "data/train does not exist")
+@folder_row("file in place of the training folder", "data/train is not a folder")
 def _(root):
     shutil.rmtree(root / "train")
     (root / "train").write_text("not a folder")
