@@ -110,9 +110,6 @@ def open_log(folder: Path) -> None:
     """Also sends the log to a file of this process, from its beginning, with details that the console does not show.
 
     Call it once the run is sure to start, so that a refused start does not write into the log of a good run.
-
-    Raises:
-        InputError: the file cannot be opened.
     """
     path = folder / f"log_rank{distributed.rank()}.txt"
     check_place(path)
@@ -131,14 +128,7 @@ def open_log(folder: Path) -> None:
 # ---- metrics ---------------------------------------------------------------------------------------
 
 def start_wandb(project: str, name: str, config: dict, folder: Path):
-    """Starts the Weights & Biases run of an output folder, or resumes it.
-
-    Its id is kept in ``wandb_id.txt``. Logging in and ``WANDB_MODE=offline`` work as Weights & Biases documents them;
-    an offline run is uploaded with ``wandb sync``.
-
-    Raises:
-        InputError: wandb is not installed or cannot start, or the run's id or folder is invalid.
-    """
+    """Starts the Weights & Biases run of an output folder, or resumes the one whose id is in its ``wandb_id.txt``."""
     try:
         import wandb
     except ImportError as error:
@@ -163,15 +153,9 @@ def start_wandb(project: str, name: str, config: dict, folder: Path):
 class MetricsWriter:
     """``metrics.jsonl``, one record per line, and the same figures in TensorBoard and Weights & Biases.
 
-    A record's ``epochs`` are the epochs done, with fractions: an axis that does not depend on the batch size, while
-    steps count updates of the batch size at that time.
-
-    Args:
-        folder: the run's output folder.
-        epochs: the epochs done where the run resumes, with fractions. Later records, written by an interrupted run, are
-            dropped.
-        step: the updates done there.
-        wandb_run: what ``start_wandb`` returned, or None. Weights & Biases itself drops what it already has.
+    A record's ``epochs`` are the epochs done, with fractions: an axis that does not depend on the batch size. A run
+    that resumes after ``epochs`` and ``step`` drops the records after them; Weights & Biases drops what it has by
+    itself.
     """
 
     def __init__(self, folder: Path, epochs: float, step: int, wandb_run=None):
@@ -248,15 +232,9 @@ def describe_environment(device: torch.device) -> dict:
 
 
 def describe_run(config, state: TrainState, device: torch.device, precision: str, metadata: dict) -> dict:
-    """The content of ``run.yaml``.
+    """The content of ``run.yaml``; an InputError if the network does not take images of the config's size.
 
-    Args:
-        config, state, device: the run's.
-        precision: the name of the forward pass's precision.
-        metadata: what the run's checkpoints record: classes, and changes of its settings on the way.
-
-    Raises:
-        InputError: the network does not take images of the config's size.
+    ``metadata`` is what the run's checkpoints record: classes, and changes of its settings on the way.
     """
     layout, parameters = state.layout, list(state.model.parameters())
     try:

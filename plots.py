@@ -41,11 +41,8 @@ _KINDS = {"train": "training", "eval": "validation", "eval_ema": "validation, av
 # ---- the records of a run ------------------------------------------------------------------------
 
 def parse_metrics(path: Path) -> list[tuple[str, dict | None]]:
-    """Each line of a ``metrics.jsonl`` with its record, or None if it holds none, as after a kill in the middle of it.
-
-    A record has its ``kind``, the ``step`` (updates), the ``epoch``, the ``epochs`` done at that point, with fractions,
-    and figures, which are None where they were not finite.
-    """
+    """Each line of a ``metrics.jsonl`` with its record: ``kind``, ``step`` (updates), ``epoch``, ``epochs`` done, with
+    fractions, and figures, which are None where they were not finite. It is None for a line that holds no record."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
     return [(line, _parse_record(line)) for line in lines]
 
@@ -64,16 +61,10 @@ def _parse_record(line: str) -> dict | None:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records of a run, in the order in which they were written, as ``parse_metrics`` describes them.
+    """The records of a run, named by its folder or its ``metrics.jsonl``, as ``parse_metrics`` describes them.
 
-    An incomplete last line, of a run that is still writing or was killed, is skipped.
-
-    Args:
-        path: a run's output folder, or its ``metrics.jsonl``.
-
-    Raises:
-        MissingFileError: there is no such file.
-        InputError: the file holds no records, or a line that is not one; the message names it.
+    An incomplete last line, of a run that is still writing or was killed, is skipped; any other that is no record is an
+    InputError.
     """
     path = Path(path)
     if path.is_dir():
@@ -119,15 +110,11 @@ def run_names(paths: list[str | Path]) -> list[str]:
 # ---- figures -------------------------------------------------------------------------------------
 
 def draw_curves(runs: dict[str, list[dict]], groups: dict[str, str] | None = None):
-    """Loss, top-1 accuracy and learning rate of runs over their epochs.
+    """A Figure of loss, top-1 accuracy and learning rate of runs over their epochs.
 
     Args:
         runs: the records of each run, as ``read_metrics`` returns them, by its name.
-        groups: the group of each run by its name, such as the network that it is one seed of; default: each run on its
-            own.
-
-    Returns:
-        A matplotlib Figure of three panels, with a colour for each group.
+        groups: of each run by its name, such as the network that it is one seed of; a group has one colour.
     """
     groups = groups or {name: name for name in runs}
     members = {group: [name for name in runs if groups[name] == group] for group in groups.values()}
@@ -173,13 +160,8 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
 
 
 def save_figure(figure, path: str | Path) -> None:
-    """Writes a figure in the format of the file's extension; PNG if it has none.
-
-    A PNG gets a palette of 128 colours, which makes it a third as large.
-
-    Raises:
-        InputError: it cannot be written, or the extension is unknown.
-    """
+    """Writes a figure in the format of the file's extension; PNG, with 128 colours and so a third as large, if it has
+    none."""
     path = Path(path)
     kind = path.suffix[1:] or "png"
     try:

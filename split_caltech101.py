@@ -33,12 +33,7 @@ def split_class(names: list[str]) -> dict[str, list[str]]:
 
 
 def plan_split(source: Path) -> dict[str, dict[str, list[str]]]:
-    """For each class folder of ``source``, its files by split.
-
-    Raises:
-        MissingFileError: ``source`` is missing or holds no class folder.
-        InputError: a class has too few images for both parts.
-    """
+    """For each class folder of ``source``, its files by split."""
     if not source.is_dir():
         raise MissingFileError(f"{source} is not a folder; name the one that holds the class folders")
     plan = {}
@@ -60,13 +55,7 @@ def plan_split(source: Path) -> dict[str, dict[str, list[str]]]:
 def write_split(source: Path, target: Path, link: bool = False) -> dict[str, int]:
     """Creates ``target/train`` and ``target/val``, or neither if it fails; returns the number of images in each.
 
-    Args:
-        source: the folder of the class folders.
-        target: created if necessary; may hold anything except ``train`` and ``val``.
-        link: create symbolic links to the absolute paths of the images instead of copies.
-
-    Raises:
-        InputError: as ``plan_split``; ``target`` already has a split, or is inside ``source``.
+    ``target`` may hold anything else. With ``link`` the images are symbolic links to absolute paths instead of copies.
     """
     source, target = source.resolve(), target.resolve()
     plan = plan_split(source)

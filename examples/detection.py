@@ -85,9 +85,8 @@ STAGES = [1, 2, 3]  # stages 2 to 4 feed the pyramid
 class Backbone(nn.Module):
     """Strip-MLP's stages 2 to 4, each with a norm, and a feature pyramid with two further levels.
 
-    ``weights`` is any name that ``inference.weights_file`` accepts; the number of classes does not matter.
-    ``freeze_norm`` keeps the BatchNorms as loaded, for small batches. ``any_size`` accepts images of any size, in
-    windows; without it they must have DATA.IMG_SIZE.
+    ``freeze_norm`` keeps the BatchNorms as loaded, for small batches. With ``any_size`` images may have any size, in
+    windows.
     """
 
     def __init__(self, config, weights: str = "", channels: int = 256, freeze_norm=False, any_size=True):
@@ -159,14 +158,8 @@ def train_one_epoch(model, loader, optimizer, set_rates, precision, scaler, devi
 
 
 def restore(content: dict, state: dict) -> int:
-    """Restores a checkpoint's ``model``, ``optimizer`` and ``scaler``; hyperparameters stay as in this run.
-
-    Returns:
-        The epochs done.
-
-    Raises:
-        InputError: it is not a checkpoint of this detector; then nothing is changed.
-    """
+    """Restores a checkpoint's ``model``, ``optimizer`` and ``scaler`` and returns the epochs done; hyperparameters stay
+    as in this run. Nothing is changed if it is not a checkpoint of this detector."""
     missing = [name for name in (*state, "epoch") if name not in content]
     if missing:
         raise InputError(f"the checkpoint lacks {', '.join(missing)}; choose another --output")

@@ -26,15 +26,8 @@ from utils import InputError, MissingFileError
 
 
 class DigitScenes(Dataset):
-    """Training scenes hold training digits, test scenes test digits. A scene depends only on its split and index.
-
-    Args:
-        split: ``"train"`` or ``"val"``.
-        count: scenes.
-
-    A scene has up to eight digits of random size, position and brightness on a coloured, textured background of 96 to
-    160 pixels a side.
-    """
+    """``count`` scenes of up to eight training or test digits, of random size, position and brightness, on a coloured,
+    textured background of 96 to 160 pixels a side. A scene depends only on its split and index."""
 
     def __init__(self, split: str, count: int):
         self.split, self.count = split, count
@@ -131,14 +124,8 @@ class CocoScenes(Dataset):
 
 
 def build_loaders(data: str, batch_size: int, workers: int, scenes: int) -> tuple[DataLoader, DataLoader]:
-    """The training and the validation batches of this process: lists of images and of targets.
-
-    Args:
-        data: ``"digits"``, or a folder in COCO's format.
-        batch_size: images.
-        workers: loading processes.
-        scenes: number of training scenes of digits; a quarter as many are for validation.
-    """
+    """The training and the validation batches of this process, lists of images and of targets, of ``"digits"``
+    (``scenes`` for training, a quarter for validation) or of a folder in COCO's format."""
     if data == "digits":
         train_set, val_set = DigitScenes("train", scenes), DigitScenes("val", max(scenes // 4, 1))
     else:
@@ -197,10 +184,8 @@ def score(dataset: Dataset, found: list[dict]) -> tuple[float, float]:
 
 @torch.inference_mode()
 def draw_found(detector, dataset: Dataset, device: torch.device, count: int = 6, threshold: float = 0.2) -> Image.Image:
-    """The first images of a data set, three in a row, their longer sides 320 pixels.
-
-    Boxes with a score of at least ``threshold`` are drawn, with the names of their classes beside them.
-    """
+    """The first images of a data set, three in a row, with the boxes of a score of at least ``threshold`` and their
+    classes."""
     detector.eval()
     drawn, font, side = [], ImageFont.load_default(16), 320
     for image, _ in (dataset[index] for index in range(min(count, len(dataset)))):

@@ -53,16 +53,8 @@ _MOST = 30_000  # classes; their matrix takes 7 GB
 
 
 def read_predictions(path: Path) -> tuple[np.ndarray, list[str], list[tuple[float, int, str, str]]]:
-    """What an evaluation wrote to a ``predictions.csv``.
-
-    Returns:
-        The confusion matrix, (true class, predicted class) -> images; the names of the classes by label, as far as a
-        class occurs; and each mistake as (probability, index of the image, true class, predicted class).
-
-    Raises:
-        MissingFileError: there is no such file.
-        InputError: the file holds no predictions, or a line that is not one; the message names it.
-    """
+    """The confusion matrix of a ``predictions.csv``, (true class, predicted class) -> images; the names of the classes;
+    and each mistake as (probability, index of the image, true class, predicted class)."""
     again = "write it again with main.py --eval --opts TEST.PREDICTIONS True"
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; main.py --eval writes it with --opts TEST.PREDICTIONS True")
@@ -91,10 +83,8 @@ def read_predictions(path: Path) -> tuple[np.ndarray, list[str], list[tuple[floa
 
 
 def scores(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Recall, precision and F1 of each class in percent; nan for a class without images, or never predicted, or both.
-
-    A class's recall is the share of its images that were classified correctly.
-    """
+    """Recall (the share of its images that were classified correctly), precision and F1 of each class in percent; nan
+    for a class without images, or never predicted, or both."""
     hits, images, taken = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
     with np.errstate(invalid="ignore"):  # 0 / 0
         return 100 * hits / images, 100 * hits / taken, 200 * hits / (images + taken)
@@ -109,11 +99,8 @@ def most_confused(matrix: np.ndarray, count: int = 10) -> list[tuple[int, int, i
 
 
 def draw_confusion(matrix: np.ndarray, names: list[str]):
-    """The matrix, darker for a larger share of the row, beside the recall of each class; numbers and names if they fit.
-
-    Returns:
-        A matplotlib Figure.
-    """
+    """The matrix, darker for a larger share of the row, beside the recall of each class; numbers and names if they
+    fit."""
     classes, total, (recalls, _, _) = len(matrix), matrix.sum(), scores(matrix)
     shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     figure, (left, right) = new_figure(1, 2, size=(10, 5.4), width_ratios=(1.7, 1))
@@ -163,16 +150,8 @@ def write_tables(matrix: np.ndarray, names: list[str], folder: Path) -> None:
 
 
 def draw_mistakes(mistakes: list, report: Path, data_path: str | None):
-    """A contact sheet of the most confident mistakes: each image under its true class, over the predicted one.
-
-    Args:
-        mistakes: as ``read_predictions`` returns them.
-        report: the evaluation's ``eval.json``, whose config says which images it read.
-        data_path: the data set's folder; default: the config's.
-
-    Raises:
-        InputError: the report or the data cannot be read.
-    """
+    """A contact sheet of the most confident mistakes, each image under its true class and over the predicted one. The
+    evaluation's ``eval.json`` says which images it read; ``data_path`` names another folder for them."""
     from config import from_dict  # the data's code imports PyTorch
     from data import build_val_loader
 

@@ -74,19 +74,11 @@ class Stored(NamedTuple):
 
 
 def convert(source: Path, target: Path, form: str, short_side: int = 0, workers: int = 1) -> dict[str, int]:
-    """Writes the data set in ``source`` into ``target``; returns the images in each split.
-
-    Args:
-        source: the data set, in any form.
-        target: created if necessary.
-        form: ``"folders"``, ``"zip"``, ``"shards"`` or ``"hub"``.
-        short_side: shorter side to shrink larger images to, in pixels; 0: copy all images.
-        workers: processes that read and shrink.
+    """Writes the data set in ``source``, of any form, into the empty or new folder ``target``; returns the images in
+    each split. Images with a shorter side over ``short_side`` pixels are shrunk to it, unless it is 0.
 
     Raises:
-        InputError: ``target`` exists and is not empty; ``source`` holds no data set of two splits with the same
-            classes; an image cannot be read; a class name is not a valid folder name; the result reads back as another
-            data set.
+        InputError: the source or the target cannot be used, or the result reads back as another data set.
     """
     if target.is_dir() and any(target.iterdir()):
         raise InputError(f"{target} is not empty; choose another folder")

@@ -78,21 +78,12 @@ class Network(NamedTuple):
 
 
 def export(source: Path, target: Path, format: str, config=None, half: bool = False) -> float:
-    """Writes the network of a checkpoint to ``target``, which is created only if it passes the check.
-
-    Args:
-        source: the checkpoint.
-        target: a new file with an extension of ``FORMATS``, or a new folder.
-        format: a key of ``FORMATS``.
-        config: the network's config; needed if the checkpoint has none.
-        half: round the weights to 16 bits (float16) and store them so, except for one-dimensional ones.
-
-    Returns:
-        The largest difference of an output from the network's, see ``largest_difference``.
+    """Writes the network of a checkpoint to ``target``, in a format of ``FORMATS``, if its outputs are the network's;
+    returns their largest difference. ``config`` is needed for a checkpoint without one; ``half`` stores weights of two
+    and more dimensions in 16 bits.
 
     Raises:
-        InputError: a package that the format needs is missing, the file's outputs differ, ``target`` already exists or
-            cannot be written, or as ``load_network``.
+        InputError: ``target`` cannot be written, its outputs differ, a package is missing, or as ``load_network``.
     """
     suffix, write = FORMATS[format], WRITERS[format]
     if suffix and target.suffix != suffix:
@@ -117,10 +108,8 @@ def export(source: Path, target: Path, format: str, config=None, half: bool = Fa
 
 @torch.no_grad()
 def largest_difference(model: nn.Module, other: Callable, shape: tuple[int, ...]) -> float:
-    """The largest difference between two networks' logits on random images, relative to the largest logit or 1.
-
-    The images come in batches of 3 and of 1, so that a fixed batch size would not pass.
-    """
+    """The largest difference of two networks' logits on random images, relative to the largest logit or 1, in batches
+    of 3 and of 1: a fixed batch size would not pass."""
     differences = []
     for batch in (3, 1):
         images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))

@@ -30,11 +30,7 @@ def preprocessing(config) -> dict:
 
 
 def timm_config(config, classes: list[str]) -> dict:
-    """``config.json`` of a folder that timm loads: architecture, arguments, preprocessing, class names.
-
-    Raises:
-        InputError: timm has no name for the network.
-    """
+    """``config.json`` of a folder that timm loads; an InputError if timm has no name for the network."""
     with input_errors():
         architecture, arguments = timm_arguments(config)
     known = timm.get_pretrained_cfg(architecture)
@@ -52,14 +48,8 @@ def timm_config(config, classes: list[str]) -> dict:
 def model_card(source: str | Path, config, weights: Path) -> str:
     """The ``README.md`` of a shared network, in Markdown with the Hub's header.
 
-    Args:
-        source: the checkpoint. The details come from the run's ``config.yaml``, ``run.yaml`` and ``eval.json`` beside
-            it.
-        config: the network's.
-        weights: the shared file.
-
-    Raises:
-        InputError: one of those files was not written by a run.
+    The details come from the run's ``config.yaml``, ``run.yaml`` and ``eval.json`` beside the checkpoint ``source``;
+    ``weights`` is the shared file.
     """
     path = weights_file(source)
     architecture, arguments = timm_arguments(config)

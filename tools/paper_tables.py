@@ -106,12 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 # ---- the runs ------------------------------------------------------------------------------------
 
 def find_runs(folders: list[str]) -> list[Run]:
-    """The finished trainings and the evaluations in folders, at any depth, sorted by path.
-
-    Raises:
-        InputError: a file of a run cannot be read.
-        MissingFileError: one of the folders does not exist.
-    """
+    """The finished trainings and the evaluations in folders, at any depth, sorted by path."""
     runs = []
     for top in map(Path, folders):
         if not top.is_dir():

@@ -39,11 +39,8 @@ from resume import FREE_KEYS
 
 
 def groups_by_folder(folders: dict[str, Path]) -> dict[str, str]:
-    """A name for the folder that each run's folder is in, by the run's name.
-
-    Raises:
-        InputError: two runs of a folder differ in more than their seed, so that their mean has no meaning.
-    """
+    """The folder of each run by the run's name; an InputError if the runs of a folder differ in more than their seeds,
+    so that their mean has no meaning."""
     groups = dict(zip(folders, run_names([folder.resolve().parent for folder in folders.values()]), strict=True))
     firsts = {}
     for name, folder in folders.items():

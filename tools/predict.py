@@ -52,11 +52,8 @@ SHEET_CLASSES = 3  # named below each image
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:
-    """The files among ``paths`` and the images in the folders among them, at any depth, sorted; hidden files are not.
-
-    Raises:
-        MissingFileError: there is no such file or folder, or a folder holds no images.
-    """
+    """The files among ``paths``, and the images in the folders among them, at any depth, sorted, without hidden
+    ones."""
     pictures = []
     for path in paths:
         if path.is_dir():
@@ -74,16 +71,8 @@ def find_pictures(paths: list[Path]) -> list[Path]:
 
 @torch.inference_mode()
 def predict(model, images: torch.Tensor, top_k: int) -> list[list[tuple[int, float]]]:
-    """The ``top_k`` most probable labels of each image and their probabilities, the most probable first.
-
-    Args:
-        model: a network in evaluation mode; the images are copied to its device.
-        images: one batch (N, 3, S, S), preprocessed.
-        top_k: at most the number of classes.
-
-    Raises:
-        InputError: an output is not finite.
-    """
+    """The ``top_k`` most probable labels of each image of a batch (N, 3, S, S) and their probabilities, in that
+    order."""
     logits = model(images.to(next(model.parameters()).device))
     if not logits.isfinite().all():
         raise InputError("the network's outputs are not finite; its weights cannot be used")

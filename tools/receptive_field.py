@@ -48,17 +48,10 @@ SHARES = (0.2, 0.5, 0.9, 0.99)
 
 
 def effective_fields(stages, images: torch.Tensor, batch_size: int = 8) -> list[tuple[torch.Tensor, tuple]]:
-    """The mean absolute gradient of each stage's central output with respect to the input.
+    """The mean absolute gradient of each stage's central output with respect to the images (N, C, H, W).
 
-    Args:
-        stages: from images to the list of the stages' outputs, each (N, C, h, w); images must not influence one
-            another.
-        images: (N, C, H, W).
-        batch_size: images whose gradients are computed at a time.
-
-    Returns:
-        For each stage its field, float64 (H, W) on the CPU, and the size (h, w) of its output, whose centre is taken
-        at (h // 2, w // 2).
+    ``stages`` computes the list of the stages' outputs, each (N, C, h, w). Returns, for each, its field, float64 (H,
+    W), and (h, w); the central output is that at (h // 2, w // 2).
     """
     sums = []
     for batch in images.split(batch_size):
@@ -73,16 +66,10 @@ def effective_fields(stages, images: torch.Tensor, batch_size: int = 8) -> list[
 
 
 def areas(field: torch.Tensor, size: tuple[int, int], shares=SHARES) -> list[float]:
-    """The shares of the image's pixels in the smallest squares around the central output that hold these shares of it.
+    """The shares of the image's pixels in the smallest squares that hold these shares of a field (H, W).
 
-    Args:
-        field: of a stage, (H, W).
-        size: (h, w) of the stage's output. The centre of its central output is that of the squares; what of a square is
-            outside the image does not count.
-        shares: of the field.
-
-    Raises:
-        InputError: the field is zero everywhere, or not finite.
+    The squares lie around the centre of the central output of a stage of ``size`` (h, w); what of a square is outside
+    the image does not count.
     """
     if not 0 < field.sum() < float("inf"):
         raise InputError(f"the gradient of a stage's output adds up to {field.sum()}; are its weights finite?")
@@ -96,11 +83,7 @@ def areas(field: torch.Tensor, size: tuple[int, int], shares=SHARES) -> list[flo
 
 
 def draw_fields(fields: list[torch.Tensor], titles: list[str]):
-    """A panel for each stage, logarithmic, scaled to its largest value.
-
-    Returns:
-        A matplotlib Figure.
-    """
+    """A panel for each stage, logarithmic, scaled to its largest value."""
     height, width = fields[0].shape
     size = (2.5 * len(fields) + 0.7, 2.5 * height / width + 0.5)
     figure, panels = new_figure(1, len(fields), size, squeeze=False, subplot_kw={"xticks": [], "yticks": []})

@@ -77,11 +77,7 @@ def passed_on(args: argparse.Namespace) -> list[str]:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Runs everything that is not finished yet, all rows with the first seed first.
-
-    Returns:
-        The exit status: 0, 1 after failed runs, 2 for bad input, 75 after a signal.
-    """
+    """Runs the command line; returns 0, 1 after failed runs, 2 for bad input, 75 after a signal."""
     args = parse_arguments(argv)
     tables = read_tables(args.tables)
     _, rows = tables[choose([args.table], tables, "table")[0]]

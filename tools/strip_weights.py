@@ -42,11 +42,7 @@ from plots import new_figure, save_figure
 
 
 def strip_layers(model: torch.nn.Module) -> dict[str, list[StripMLP]]:
-    """The strip layers of each block that has any, by the block's name, e.g. ``stages.0.1``: row, then column.
-
-    Raises:
-        InputError: the network has none.
-    """
+    """The strip layers of each block that has any, by the block's name, e.g. ``stages.0.1``: row, then column."""
     blocks = {}
     for name, module in model.named_modules():
         if isinstance(module, StripMLP):
@@ -63,13 +59,9 @@ def last_of_each_stage(blocks: dict) -> dict:
 
 
 def summarise(weight: torch.Tensor) -> dict:
-    """How the squares of a strip weight (D, L, L, K) are distributed.
-
-    Returns:
-        ``rms``, the root mean square; ``rows``, the share of the squared weights in each of the K rows (columns) of the
-        strip; ``near``, the share between a token and itself or its neighbours, and ``near_if_even``, this share for
-        equal weights.
-    """
+    """How the squares of a strip weight (D, L, L, K) are distributed: ``rms``, their root mean; ``rows``, the share in
+    each of the K rows of the strip; ``near``, the share between a token and itself or its neighbours, and
+    ``near_if_even``, this share for equal weights."""
     squares = weight.double().square().sum(dim=0)  # (L, L, K)
     is_near = torch.ones_like(squares[..., 0]).triu(-1).tril(1)
     return {
@@ -81,18 +73,8 @@ def summarise(weight: torch.Tensor) -> dict:
 
 
 def draw_weights(blocks: dict[str, list[StripMLP]], channel: int | None = None):
-    """A line of panels for each block, blue below and red above zero, with one scale for each layer.
-
-    Args:
-        blocks: as ``strip_layers`` returns them.
-        channel: the channel of a patch to draw; None: the mean over all.
-
-    Returns:
-        A matplotlib Figure.
-
-    Raises:
-        InputError: there is no such channel.
-    """
+    """A line of panels for each block, blue below and red above zero, with one scale for each layer: the mean over all
+    channels of a patch, or one ``channel``."""
     layers = [layer for block in blocks.values() for layer in block]
     channels, width = min(len(layer.weight) for layer in layers), layers[0].weight.shape[3]
     if channel is not None and not 0 <= channel < channels:

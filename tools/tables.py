@@ -35,11 +35,7 @@ class Row:
 
 
 def read_tables(path: str | Path = TABLES) -> dict[str, tuple[str, list[Row]]]:
-    """``{table: (title, rows)}`` of a file like ``tables.yaml``.
-
-    Raises:
-        InputError: it is not such a file.
-    """
+    """``{table: (title, rows)}`` of a file like ``tables.yaml``."""
     if not Path(path).is_file():
         raise MissingFileError(f"the file of tables {path} does not exist; see tools/tables.yaml")
     tables = {}
@@ -72,11 +68,7 @@ def _check_keys(values: dict, known: tuple[str, ...], where: str) -> None:
 
 
 def choose(names: list[str], known, what: str) -> list[str]:
-    """``names``, or all of ``known`` if there are none.
-
-    Raises:
-        InputError: one of them is unknown.
-    """
+    """``names``, or all of ``known`` if there are none; an InputError names one that is unknown."""
     for name in names:
         if name not in known:
             raise InputError(f"there is no {what} {name}{nearest(name, known)}; there are {', '.join(known)}")
@@ -84,11 +76,7 @@ def choose(names: list[str], known, what: str) -> list[str]:
 
 
 def final_results(folder: Path, epochs: int) -> list[dict]:
-    """A finished run's evaluations, one per epoch, see ``better``; empty for an unfinished run.
-
-    Raises:
-        InputError: its ``metrics.jsonl`` is damaged.
-    """
+    """A finished run's evaluations, one per epoch, see ``better``; empty for an unfinished run."""
     path = folder / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() and path.stat().st_size else []
     by_epoch = {}

@@ -65,15 +65,8 @@ from tools.tables import Row, choose, read_tables
 
 
 class Case:
-    """A network in one mode: its step, and the seconds of each turn.
-
-    Args:
-        named: the network.
-        mode: ``"training"``: forward, loss, backward and AdamW; or ``"inference"``: forward.
-        precision: of the forward pass.
-        batch_size: images.
-        device: where to run.
-    """
+    """A network in one mode, training (forward, loss, backward and AdamW) or inference: its step, and the seconds of
+    each turn."""
 
     def __init__(self, named: Named, mode: str, precision: Precision, batch_size: int, device: torch.device):
         layout = torch.contiguous_format if named.is_published else torch.channels_last

@@ -30,11 +30,7 @@ class Named(NamedTuple):
 
 
 def build_named(name: str) -> Named:
-    """The network of a name, for 1000 classes if it is a timm model's, with a drop-path rate of 0.1.
-
-    Raises:
-        InputError: there is no such network, or no published formulation of it.
-    """
+    """The network of a name, for 1000 classes if it is a timm model's, with a drop-path rate of 0.1."""
     *prefixes, plain = name.split(":")
     if set(prefixes) - {"compiled", "published"}:
         raise InputError(f"{name}: the prefixes are compiled: and published:")

@@ -64,13 +64,9 @@ class Traffic:
 def count_step(
     network: nn.Module, images: tuple[int, ...], training: bool, dtype: torch.dtype | None = torch.bfloat16
 ) -> Traffic:
-    """Counts a forward pass, and with ``training`` the loss and the backward pass as well; not the optimiser.
+    """Counts a forward pass on a batch of shape (N, C, H, W), with ``training`` also the loss and the backward pass.
 
-    Args:
-        network: on the CPU, in the memory format and mode to count it in.
-        images: shape (N, C, H, W) of a batch; the images lie as the network's convolutions do.
-        training: whether to count the backward pass.
-        dtype: autocast's precision; None: no autocast.
+    The network is on the CPU, in the memory format and mode to count it in; ``dtype`` is autocast's precision or None.
     """
     layout = layout_of(network)
     with FakeTensorMode() as mode:
@@ -208,15 +204,11 @@ class _Planned(Exception):
 def count_compiled_step(
     network: nn.Module, images: tuple[int, ...], training: bool, dtype: torch.dtype | None = torch.bfloat16
 ) -> Traffic:
-    """Bytes and launches of a step of a compiled network; each kernel is charged what it reads and writes, once.
+    """Bytes and launches of a step of a compiled network; the arguments are those of ``count_step``.
 
     The plan is Inductor's for the CPU with a GPU's rule of what to compute twice, so its fusions differ from a GPU's in
     details; convolutions and matrix products are calls, as on a GPU, and one that reads a part of a tensor is charged
-    all of it. Operations are not counted, nor is memory. The arguments are those of ``count_step``.
-
-    Raises:
-        InputError: PyTorch is too old to plan the backward pass with the forward pass.
-        RuntimeError: the network does not compile in one piece.
+    all of it. Operations are not counted, nor is memory.
     """
     if not EARLY:
         raise InputError(f"PyTorch {torch.__version__} cannot plan a compiled step without running it; use 2.11 or "
