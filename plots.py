@@ -50,9 +50,8 @@ def parse_metrics(path: Path) -> list[tuple[str, dict | None]]:
 def _parse_record(line: str) -> dict | None:
     try:
         record = json.loads(line)
-        needed = _NEEDED.get(record["kind"], ())
-        figures = [record[name] for name in ("step", "epoch", "epochs")]
-        figures += [record[name] for name in needed if record[name] is not None]
+        figures = [record[name] for name in _NEEDED.get(record["kind"], ()) if record[name] is not None]
+        figures += [record["step"], record["epoch"], record["epochs"]]
         is_valid = isinstance(record["kind"], str) and all(
             type(figure) in (int, float) and 0 <= float(figure) < math.inf for figure in figures)
         return record if is_valid else None
@@ -130,8 +129,7 @@ def draw_curves(runs: dict[str, list[dict]], groups: dict[str, str] | None = Non
                 marker = "." if len(epochs) == 1 else None
                 panels[panel].plot(epochs, values, color=colours[groups[name]], marker=marker, **look)
     for panel, title in zip(panels, ("Loss", "Top-1 accuracy (%)", "Learning rate"), strict=True):
-        panel.set_title(title)
-        panel.set_xlabel("epoch")
+        panel.set(title=title, xlabel="epoch")
         panel.set_xlim(left=0)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
@@ -163,17 +161,15 @@ def save_figure(figure, path: str | Path) -> None:
     """Writes a figure in the format of the file's extension; PNG, with 128 colours and so a third as large, if it has
     none."""
     path = Path(path)
-    kind = path.suffix[1:] or "png"
     try:
-        if kind == "png":
-            figure.savefig(pixels := io.BytesIO(), format=kind)
+        if path.suffix in ("", ".png"):
+            figure.savefig(pixels := io.BytesIO(), format="png")
             Image.open(pixels).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
         else:
-            figure.savefig(path, format=kind)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror or error}); choose another file") from error
-    except ValueError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+            figure.savefig(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {path} ({reason}); choose another file") from error
 
 
 # ---- contact sheets ------------------------------------------------------------------------------

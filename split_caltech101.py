@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from data.listing import is_image, is_system
+from data.listing import class_folders, is_image
 from utils import InputError, MissingFileError, one_line_errors
 
 SEED = 1024
@@ -37,16 +37,12 @@ def plan_split(source: Path) -> dict[str, dict[str, list[str]]]:
     if not source.is_dir():
         raise MissingFileError(f"{source} is not a folder; name the one that holds the class folders")
     plan = {}
-    for folder in sorted(source.iterdir()):
-        if not folder.is_dir() or folder.name == LEFT_OUT or is_system(folder.name):
-            continue
-        images = [entry.name for entry in folder.iterdir() if entry.is_file() and is_image(entry.name)]
+    for name in [name for name in class_folders(source) if name != LEFT_OUT]:
+        images = [entry.name for entry in (source / name).iterdir() if entry.is_file() and is_image(entry.name)]
         if len(images) < 2:
-            raise InputError(
-                f"{folder} holds {len(images)} images, too few for train and val; SRC must be the folder that "
-                "holds the class folders (101_ObjectCategories)"
-            )
-        plan[folder.name] = split_class(images)
+            raise InputError(f"{source / name} holds {len(images)} images, too few for train and val; SRC must be the "
+                             "folder that holds the class folders (101_ObjectCategories)")
+        plan[name] = split_class(images)
     if not plan:
         raise MissingFileError(f"{source} holds no class folders; name the folder 101_ObjectCategories")
     return plan
@@ -65,16 +61,15 @@ def write_split(source: Path, target: Path, link: bool = False) -> dict[str, int
     if target.is_relative_to(source):
         raise InputError(f"{target} is inside {source}, where it would count as a class; choose a folder outside")
     target.mkdir(parents=True, exist_ok=True)
-    place = os.symlink if link else shutil.copyfile
-    counts = {}
+    place, counts = os.symlink if link else shutil.copyfile, {"train": 0, "val": 0}
     with tempfile.TemporaryDirectory(dir=target, prefix=".split-") as unfinished:
-        for split in ("train", "val"):
-            for name, files in plan.items():
+        for name, files in plan.items():
+            for split in counts:
                 folder = Path(unfinished, split, name)
                 folder.mkdir(parents=True)
                 for file in files[split]:
                     place(source / name / file, folder / file)
-            counts[split] = sum(len(files[split]) for files in plan.values())
+                counts[split] += len(files[split])
         for split in counts:
             Path(unfinished, split).rename(target / split)
     return counts

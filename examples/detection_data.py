@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import CocoDetection
+from torchvision.ops import nms
 from torchvision.transforms.functional import resize, to_pil_image, to_tensor
 from torchvision.utils import make_grid
 
@@ -91,10 +92,10 @@ class CocoScenes(Dataset):
 
     def __init__(self, root: Path, split: str):
         annotations = root / "annotations" / f"instances_{split}2017.json"
+        images = root / f"{split}2017"
         if not annotations.is_file():
             raise MissingFileError(f"{annotations} does not exist; --data-path takes 'digits' or a folder in COCO's "
                                    "format")
-        images = root / f"{split}2017"
         if not images.is_dir():
             raise MissingFileError(f"the folder {images} of the images does not exist")
         try:
@@ -184,21 +185,24 @@ def score(dataset: Dataset, found: list[dict]) -> tuple[float, float]:
 
 @torch.inference_mode()
 def draw_found(detector, dataset: Dataset, device: torch.device, count: int = 6, threshold: float = 0.2) -> Image.Image:
-    """The first images of a data set, three in a row, with the boxes of a score of at least ``threshold`` and their
-    classes."""
+    """The first images of a data set, three in a row, with the best box of each place and its class.
+
+    A box is drawn if its score is at least ``threshold`` and no better one overlaps it by half, whatever its class.
+    """
     detector.eval()
-    drawn, font, side = [], ImageFont.load_default(16), 320
+    drawn, font, side = [], ImageFont.load_default(24), 400
     for image, _ in (dataset[index] for index in range(min(count, len(dataset)))):
         output = {key: value.cpu() for key, value in detector([image.to(device)])[0].items()}
         scale = side / max(image.shape[1:])
         image = resize(image, [round(length * scale) for length in image.shape[1:]], antialias=True).clamp(0, 1)
         picture = to_pil_image(F.pad(image, (0, side - image.shape[2], 0, side - image.shape[1]), value=1.0))
         draw = ImageDraw.Draw(picture)
-        for box, label, score in zip(output["boxes"] * scale, output["labels"], output["scores"], strict=True):
-            if score >= threshold:
-                draw.rectangle(box.tolist(), outline="yellow", width=2)
-                text = draw.textbbox(box[:2].tolist(), dataset.classes[label], font)
-                draw.rectangle((text[0] - 2, text[1] - 2, text[2] + 2, text[3] + 2), "yellow")
-                draw.text(box[:2].tolist(), dataset.classes[label], "black", font)
+        for i in nms(output["boxes"], output["scores"], 0.5).tolist():
+            if output["scores"][i] >= threshold:
+                x1, y1, x2, y2 = (output["boxes"][i] * scale).tolist()
+                name = dataset.classes[output["labels"][i]]
+                draw.rectangle((x1, y1, x2, y2), outline="yellow", width=2)
+                draw.rectangle(draw.textbbox((x2, y1), f" {name} ", font, anchor="rt"), "yellow")
+                draw.text((x2, y1), f" {name} ", "black", font, anchor="rt")
         drawn.append(to_tensor(picture))
     return to_pil_image(make_grid(drawn, nrow=3, padding=4, pad_value=1.0))

@@ -169,7 +169,7 @@ def test_saving(tmp_path):
         assert image.size == (1575, 510) and image.mode == "P"
     plots.save_figure(figure, tmp_path / "a.svg")
     assert b"<svg" in (tmp_path / "a.svg").read_bytes()[:500]
-    with pytest.raises(ValueError, match=r"a\.xyz: .*xyz"):
+    with pytest.raises(ValueError, match=r"a\.xyz \(.*xyz"):
         plots.save_figure(figure, tmp_path / "a.xyz")
     with pytest.raises(InputError, match="cannot write .*gone"):
         plots.save_figure(figure, tmp_path / "gone" / "a.png")

@@ -143,7 +143,7 @@ def test_boxes_are_drawn_where_they_were_found():
     """Of two scenes with everything found, the picture differs from the scene along the boxes alone."""
     dataset = DigitScenes("val", 2)
     drawn, plain = (draw_found(Oracle(dataset, 0), dataset, CPU, threshold=threshold) for threshold in (0.5, 1.5))
-    assert drawn.size == plain.size == (652, 328)
+    assert drawn.size == plain.size == (812, 408)
     change = ImageChops.difference(drawn, plain).convert("L").point(lambda value: 255 * (value > 2))  # beyond rounding
     assert 0.005 < sum(change.histogram()[1:]) / (change.width * change.height) < 0.2
 
@@ -183,7 +183,7 @@ def test_training_resumes(config_file, tmp_path, capsys):
     assert detection.main([*command, "--epochs", "2"]) == 0
     whole = torch.load(tmp_path / "last.pth", weights_only=True)
     assert whole["epoch"] == 2 and "epoch 2  loss" in capsys.readouterr().out
-    assert Image.open(tmp_path / "found.jpg").size == (320, 320)
+    assert Image.open(tmp_path / "found.jpg").size == (400, 400)
     assert detection.main([*command, "--epochs", "3"]) == 0
     log = capsys.readouterr().out
     assert "after epoch 2" in log and "epoch 3  loss" in log and "epoch 2  loss" not in log
