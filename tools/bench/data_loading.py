@@ -27,7 +27,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--short-side", type=int, default=288, metavar="N",
                         help="also measure images shrunk once to a shorter side of N; 0: off; default: 288")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if min(args.images, args.turns) < 1:
+        parser.error("--images and --turns must be at least 1")
+    return args
 
 
 if __name__ == "__main__":
