@@ -1,6 +1,7 @@
 """What a run writes beside its checkpoints: the log, the metrics, its description and its curves."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -68,11 +69,10 @@ class _Formatter(logging.Formatter):
         self.coloured = coloured
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        head = f"[{self.formatTime(record, self.datefmt)}]"
+        paint = functools.partial(colored, no_color=not self.coloured, force_color=self.coloured)
+        head = paint(f"[{self.formatTime(record, self.datefmt)}]", "green")
         level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
-        if self.coloured:
-            head = colored(head, "green", force_color=True)
-            level = colored(level, self.COLOURS[record.levelno], force_color=True) if level else ""
+        level = paint(level, self.COLOURS[record.levelno]) if level else ""
         message = "\n".join(map(printable, record.message.split("\n")))  # names in it may contain terminal escapes
         return f"{head} {level}{message}"
 
@@ -84,9 +84,8 @@ def setup_console(is_first: bool) -> None:
     """
     _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        if "utf" not in (getattr(stream, "encoding", None) or "utf").lower():  # a console that cannot show every name
-            with contextlib.suppress(OSError, AttributeError):
-                stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a console that cannot show every name
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     handler = _ConsoleHandler(sys.stdout)

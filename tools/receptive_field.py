@@ -88,9 +88,9 @@ def draw_fields(fields: list[torch.Tensor], titles: list[str]):
     size = (2.5 * len(fields) + 0.7, 2.5 * height / width + 0.5)
     figure, panels = new_figure(1, len(fields), size, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for panel, field, title in zip(panels.flat, fields, titles, strict=True):
-        image = panel.imshow((field / field.max()).clamp(min=1e-4), cmap="magma", norm=LogNorm(1e-4, 1), aspect="auto")
-        panel.set_title(title, fontsize=9)
-    figure.colorbar(image, ax=panels, label="gradient / largest", fraction=0.02, pad=0.01)
+        image = panel.imshow((field / field.max()).clamp(min=1e-4), cmap="magma", norm=LogNorm(1e-4, 1))
+        panel.set_title(title, fontsize=8)
+    figure.colorbar(image, ax=panels, label="gradient / largest", format="%g", fraction=0.02, pad=0.01)
     return figure
 
 
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     measured = effective_fields(lambda x: model.forward_intermediates(x, intermediates_only=True), images.to(device))
     fields, sizes = zip(*measured, strict=True)
     held = [areas(field, size) for field, size in measured]
-    titles = [f"stage {stage}: {h} x {w}\n50 % of it in {100 * shares[1]:.1f} % of the image"
+    titles = [f"stage {stage}: {h} x {w}\n50 % in {100 * shares[1]:.1f} % of the image"
               for stage, ((h, w), shares) in enumerate(zip(sizes, held, strict=True), start=1)]
     save_figure(draw_fields(fields, titles), args.figure)
     numbers = Path(args.figure).with_suffix(".npz")
