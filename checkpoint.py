@@ -87,7 +87,8 @@ def load_file(path: str | Path) -> dict:
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file can fail in any way inside the reader
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {_first_line(error)}") from error
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from error
 
 
 def save_file(content: dict, path: str | Path) -> None:
