@@ -85,7 +85,7 @@ def test_what_cannot_be_converted(tmp_path, capsys):
     for arguments, message in (
         ([source, tmp_path / "target", "--to", "zip"], "different classes: 1 missing from val (cat)"),
         ([source, source, "--to", "zip"], "is not empty; choose another folder"),
-        ([tmp_path / "none", tmp_path / "target", "--to", "zip"], "none does not exist; name the folder of the data set"),
+        ([tmp_path / "none", tmp_path / "target", "--to", "zip"], "none does not exist; name the folder"),
     ):
         assert convert_dataset.main([str(argument) for argument in arguments]) == 2
         assert message in capsys.readouterr().err
