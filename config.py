@@ -391,9 +391,9 @@ def _check(config: CfgNode) -> None:
     require(config.TAG.strip(), "TAG", "the name of a folder; it may not be empty")
     for key, value in values.items():
         require(not isinstance(value, str) or "\0" not in value, key, "text without a NUL character")
-    if re.match(r"\w+://[^/]*@", config.DATA.MIRROR):  # not shown: it would be in the log, too
-        raise InputError("DATA.MIRROR holds a user name or password, which config.yaml and the checkpoints would keep; "
-                         "leave it out; download the archive by hand and put it into DATA.DATA_PATH")
+    if re.search("[@?]", config.DATA.MIRROR):  # not shown: it would be in the log, too
+        raise InputError("DATA.MIRROR holds a user name or password, or a query, which config.yaml and the checkpoints "
+                         "would keep; leave it out; download the archive by hand and put it into DATA.DATA_PATH")
 
 
 # ---- YAML ------------------------------------------------------------------------------------------

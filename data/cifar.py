@@ -88,14 +88,18 @@ def download_cifar(name: str, root: Path, mirror: str = "") -> None:
     url = f"{mirror.rstrip('/')}/{cifar.python.filename}" if mirror else cifar.python.url
     try:
         download_and_extract_archive(url, str(root), filename=cifar.python.filename, md5=cifar.python.tgz_md5)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of the network, the URL, the disk or the archive
         raise MissingFileError(f"{name} could not be downloaded from {url} ({error}); {_wanted(cifar, root)}, or name "
                                 "another host of this file with --opts DATA.MIRROR URL") from error  # fmt: skip
 
 
 def cifar_folder(path: Path) -> Path:
     """The folder that ``--data-path`` names, which may be one of the archives in it."""
-    return path.parent if path.name.endswith(".tar.gz") else path
+    if path.name.endswith(".tar.gz"):
+        return path.parent
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; name a folder, or one of the published .tar.gz archives")
+    return path
 
 
 def _md5(path: Path) -> str:

@@ -108,10 +108,10 @@ def _cached(place: Path, folder: Path, classes: list[str]) -> tuple[Names, np.nd
         cached = load(place)
         names, labels = Names(cached["text"], cached["ends"]), cached["labels"]
         folders, times = Names(cached["folders"], cached["folder_ends"]), cached["times"].tolist()
-        text = names.text.tobytes()
         is_sound = labels.dtype == np.int64 and labels.shape == (len(names),) and cached["classes"].tolist() == classes
-        is_sound = is_sound and np.isin(labels, range(len(classes))).all() and folders[0] == ""
-        is_sound = is_sound and b"\0" not in text and b"../" not in text  # only what is below the folder
+        is_sound = is_sound and np.array_equal(np.unique(labels), range(len(classes))) and folders[0] == ""
+        text, begins = names.text.tobytes(), np.append(0, names.ends[:-1])  # only what is below the folder:
+        is_sound = is_sound and not any(part in text for part in (b"\0", b"../")) and ord("/") not in names.text[begins]
         if is_sound and all(_time(folder / path) == time for path, time in zip(folders, times, strict=True)):
             return names, labels, str(cached["skipped"])
     return None
@@ -167,6 +167,8 @@ def load(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays saved for ``path``, there or in the user's cache; None if they cannot be read."""
     for place in (path, _in_cache(path)):
         with contextlib.suppress(Exception):  # whatever is wrong with the file, it is written anew
+            if not place.is_file():  # a pipe would be waited for
+                continue
             with zipfile.ZipFile(place) as archive, np.load(place, allow_pickle=False) as arrays:
                 # Uncompressed, as save() writes it; otherwise a small file could fill the memory.
                 if all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist()):

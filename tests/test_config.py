@@ -531,7 +531,8 @@ def test_bytes_that_are_not_utf8(tmp_path):
     ("TRAIN.EPOCHS", "1_000", "TRAIN.EPOCHS takes int"), ("OUTPUT", "a\0b", "OUTPUT is .* without a NUL"),
     ("DATA.DATA_PATH", "\0", "DATA_PATH is .* without a NUL"), ("TAG", "x" * 256, "TAG is .* at most 255 bytes"),
     ("MODEL.NAME", "ä" * 128, "MODEL.NAME is .* at most 255 bytes"),
-    ("DATA.MIRROR", "https://me:secret@host/cifar", "DATA.MIRROR holds a user name or password"),
+    *[("DATA.MIRROR", url, "DATA.MIRROR holds a user name or password") for url in
+      ("https://me:secret@host/cifar", " https://me:secret@host", "me:secret@host/cifar", "https://host/?key=secret")],
 ])
 def test_odd_values_are_errors_of_their_key(key, value, message):
     with pytest.raises(InputError, match=message) as caught:

@@ -131,6 +131,18 @@ def test_download_failure_says_what_to_put_where(tmp_path, monkeypatch):
         download_cifar("cifar10", tmp_path)
 
 
+@pytest.mark.parametrize("url", ["nonsense", "http://127.0.0.1:x/", "http://[", " http://127.0.0.1:9/"])
+def test_a_mirror_that_is_no_url(url, tmp_path):
+    with pytest.raises(FileNotFoundError, match="cifar10 could not be downloaded from"):
+        download_cifar("cifar10", tmp_path, url)
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(ValueError, match=r"a is a file; name a folder, or one of the published \.tar\.gz archives"):
+        download_cifar("cifar10", tmp_path / "a")
+
+
 def test_a_mirror_is_asked_instead(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(cifar, "download_and_extract_archive", lambda *args, **options: asked.append((args, options)))

@@ -120,7 +120,8 @@ def encrypted(path):
     path.write_bytes(data.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"))
 
 
-@pytest.mark.parametrize("spoil", ["8 TiB", "negative", "no array", "encrypted", "no folders", "outside"])
+@pytest.mark.parametrize("spoil", ["8 TiB", "negative", "no array", "encrypted", "no folders", "outside", "absolute",
+                                   "one class", "pipe", "device"])
 def test_a_listing_that_claims_anything_is_made_again(spoil, tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "WORTH_CACHING", 2)
     folder, place = write(tmp_path), tmp_path / ".listing_train.npz"
@@ -139,9 +140,15 @@ def test_a_listing_that_claims_anything_is_made_again(spoil, tmp_path, monkeypat
         none = Names.of([])
         listing.save(place, arrays | {"folders": none.text, "folder_ends": none.ends, "times": np.zeros(0, np.int64)})
         (folder / "cat" / "new.png").touch()
-    elif spoil == "outside":
-        text = arrays["text"].tobytes().replace(b"cat/10.png", b"../../a.px")
+    elif spoil in ("outside", "absolute"):
+        other = b"../../a.px" if spoil == "outside" else b"/etc/a.png"
+        text = arrays["text"].tobytes().replace(b"cat/10.png", other)
         listing.save(place, arrays | {"text": np.frombuffer(text, np.uint8)})
+    elif spoil == "one class":
+        listing.save(place, arrays | {"labels": np.zeros(6, np.int64)})
+    elif spoil in ("pipe", "device"):
+        place.unlink()
+        os.mkfifo(place) if spoil == "pipe" else place.symlink_to("/dev/zero")
     else:
         with zipfile.ZipFile(place, "w") as archive:
             for name, array in arrays.items():
@@ -151,7 +158,8 @@ def test_a_listing_that_claims_anything_is_made_again(spoil, tmp_path, monkeypat
         encrypted(place)
         assert listing.load(place) is None
     settle(folder)
-    assert set(found(folder)[0]) == {*FILES, *(["cat/new.png"] if spoil == "no folders" else [])}
+    names, labels = found(folder)
+    assert set(names) == {*FILES, *(["cat/new.png"] if spoil == "no folders" else [])} and set(labels) == {0, 1}
 
 
 def test_a_compressed_file_is_not_unpacked(tmp_path):
