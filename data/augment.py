@@ -106,48 +106,34 @@ class Augmentation:
             magnitude = rng.uniform(0, magnitude)
         elif op.magnitude_std > 0:
             magnitude = rng.gauss(magnitude, op.magnitude_std)
-        level = max(0.0, min(magnitude, op.magnitude_max or 10.0)) / 10
+        level = max(0.0, min(magnitude, op.magnitude_max or 10.0))
         sampling = op.kwargs["resample"]
         sampling = rng.choice(sampling) if isinstance(sampling, (list, tuple)) else sampling
-        return Step(*self._value(op.name, level, op.hparams, rng), sampling == Resampling.BICUBIC)
+        return Step(*self._value(op, level, rng), sampling == Resampling.BICUBIC)
 
-    def _value(self, name: str, level: float, hparams: dict, rng: random.Random) -> tuple[str, float]:
-        """The operation behind one of timm's names, and its value at a level from 0 (weak) to 1 (strong)."""
-        sign = -1.0 if rng.random() < 0.5 else 1.0
+    def _value(self, op: auto_augment.AugmentOp, level: float, rng: random.Random) -> tuple[str, float]:
+        """The operation behind one of timm's names, and its value at a level from 0 (weak) to 10 (strong).
+
+        timm computes the values into which no random number goes; its others would come from the global generator.
+        """
+        name, strength, sign = op.name, level / 10, -1.0 if rng.random() < 0.5 else 1.0
         match name:
-            case "AutoContrast" | "Equalize" | "Invert":
-                return name, 0.0
             case "Rotate":
-                return name, sign * 30 * level
-            case "Posterize":
-                return name, int(4 * level)
-            case "PosterizeIncreasing":
-                return "Posterize", 4 - int(4 * level)
-            case "PosterizeOriginal":
-                return "Posterize", 4 + int(4 * level)
-            case "Solarize":
-                return name, min(256, int(256 * level))
-            case "SolarizeIncreasing":
-                return "Solarize", 256 - min(256, int(256 * level))
-            case "SolarizeAdd":
-                return name, min(128, int(110 * level))
-            case "Color" | "Contrast" | "Brightness" | "Sharpness":
-                return name, 1.8 * level + 0.1
+                return name, sign * 30 * strength
             case "ColorIncreasing" | "ContrastIncreasing" | "BrightnessIncreasing" | "SharpnessIncreasing":
-                return name.removesuffix("Increasing"), max(0.1, 1 + sign * 0.9 * level)
+                return name.removesuffix("Increasing"), max(0.1, 1 + sign * 0.9 * strength)
             case "ShearX" | "ShearY":
-                return name, sign * 0.3 * level
+                return name, sign * 0.3 * strength
             case "TranslateX" | "TranslateY":
-                return name, sign * hparams["translate_const"] * level
+                return name, sign * op.hparams["translate_const"] * strength
             case "TranslateXRel" | "TranslateYRel":
-                return name.removesuffix("Rel"), sign * hparams.get("translate_pct", 0.45) * level * self.size
+                return name.removesuffix("Rel"), sign * op.hparams.get("translate_pct", 0.45) * strength * self.size
             case "Desaturate":
-                return "Color", 1 - min(1.0, 0.5 + 0.5 * level)
-            case "GaussianBlur":
-                return name, min(2.0, 0.1 + 1.9 * level)
+                return "Color", 1 - min(1.0, 0.5 + 0.5 * strength)
             case "GaussianBlurRand":
-                return "GaussianBlur", rng.uniform(0.1, 2.0 * min(1.0, level))
-        raise ValueError(f"timm's operation {name} is not supported here")
+                return "GaussianBlur", rng.uniform(0.1, 2.0 * min(1.0, strength))
+        value = op.level_fn(level, op.hparams)[0] if op.level_fn else 0.0
+        return name.removesuffix("Increasing").removesuffix("Original"), value
 
 
 def _parse(name: str, size: int, interpolation: str):

@@ -3,7 +3,7 @@
 import contextlib
 import gzip
 import unicodedata
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 
@@ -22,13 +22,7 @@ SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "valida
 
 
 class ArraySet(ImageSet):
-    """Images held in memory.
-
-    Args:
-        images: uint8 (N, H, W, 3).
-        labels: N integers.
-        classes: names, by label.
-    """
+    """Images in memory, uint8 (N, H, W, 3), with their labels and the names of the classes."""
 
     def __init__(self, images: np.ndarray, labels: list[int], classes: list[str]):
         self.images, self.labels, self.classes = images, labels, classes
@@ -38,12 +32,7 @@ class ArraySet(ImageSet):
 
 
 class Subset(ImageSet):
-    """Some images of a data set.
-
-    Args:
-        images: the data set.
-        chosen: their indices (N).
-    """
+    """Some images of a data set, of which ``chosen`` (N) holds the indices."""
 
     def __init__(self, images: ImageSet, chosen: np.ndarray):
         self.images, self.chosen, self.classes = images, chosen, images.classes
@@ -105,16 +94,16 @@ class FolderDataset(ImageSet):
 
 def _likely_cause(root: Path) -> str:
     """A likely reason why a split of a data set is missing, for its message."""
-    for other in (root.parent, *(root / name for name in class_folders(root))):
-        if class_folders(split_folder(other, "train")) and class_folders(split_folder(other, "val")):
-            return f"; name {other} instead"
     if (root / "train_map.txt").is_file():
         return "; add --zip"
-    train = class_folders(split_folder(root, "train")) or find_shards(root, "train") or is_hub_folder(root)
-    if train or _holds_classes(root):
-        return "; to evaluate on a part of the training images, add --opts DATA.HOLD_OUT 0.2"
-    drive = PureWindowsPath(root).drive
-    return f"; this is a Windows path, which WSL has under /mnt/{drive[0].lower()}" if drive else ""
+    with contextlib.suppress(OSError):  # folders that may not be read
+        for other in (root.parent, *(root / name for name in class_folders(root))):
+            if class_folders(split_folder(other, "train")) and class_folders(split_folder(other, "val")):
+                return f"; name {other} instead"
+        train = class_folders(split_folder(root, "train")) or find_shards(root, "train") or is_hub_folder(root)
+        if train or _holds_classes(root):
+            return "; to evaluate on a part of the training images, add --opts DATA.HOLD_OUT 0.2"
+    return ""
 
 
 def _holds_classes(root: Path) -> bool:
@@ -123,11 +112,10 @@ def _holds_classes(root: Path) -> bool:
 
 
 def prepare_data(config) -> None:
-    """The work to be done once per machine: downloads CIFAR, lists folders, indexes shards. Call it before the loaders.
+    """The work to be done once per machine, before the loaders: downloads CIFAR, lists folders, indexes shards.
 
     Raises:
-        MissingFileError: the download failed; the message says which file to put where.
-        InputError: CIFAR's files are not usable; those of other data sets are checked when they are opened.
+        MissingFileError, InputError: see ``download_cifar``; other data sets are checked when the loaders open them.
     """
     if config.DATA.DATASET in CIFAR:
         download_cifar(config.DATA.DATASET, data_path(config), config.DATA.MIRROR)
@@ -182,8 +170,7 @@ def _open(config, split: str, rank: int = 0, world_size: int = 1) -> ImageSet:
 def hold_out(images: ImageSet, share: float, part: str) -> ImageSet:
     """The ``"val"`` part of a training set, a fixed random ``share`` of each class, or the rest, ``"train"``.
 
-    Which images of a class are held out depends only on their number. Every class of two images or more is in both
-    parts.
+    Which images of a class are held out depends only on their number. A class of two images or more is in both parts.
     """
     labels = np.array(images.labels)
     order, ends = np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))
@@ -191,6 +178,8 @@ def hold_out(images: ImageSet, share: float, part: str) -> ImageSet:
     for members in np.split(order, ends[:-1]):
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         is_held[np.random.RandomState(0).permutation(members)[: max(count, 0)]] = True
+    if not is_held.any():
+        raise InputError("DATA.HOLD_OUT needs a class of two images or more; there is none to evaluate on")
     chosen = np.flatnonzero(is_held if part == "val" else ~is_held)
     if isinstance(images, ArraySet):
         return ArraySet(images.images[chosen], labels[chosen].tolist(), images.classes)
@@ -198,11 +187,7 @@ def hold_out(images: ImageSet, share: float, part: str) -> ImageSet:
 
 
 def data_path(config) -> Path:
-    """The data set's folder.
-
-    Raises:
-        InputError: ``DATA.DATA_PATH`` is empty.
-    """
+    """The data set's folder; raises InputError if ``DATA.DATA_PATH`` is empty."""
     if not config.DATA.DATA_PATH:
         raise InputError(f"DATA.DATA_PATH is empty; name the folder of {config.DATA.DATASET} with --data-path DIR")
     return Path(config.DATA.DATA_PATH).expanduser()
@@ -255,19 +240,17 @@ def check_zip_classes(root: Path, num_classes: int) -> None:
 
 def check_same_classes(train: list[str], val: list[str], where: Path) -> None:
     """Raises an InputError that names the classes if those of the two splits differ."""
-    faults = []
-    for split, missing in (("val", set(train) - set(val)), ("train", set(val) - set(train))):
-        if missing:
-            faults.append(f"{len(missing)} missing from {split} ({_shown(sorted(missing))})")
-    if not faults and train != val:
+    if train == val:
+        return
+    faults = [f"{len(missing)} missing from {split} ({_shown(sorted(missing))})"
+              for split, missing in (("val", set(train) - set(val)), ("train", set(val) - set(train))) if missing]
+    if not faults:
         label = next(label for label in range(len(train)) if train[label] != val[label])
-        faults.append(f"label {label} is {train[label]} in train and {val[label]} in val")
-    composed, others = ({unicodedata.normalize("NFC", name) for name in names} for names in (train, val))
-    if faults and composed == others:
+        faults = [f"label {label} is {train[label]} in train and {val[label]} in val"]
+    elif len({tuple(sorted(unicodedata.normalize("NFC", name) for name in names)) for names in (train, val)}) == 1:
         faults.append("these names look the same and differ only in their Unicode form, composed (NFC) or decomposed "
                       "(NFD, as macOS writes); rename the folders of one split")  # fmt: skip
-    if faults:
-        raise InputError(printable(f"{where}: train and val have different classes: {'; '.join(faults)}"))
+    raise InputError(printable(f"{where}: train and val have different classes: {'; '.join(faults)}"))
 
 
 def _shown(names: list[str]) -> str:

@@ -151,7 +151,7 @@ def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile ends at a damaged header, too
                 raise ValueError(f"its end, or the header at byte {tar.offset}, is missing or damaged")
-    except InputError:
+    except (InputError, PermissionError):
         raise
     except Exception as error:  # tarfile raises many types of errors
         raise InputError(printable(f"{path} is not a complete tar file ({error}); download it again")) from None

@@ -89,7 +89,7 @@ class TrainSet(Dataset):
                 if not self.skip_bad:
                     raise with_advice(error) from None
                 errors.append(str(error))
-        raise ImageError("no image of the training set can be read")
+        raise ImageError(f"no image of the training set can be read; the first error: {errors[0]}")
 
 
 class EvalSet(Dataset):

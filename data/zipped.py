@@ -1,5 +1,6 @@
 """Swin-Transformer's zip form of a data set: an archive of images and a text file with their labels."""
 
+import collections
 import functools
 import os
 import posixpath
@@ -91,7 +92,7 @@ def read_map(path: Path, num_classes: int) -> tuple[list[str], list[int], list[s
     """
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; it holds one line 'path/in/zip.jpg<TAB>label' for each image")
-    members, labels, folders, lines = [], [], {}, {}
+    members, labels, folders = [], [], {}
     for line, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         member, tab, label = text.rpartition("\t")
         if not (member and tab and label.strip().isdecimal() and len(label) < 20):
@@ -100,17 +101,14 @@ def read_map(path: Path, num_classes: int) -> tuple[list[str], list[int], list[s
             raise InputError(
                 f"{path}:{line}: label {int(label)} is not in 0..{num_classes - 1} (MODEL.NUM_CLASSES is {num_classes})"
             )
-        first = lines.setdefault(member, line)
-        if first != line:
-            raise InputError(
-                f"{path}:{line}: {printable(member)} has label {int(label)} here and label {labels[first - 1]} in line "
-                f"{first}; keep one of the two lines"
-            )
         members.append(member)
         labels.append(int(label))
         folders.setdefault(int(label), set()).add(posixpath.basename(posixpath.dirname(member)))
     if not members:
         raise InputError(f"{path} is empty; it holds one line 'path/in/zip.jpg<TAB>label' for each image")
+    twice, count = collections.Counter(members).most_common(1)[0]
+    if count > 1:
+        raise InputError(printable(f"{path}: {twice} is in {count} lines; keep one of them"))
     for label in range(max(labels)):
         if label not in folders:
             raise InputError(f"{path}: no image has label {label}, though labels go up to {max(labels)}")

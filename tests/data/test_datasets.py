@@ -104,6 +104,8 @@ def test_rare_classes_are_held_out_too(labels, held):
     images = ArraySet(np.zeros((len(labels), 1, 1, 3), np.uint8), labels, ["a", "b"])
     assert np.bincount(hold_out(images, 0.1, "val").labels, minlength=2).tolist() == held
     assert set(hold_out(images, 0.1, "train").labels) == {0, 1}
+    with pytest.raises(InputError, match="DATA.HOLD_OUT needs a class of two images or more"):
+        hold_out(ArraySet(images.images[:2], [0, 1], ["a", "b"]), 0.1, "train")
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "Val", "Validation"])
