@@ -1,13 +1,12 @@
 """CIFAR-10 and CIFAR-100: the official binary version, or torchvision's Python version."""
 
 import contextlib
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torchvision import datasets
-from torchvision.datasets.utils import download_and_extract_archive, extract_archive
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive, extract_archive
 
 from utils import InputError, MissingFileError
 
@@ -71,7 +70,8 @@ def download_cifar(name: str, root: Path, mirror: str = "") -> None:
     """
     root, cifar = cifar_folder(root), CIFAR[name]
     folder = _binary_folder(cifar, root)
-    if folder and all(_md5(folder / file) == md5 for split in cifar.files.values() for file, md5 in split.items()):
+    files = cifar.files["train"] | cifar.files["val"]
+    if folder and all(check_integrity(folder / file, md5) for file, md5 in files.items()):
         return
     with contextlib.suppress(RuntimeError):  # some of its files are missing or damaged: unpack it again
         cifar.python(root)
@@ -79,8 +79,8 @@ def download_cifar(name: str, root: Path, mirror: str = "") -> None:
     for file, md5 in ((cifar.binary_archive, cifar.binary_md5), (cifar.python.filename, cifar.python.tgz_md5)):
         path = root / file
         if path.is_file():
-            if _md5(path) != md5:
-                raise InputError(f"{path} is damaged: its MD5 is {_md5(path)}, expected {md5}; download it again")
+            if not check_integrity(path, md5):
+                raise InputError(f"{path} is damaged: its MD5 is not {md5}; download it again")
             extract_archive(str(path), str(root))
             return
     if folder:
@@ -102,14 +102,10 @@ def cifar_folder(path: Path) -> Path:
     return path
 
 
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else ""
-
-
 def _binary_folder(cifar: Cifar, root: Path) -> Path | None:
     if (root / cifar.binary_folder).is_dir():
         return root / cifar.binary_folder
-    return root if any((root / file).is_file() for split in cifar.files.values() for file in split) else None
+    return root if any((root / file).is_file() for file in cifar.files["train"] | cifar.files["val"]) else None
 
 
 def _wanted(cifar: Cifar, root: Path) -> str:
@@ -142,9 +138,9 @@ def read_cifar(name: str, root: Path, split: str) -> tuple[np.ndarray, list[int]
         if not path.is_file():
             raise MissingFileError(f"{path} does not exist; unpack the binary version into {folder} again, or remove "
                                    "this folder to have the data set downloaded")  # fmt: skip
-        if md5 and _md5(path) != md5:
-            raise InputError(f"{path} is damaged: its MD5 is {_md5(path)}, expected {md5}; remove its folder and "
-                             "unpack or download the data set again")  # fmt: skip
+        if not check_integrity(path, md5):
+            raise InputError(f"{path} is damaged: its MD5 is not {md5}; remove its folder and unpack or download the "
+                             "data set again")  # fmt: skip
     records = np.concatenate([np.fromfile(folder / file, np.uint8) for file in cifar.files[split]])
     records = records.reshape(-1, cifar.label_bytes + 3072)
     pixels = records[:, cifar.label_bytes :].reshape(-1, 3, 32, 32)

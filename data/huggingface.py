@@ -45,7 +45,10 @@ class HubDataset(ImageSet):
     """
 
     def __init__(self, root: Path, split: str):
-        datasets = _package(root)
+        try:
+            import datasets  # optional
+        except ImportError as error:
+            raise MissingFileError(f"{root} needs a package: pip install datasets ({error})") from None
         self.root, self.split = root, split
         try:
             table = self._open(datasets).with_format(None)
@@ -66,19 +69,17 @@ class HubDataset(ImageSet):
                                  "classes; remove images without a label")  # fmt: skip
 
     def _open(self, datasets):
-        if _is_saved(self.root):
-            splits = _saved(self.root, datasets)
-            found = next((name for name in SPLITS[self.split] if name in splits), None)
-            if found:
-                return splits[found]
-            missing = f"split {' or '.join(SPLITS[self.split])}; it has {', '.join(splits)}"
-        else:
-            files = [glob.escape(path) for path in _parquet(self.root, self.split)]
-            if files:
-                return datasets.load_dataset("parquet", data_files={"train": files}, split="train")
-            missing = f"{SPLITS[self.split][0]}*.parquet"
+        files = [glob.escape(path) for path in _parquet(self.root, self.split)]
+        if files and not _is_saved(self.root):
+            return datasets.load_dataset("parquet", data_files={"train": files}, split="train")
+        splits = _saved(self.root) if _is_saved(self.root) else {}
+        for name in SPLITS[self.split]:
+            if name in splits:
+                return splits[name]
         hint = "; to evaluate on a part of the training images, add --opts DATA.HOLD_OUT 0.2"
-        raise MissingFileError(f"{self.root} has no {missing}{hint if self.split == 'val' else ''}")
+        there = ", ".join(splits) or "other Parquet files"
+        raise MissingFileError(f"{self.root} has no split {' or '.join(SPLITS[self.split])}; it has {there}"
+                               f"{hint if self.split == 'val' else ''}")  # fmt: skip
 
     def read(self, index: int) -> bytes:
         image = self.table[int(index)]["image"]
@@ -91,28 +92,22 @@ class HubDataset(ImageSet):
 
 
 def hub_classes(root: Path, split: str) -> list[str]:
-    """The names of a split's classes, without opening its images; none if there is no such split."""
-    datasets, found = _package(root), []
+    """The names of a split's classes, without opening its images; none if it has none that can be read."""
     with contextlib.suppress(Exception):  # HubDataset says what is wrong
-        if _is_saved(root):
-            splits = _saved(root, datasets)
-            found = [splits[name].features for name in SPLITS[split] if name in splits]
-        elif files := _parquet(root, split):
-            from pyarrow import parquet  # datasets requires it
+        from datasets import Features
+        from pyarrow import parquet
 
-            found = [datasets.Features.from_arrow_schema(parquet.read_schema(files[0]))]
-        return list(found[0]["label"].names)
+        if _is_saved(root):
+            splits = _saved(root)
+            features = next(splits[name].features for name in SPLITS[split] if name in splits)
+        else:
+            features = Features.from_arrow_schema(parquet.read_schema(_parquet(root, split)[0]))
+        return list(features["label"].names)
     return []
 
 
-def _saved(root: Path, datasets) -> dict:
-    content = datasets.load_from_disk(str(root))
+def _saved(root: Path) -> dict:
+    from datasets import load_from_disk
+
+    content = load_from_disk(str(root))
     return content if isinstance(content, dict) else {"train": content}
-
-
-def _package(root: Path):
-    try:
-        import datasets  # optional
-    except ImportError as error:
-        raise MissingFileError(f"{root} needs a package: pip install datasets ({error})") from None
-    return datasets
