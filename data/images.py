@@ -87,12 +87,7 @@ class ImageSet(Dataset):
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of an image file; only regular files are opened, since a pipe without a writer would block.
-
-    Raises:
-        MissingFileError: there is no such file.
-        ImageError: it cannot be read.
-    """
+    """The bytes of an image file; a pipe, which could block, is an ImageError, a missing file a MissingFileError."""
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -105,27 +100,18 @@ def read_file(path: str | Path) -> bytes:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """The image file at ``path`` as an upright RGB image.
-
-    Raises:
-        MissingFileError: there is no such file.
-        ImageError: it cannot be read, or is not a complete image.
-    """
+    """The image file at ``path`` as an upright RGB image; raises what ``read_file`` and ``decode`` raise."""
     return Image.fromarray(decode(read_file(path), str(path)))
 
 
 def decode(data: bytes, name: str) -> np.ndarray:
-    """The image that ``data`` encodes as uint8 (H, W, 3), turned upright by its EXIF orientation.
+    """The image that a whole file in one of ``FORMATS`` encodes, as uint8 (H, W, 3), turned upright by its orientation.
 
     Grayscale, palette and CMYK images are converted, an alpha channel is dropped, 16-bit grayscale is scaled to 8 bits.
     Of an animation it is the first picture.
 
-    Args:
-        data: a whole image file, in one of ``FORMATS``.
-        name: its name in error messages.
-
     Raises:
-        ImageError: ``data`` is empty, truncated, damaged or not an image.
+        ImageError: the file, called ``name`` in messages, is empty, truncated, damaged or not an image.
     """
     name = printable(name)
     if not data:
@@ -143,7 +129,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
             turn = _UPRIGHT.get(_orientation(image))
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image of a known format") from None
-    except Exception as error:  # decoders raise a dozen types of errors, which do not name the file
+    except Exception as error:  # decoders raise a dozen types of errors
         raise ImageError(f"{name} cannot be decoded ({type(error).__name__}: {printable(str(error))})") from error
     return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
 

@@ -53,12 +53,8 @@ def has_images(folder: Path) -> str:
 class Names(Sequence):
     """Strings in two arrays; a list of a million strings would be copied into every data worker.
 
-    Args:
-        text: uint8, all names in UTF-8, without separators.
-        ends: int64, the end of each name.
-
-    Raises:
-        ValueError: the arrays, which may come from a file, do not match.
+    ``text`` (uint8) holds all names in UTF-8, without separators, ``ends`` (int64) the end of each. Raises ValueError
+    if the arrays, which may come from a file, do not match.
     """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray):

@@ -20,9 +20,6 @@ class TrainBatchSampler(Sampler):
         rank, world_size: this process and the number of them.
         sharded: every rank permutes only its own images, ``rank, rank + world_size, ...`` (it holds no others).
         labels: of the images, to draw every class equally often, with replacement, instead of every image once.
-
-    Raises:
-        ValueError: there are not enough images for one batch on every rank.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, sharded=False,

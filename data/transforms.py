@@ -52,14 +52,11 @@ class Batch:
 class TrainSet(Dataset):
     """``(epoch, index)`` to a ``Sample``: a function of seed, epoch and index only.
 
-    It does not matter which worker of which process prepares an image, or which images came before it. A run that is
-    resumed in the middle of an epoch sees the images that the uninterrupted run would have seen.
-
     Args:
         images: the data set.
         augmentation: of the images.
         on_device: leave the augmentation, but for the crop, to the device.
-        skip_bad: whether to replace an image that cannot be read with the next one instead of raising an error.
+        skip_bad: replace an image that cannot be read with the next one instead of raising an error.
     """
 
     def __init__(self, images: ImageSet, augmentation: Augmentation, on_device: bool = False, skip_bad: bool = False):
@@ -137,9 +134,7 @@ def build_transform(config):
     """The preprocessing of evaluation, with Pillow: an RGB PIL image to a normalised float32 (3, IMG_SIZE, IMG_SIZE).
 
     Resizes the shorter side to 256/224 of the input size and crops the centre, or, with ``TEST.CROP`` off, resizes the
-    whole image to the input size.
-
-    The transform raises ImageError for an image so narrow that it would be enormous after resizing.
+    whole image to the input size. Raises ImageError for an image so narrow that it would be enormous after resizing.
     """
     normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return transforms.Compose([*_fit(config).transforms, transforms.ToTensor(), normalize])
@@ -166,8 +161,6 @@ class Resize(transforms.Resize):
         width, height = image.size
         pixels = self.size**2 * max(width, height) / min(width, height)
         if pixels > MOST_PIXELS:
-            raise ImageError(
-                f"an image of {width}x{height} pixels would have {pixels:.2g} once resized to a shorter side of "
-                f"{self.size}; the limit is {MOST_PIXELS:.2g}. Crop or remove it, or set TEST.CROP False"
-            )
+            raise ImageError(f"an image of {width}x{height} pixels would have {pixels:.2g} once resized to a shorter "
+                             f"side of {self.size}. Crop or remove it, or set TEST.CROP False")  # fmt: skip
         return super().forward(image)
