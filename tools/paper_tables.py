@@ -1,8 +1,7 @@
-"""The paper's tables with this repository's results, from finished runs, as Markdown and CSV:
+"""The paper's tables with this repository's results, from finished runs, as Markdown:
 
     python tools/paper_tables.py                              # all tables, from the runs under output/
     python tools/paper_tables.py cifar10 --runs output docs/results
-    python tools/paper_tables.py cifar10_cpu --output docs/results     # docs/results/cifar10_cpu.md and .csv
 
 A run counts for the row with the same network, data and recipe, whatever its folder is called: its saved config is
 compared with the row's. Several seeds give mean and standard deviation. Accuracies are those of the last epoch, in
@@ -26,8 +25,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("table", nargs="*", help="tables of tools/tables.yaml; default: all")
     parser.add_argument("--runs", nargs="+", metavar="DIR",
                         help="folders to search for runs, at any depth; default: output, if it exists")
-    parser.add_argument("--output", type=Path, metavar="DIR",
-                        help="write DIR/TABLE.md and DIR/TABLE.csv; default: print Markdown")
     parser.add_argument("--export", type=Path, metavar="DIR",
                         help="copy the records of the runs that the tables hold to DIR/ROW/seedN/, without paths of "
                              "this machine; --runs DIR makes the same tables again")
@@ -39,7 +36,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments()  # before the slow imports, so that --help is fast
 
-import csv
 import json
 import statistics
 from dataclasses import dataclass
@@ -93,10 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         found = {row.key: [run for run in runs if not run.differences(row)] for row in rows}
         strays = [run for run in strays if not any(run in row_runs for row_runs in found.values())]
         lines = [line for row in rows for line in lines_of_row(row, rows, found[row.key])]
-        if args.output:
-            write_table(args.output / name, title, lines)
-        else:
-            print(f"## {title}\n\n{to_markdown(lines)}")
+        print(f"## {title}\n\n{to_markdown(lines)}")
         if args.export:
             export(found, args.export)
     report_strays(strays, tables, chosen)
@@ -215,17 +208,6 @@ def to_markdown(lines: list[dict[str, str]]) -> str:
     """The table in GitHub's Markdown."""
     rows = [list(lines[0]), ["---"] * len(lines[0]), *(line.values() for line in lines)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def write_table(stem: Path, title: str, lines: list[dict[str, str]]) -> None:
-    """Writes ``stem``.md and ``stem``.csv."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(f"{title}\n\n{to_markdown(lines)}", encoding="utf-8")
-    with open(stem.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    print(f"written {stem.with_suffix('.md')} and {stem.with_suffix('.csv')}")
 
 
 def export(found: dict[str, list[Run]], folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Tables from made-up runs of known numbers: the exact cells."""
 
-import csv
 import json
 import shutil
 
@@ -188,25 +187,19 @@ def test_a_run_whose_settings_changed_on_the_way_counts_for_no_row(tables, tmp_p
         assert "runs/a is in no table; the nearest is first, but it has TRAIN.EPOCHS 1 -> 2 since update 7" in error
 
 
-def test_files_and_export(tables, tmp_path):
+def test_export(tables, tmp_path):
     """What is exported holds no path of this machine and makes the same table again."""
     for seed, accuracy in enumerate((90.0, 92.0)):
         add_run(tmp_path, "first", f"a{seed}", [10.0, accuracy], "SEED", seed)
-    status, output, _ = tables("tiny", "--output", "docs/results", "--export", "records")
-    assert status == 0 and "docs/results/tiny.csv" in output
-    lines = list(csv.DictReader((tmp_path / "docs/results/tiny.csv").open(encoding="utf-8")))
-    assert [line["network"] for line in lines] == ["First", "Second", "ResNet"]
-    assert lines[0]["top-1"] == "91.00 ± 1.41" and lines[1]["top-1"] == "not measured yet"
-    markdown = (tmp_path / "docs/results/tiny.md").read_text()
-    assert markdown.startswith(f"A title\n\n{HEADER}\n") and cells(markdown, "First")["top-1"] == "91.00 ± 1.41"
+    status, output, _ = tables("tiny", "--export", "records")
+    assert status == 0 and cells(output, "First")["top-1"] == "91.00 ± 1.41"
     exported = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "records").rglob("*") if path.is_file())
     assert exported == [f"records/first/seed{seed}/{name}" for seed in (0, 1)
                         for name in ("config.yaml", "metrics.jsonl", "run.yaml")]
     assert not [path for path in exported if "/private" in (tmp_path / path).read_text()]
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "records").rename(tmp_path / "runs")
-    assert tables("tiny", "--output", "again", "--export", "records")[0] == 0  # records can be exported again
-    assert (tmp_path / "again/tiny.md").read_text() == markdown
+    assert tables("tiny", "--export", "records") == (0, output, "")  # records can be exported again
 
 
 def test_bad_input(tables, tmp_path):

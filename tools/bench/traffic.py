@@ -22,14 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from engine import EARLY, OPTIONS, keep_activation_layout
 from utils import InputError
 
 aten = torch.ops.aten
-CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+OVERWRITING = ("copy_", "zero_", "fill_", "zeros_like", "full_like", "ones_like")  # without reading their first input
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Operation:
     """One operation of a step and its cost."""
 
     phase: str  # forward | backward
-    name: str  # of the ATen operator; convolutions by kind
+    name: str  # of the ATen operator
     bytes: int
     flops: int  # a multiply-accumulate is two
     launches: int
@@ -70,7 +70,8 @@ def count_step(
     """
     layout = layout_of(network)
     with FakeTensorMode() as mode:
-        weights = {name: mode.from_tensor(weight) for name, weight in _tensors(network).items()}
+        tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+        weights = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
         x = torch.empty(images).contiguous(memory_format=layout)
         with _CudaAutocast(), Counter() as counter:
             counter.note(x)
@@ -89,10 +90,6 @@ def layout_of(network: nn.Module) -> torch.memory_format:
     return torch.channels_last if torch.channels_last in layouts else torch.contiguous_format
 
 
-def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(network.named_parameters()) | dict(network.named_buffers())
-
-
 class _CudaAutocast(TorchFunctionMode):
     """What CUDA's autocast computes in 32 bits and the CPU's does not."""
 
@@ -105,13 +102,12 @@ class _CudaAutocast(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in self.FUNCTIONS and torch.is_autocast_enabled("cpu") and "dtype" not in kwargs:
-            args = [_in_32_bits(a) for a in args]
-            kwargs = {name: _in_32_bits(a) for name, a in kwargs.items()}
+            args, kwargs = tree_map_only(torch.Tensor, _in_32_bits, (args, kwargs))
         return function(*args, **kwargs)
 
 
-def _in_32_bits(x):
-    return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+def _in_32_bits(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class Counter(TorchDispatchMode):
@@ -127,16 +123,16 @@ class Counter(TorchDispatchMode):
         out = function(*args, **kwargs)
         inputs, outputs = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
         if not _is_free(function, inputs, outputs):
-            name = _name(function, args, inputs, outputs)
-            if function is aten.convolution_backward.default:
-                moved, flops, launches = _convolution_backward(args, out)
-            else:
-                overwrites = name in ("copy_", "zero_", "fill_", "zeros", "zeros_like", "full", "full_like",
-                                      "ones_like")
-                moved = sum(map(_bytes, inputs[1:] if overwrites else inputs)) + sum(map(_bytes, outputs))
-                packet = aten.baddbmm if function.overloadpacket is aten.baddbmm_ else function.overloadpacket
-                formula = flop_registry.get(packet)
-                flops, launches = formula(*args, **kwargs, out_val=out) if formula else 0, 1
+            launches, name = 1, function._schema.name.partition("::")[2]
+            moved = sum(map(_bytes, inputs[1:] if name in OVERWRITING else inputs)) + sum(map(_bytes, outputs))
+            formula = flop_registry.get(function.overloadpacket)
+            flops = formula(*args, **kwargs, out_val=out) if formula else 0
+            if name == "convolution_backward":  # a pass for each gradient that is asked for
+                dy, x, weight, *_, wanted = args
+                read = (_bytes(dy) + _bytes(weight), _bytes(dy) + _bytes(x), _bytes(dy))  # for dx, dw and db
+                moved = sum(map(prod, zip(read, wanted, strict=True))) + sum(map(_bytes, outputs))
+                launches = sum(wanted)
+                flops = 2 * dy.numel() * prod(weight.shape[1:]) * sum(wanted[:2])  # PyTorch's formula ignores groups
             self.traffic.operations.append(Operation(self.phase, name, moved, flops, launches))
         for tensor in outputs:
             self.note(tensor)
@@ -169,30 +165,10 @@ def _is_free(function, inputs, outputs) -> bool:
     return all(t.untyped_storage()._cdata in storages for t in outputs)
 
 
-def _name(function, args, inputs, outputs) -> str:
-    name = function._schema.name.partition("::")[2]
-    if function in CONVOLUTIONS:
-        weight, groups = (args[1], args[8]) if function is CONVOLUTIONS[0] else (args[2], args[9])
-        kind = "1x1" if weight.shape[2:].numel() == 1 else "dense"
-        kind = "depthwise" if groups > 1 and weight.shape[1] == 1 else "grouped" if groups > 1 else kind
-        return f"convolution {kind}" + (" backward" if function is CONVOLUTIONS[1] else "")
-    if name in ("clone", "_to_copy"):
-        return "copy" if inputs[0].dtype == outputs[0].dtype else "cast"
-    return name
-
-
 def _bytes(tensor: torch.Tensor) -> int:
     """Of a tensor's distinct numbers: an expanded dimension counts once."""
     sides = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0)
     return prod(sides) * tensor.element_size()
-
-
-def _convolution_backward(args, gradients) -> tuple[int, int, int]:
-    """Bytes, operations and launches: a pass for each gradient that is asked for."""
-    dy, x, weight, *_, wanted = args
-    read = (_bytes(dy) + _bytes(weight), _bytes(dy) + _bytes(x), _bytes(dy))  # for dx, dw and db
-    passes = [read[i] + _bytes(gradients[i]) for i in range(3) if wanted[i]]
-    return sum(passes), 2 * dy.numel() * prod(weight.shape[1:]) * sum(wanted[:2]), len(passes)
 
 
 # ---- a step as torch.compile would fuse it -------------------------------------------------------
