@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import CocoDetection
-from torchvision.ops import nms
+from torchvision.ops import box_convert, nms
 from torchvision.transforms.functional import resize, to_pil_image, to_tensor
 from torchvision.utils import make_grid
 
@@ -39,7 +39,7 @@ class DigitScenes(Dataset):
         return self.count
 
     def __getitem__(self, index: int):
-        if not 0 <= index < self.count:
+        if index >= self.count:  # ends a loop over the scenes
             raise IndexError(index)
         rng = np.random.default_rng((self.split == "val", index))
         height, width = rng.integers(96, 161, 2)
@@ -66,11 +66,10 @@ class DigitScenes(Dataset):
         images, annotations = [], []
         for image, target in self:
             images.append({"id": target["image_id"], "height": image.shape[1], "width": image.shape[2]})
-            for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
-                annotations.append({
-                    "id": len(annotations) + 1, "image_id": target["image_id"], "category_id": label, "iscrowd": 0,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1),
-                })
+            boxes = box_convert(target["boxes"], "xyxy", "xywh").tolist()
+            for box, label in zip(boxes, target["labels"].tolist(), strict=True):
+                annotations.append({"id": len(annotations) + 1, "image_id": target["image_id"], "category_id": label,
+                                    "iscrowd": 0, "bbox": box, "area": box[2] * box[3]})
         categories = [{"id": label, "name": name} for label, name in enumerate(self.classes)]
         coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
         with contextlib.redirect_stdout(io.StringIO()):
@@ -119,7 +118,7 @@ class CocoScenes(Dataset):
         image, objects = self.coco[index]
         objects = [o for o in objects if not o.get("iscrowd") and min(o["bbox"][2:]) > 0]
         boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]  # x, y, width, height -> x1, y1, x2, y2
+        boxes = box_convert(boxes, "xywh", "xyxy")
         labels = torch.tensor([self.categories.index(o["category_id"]) for o in objects], dtype=torch.long)
         return to_tensor(image), {"boxes": boxes, "labels": labels, "image_id": self.coco.ids[index]}
 
@@ -162,11 +161,9 @@ def evaluate(detector, loader, precision, device) -> tuple[float, float]:
 
 def in_coco_format(output: dict, image_id: int, categories) -> list[dict]:
     """A detector's boxes, labels and scores for an image, in COCO's format."""
-    boxes = output["boxes"].float()
-    sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # x1, y1, x2, y2 -> x, y, width, height
-    found = zip(sides.tolist(), output["labels"].tolist(), output["scores"].tolist(), strict=True)
+    boxes = box_convert(output["boxes"].float(), "xyxy", "xywh").tolist()
     return [{"image_id": image_id, "category_id": categories[label], "bbox": box, "score": score}
-            for box, label, score in found]
+            for box, label, score in zip(boxes, output["labels"].tolist(), output["scores"].tolist(), strict=True)]
 
 
 def score(dataset: Dataset, found: list[dict]) -> tuple[float, float]:
