@@ -13,43 +13,38 @@ On COCO, or any data set in its format (train2017/, val2017/, annotations/instan
 The same command resumes from OUTPUT/last.pth; OUTPUT/found.jpg shows detections. Needs pycocotools.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="config of the classification network")
-    parser.add_argument("--data-path", required=True, metavar="DIR", help="'digits', or a folder in COCO's format")
-    parser.add_argument("--pretrained", default="", metavar="CKPT",
-                        help="classification weights to start from: a file, an exported folder, or hf-hub:USER/NAME")
-    parser.add_argument("--output", default="output/detection", metavar="DIR",
-                        help="folder for last.pth and found.jpg; default: output/detection")
-    for flag, default, help in (
-        ("--epochs", 12, "passes over the training images"),
-        ("--batch-size", 4, "images per process"),
-        ("--lr", 1e-4, "learning rate of the new layers"),
-        ("--backbone-lr", 1e-5, "learning rate of the backbone"),
-        ("--channels", 256, "channels of the pyramid and the heads"),
-        ("--min-size", 128, "shorter side of an image in pixels"),
-        ("--max-size", 224, "limit of the longer side in pixels"),
-        ("--resize", 0, "resize images, and the weights, to this side instead of using windows; 0: no"),
-        ("--scenes", 400, "training scenes of digits; plus a quarter for testing"),
-        ("--workers", 0, "loading processes per training process"),
-    ):
-        parser.add_argument(flag, type=type(default), default=default, metavar="N", help=f"{help}; default: {default}")
-    parser.add_argument("--freeze-norm", action="store_true", help="keep the backbone's BatchNorms as loaded")
-    parser.add_argument("--amp-dtype", default="auto", metavar="TYPE", help="bf16, fp16, fp32 or auto; default: auto")
-    parser.add_argument("--device", default="", metavar="TYPE", help="default: a GPU if there is one")
-    return parser.parse_args(argv)
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("--cfg", required=True, metavar="FILE", help="config of the classification network")
+PARSER.add_argument("--data-path", required=True, metavar="DIR", help="'digits', or a folder in COCO's format")
+PARSER.add_argument("--pretrained", default="", metavar="CKPT",
+                    help="classification weights to start from: a file, an exported folder, or hf-hub:USER/NAME")
+PARSER.add_argument("--output", default="output/detection", metavar="DIR",
+                    help="folder for last.pth and found.jpg; default: output/detection")
+for flag, default, help in (
+    ("--epochs", 12, "passes over the training images"),
+    ("--batch-size", 4, "images per process"),
+    ("--lr", 1e-4, "learning rate of the new layers"),
+    ("--backbone-lr", 1e-5, "learning rate of the backbone"),
+    ("--channels", 256, "channels of the pyramid and the heads"),
+    ("--min-size", 128, "shorter side of an image in pixels"),
+    ("--max-size", 224, "limit of the longer side in pixels"),
+    ("--resize", 0, "resize images, and the weights, to this side instead of using windows; 0: no"),
+    ("--scenes", 400, "training scenes of digits; plus a quarter for testing"),
+    ("--workers", 0, "loading processes per training process"),
+):
+    PARSER.add_argument(flag, type=type(default), default=default, metavar="N", help=f"{help}; default: {default}")
+PARSER.add_argument("--freeze-norm", action="store_true", help="keep the backbone's BatchNorms as loaded")
+PARSER.add_argument("--amp-dtype", default="auto", metavar="TYPE", help="bf16, fp16, fp32 or auto; default: auto")
+PARSER.add_argument("--device", default="", metavar="TYPE", help="default: a GPU if there is one")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import logging
 import time
@@ -180,7 +175,7 @@ def restore(content: dict, state: dict) -> int:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Trains and evaluates; resumes from ``last.pth`` in the output folder. Returns the exit status."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
     setup_console(is_first=True)
     device = choose_device(args.device, distributed.launcher_local_rank())
     distributed.init_distributed(device)

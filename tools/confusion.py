@@ -12,30 +12,25 @@ Writes into the same folder:
 and prints the accuracy, the means over the classes, and the ten pairs of classes that are confused most.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import InputError, MissingFileError, csv_cell, one_line_errors
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("predictions", type=Path, metavar="PREDICTIONS",
-                        help="predictions.csv, or the output folder that holds it")
-    parser.add_argument("--output", type=Path, metavar="DIR",
-                        help="folder for the results; default: that of predictions.csv")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png",
-                        help="also draw a contact sheet of up to 64 mistakes, the most confident first")
-    parser.add_argument("--data-path", metavar="DIR", help="--sheet: the data set's folder; default: the evaluation's")
-    return parser.parse_args(argv)
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("predictions", type=Path, metavar="PREDICTIONS",
+                    help="predictions.csv, or the output folder that holds it")
+PARSER.add_argument("--output", type=Path, metavar="DIR",
+                    help="folder for the results; default: that of predictions.csv")
+PARSER.add_argument("--sheet", type=Path, metavar="FILE.png",
+                    help="also draw a contact sheet of up to 64 mistakes, the most confident first")
+PARSER.add_argument("--data-path", metavar="DIR", help="--sheet: the data set's folder; default: the evaluation's")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import csv
 import json
@@ -175,7 +170,7 @@ def draw_mistakes(mistakes: list, report: Path, data_path: str | None):
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
     path = args.predictions / "predictions.csv" if args.predictions.is_dir() else args.predictions
     folder = args.output or path.parent
     if args.sheet:

@@ -14,32 +14,25 @@ that shorter side (Lanczos) and stored as JPEG of quality 95, so that training d
 network sees, so report it with your results.
 """
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import InputError, one_line_errors, printable
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("source", metavar="DIR", type=Path, help="the data set, in any form")
-    parser.add_argument("target", metavar="TARGET", type=Path, help="an empty or new folder")
-    parser.add_argument("--to", choices=["folders", "zip", "shards", "hub"], required=True, help="the form to write")
-    parser.add_argument("--short-side", type=int, default=0, metavar="N", help="shrink larger images to N pixels")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), metavar="N",
-                        help="processes that read and shrink; default: one per core, at most 16")
-    return parser.parse_args(argv)
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("source", metavar="DIR", type=Path, help="the data set, in any form")
+PARSER.add_argument("target", metavar="TARGET", type=Path, help="an empty or new folder")
+PARSER.add_argument("--to", choices=["folders", "zip", "shards", "hub"], required=True, help="the form to write")
+PARSER.add_argument("--short-side", type=int, default=0, metavar="N", help="shrink larger images to N pixels")
+PARSER.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), metavar="N",
+                    help="processes that read and shrink; default: one per core, at most 16")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import contextlib
 import functools
@@ -203,7 +196,7 @@ _WRITERS = {"folders": _write_folders, "zip": _write_zip, "shards": _write_shard
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
     if args.short_side < 0 or args.workers < 1:
         raise InputError("--short-side and --workers must be at least 1")
     counts = convert(args.source, args.target, args.to, args.short_side, args.workers)

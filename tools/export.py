@@ -14,8 +14,8 @@ checkpoint has averaged weights, the better ones at its last evaluation are expo
 a folder to share.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,23 +27,16 @@ FORMATS = {  # by their names on the command line, with their extensions; a hub 
     "native": ".pth",
 }
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="the trained network, e.g. a run's best.pth")
-    parser.add_argument("target", metavar="FILE", type=Path, help="the new file; its extension selects the format")
-    parser.add_argument("--format", choices=FORMATS, help="needed for .pth (released or native) and a folder (hub)")
-    parser.add_argument("--cfg", metavar="FILE",
-                        help="the network's config; for a released checkpoint, or another image size")
-    parser.add_argument("--half", action="store_true", help="safetensors, hub: store the weights in 16 bits")
-    return parser.parse_args(argv)
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("checkpoint", metavar="CKPT", type=Path, help="the trained network, e.g. a run's best.pth")
+PARSER.add_argument("target", metavar="FILE", type=Path, help="the new file; its extension selects the format")
+PARSER.add_argument("--format", choices=FORMATS, help="needed for .pth (released or native) and a folder (hub)")
+PARSER.add_argument("--cfg", metavar="FILE",
+                    help="the network's config; for a released checkpoint, or another image size")
+PARSER.add_argument("--half", action="store_true", help="safetensors, hub: store the weights in 16 bits")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import json
 import os
@@ -200,7 +193,7 @@ WRITERS = {
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
     formats = [name for name, suffix in FORMATS.items() if suffix and suffix == args.target.suffix]
     if not args.format and len(formats) != 1:
         raise InputError(f"{args.target}: its extension does not determine the format; add --format "

@@ -10,31 +10,26 @@ counts, as for the run itself. Evaluated checkpoints (eval.json) have separate l
 measured yet". tools/reproduce.py launches the runs.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import InputError, MissingFileError, one_line_errors, printable
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", nargs="*", help="tables of tools/tables.yaml; default: all")
-    parser.add_argument("--runs", nargs="+", metavar="DIR",
-                        help="folders to search for runs, at any depth; default: output, if it exists")
-    parser.add_argument("--export", type=Path, metavar="DIR",
-                        help="copy the records of the runs that the tables hold to DIR/ROW/seedN/, without paths of "
-                             "this machine; --runs DIR makes the same tables again")
-    parser.add_argument("--tables", default=Path(__file__).with_name("tables.yaml"), metavar="FILE",
-                        help="default: tools/tables.yaml")
-    return parser.parse_args(argv)
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("table", nargs="*", help="tables of tools/tables.yaml; default: all")
+PARSER.add_argument("--runs", nargs="+", metavar="DIR",
+                    help="folders to search for runs, at any depth; default: output, if it exists")
+PARSER.add_argument("--export", type=Path, metavar="DIR",
+                    help="copy the records of the runs that the tables hold to DIR/ROW/seedN/, without paths of "
+                         "this machine; --runs DIR makes the same tables again")
+PARSER.add_argument("--tables", default=Path(__file__).with_name("tables.yaml"), metavar="FILE",
+                    help="default: tools/tables.yaml")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import json
 import statistics
@@ -79,7 +74,7 @@ class Run:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; the exit status is 0, or 2 for bad input."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
     tables = read_tables(args.tables)
     chosen = choose(args.table, tables, "table")
     runs = find_runs(args.runs or [name for name in ["output"] if Path(name).is_dir()])

@@ -7,29 +7,24 @@
 Every run also draws its own ``curves.png`` when it ends.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import InputError, one_line_errors
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="a run's output folder, or its metrics.jsonl; several are drawn in one figure")
-    parser.add_argument("--by-folder", action="store_true",
-                        help="one colour, and one mean, for the runs in a folder that differ only in their seeds")
-    parser.add_argument("--figure", default="curves.png", metavar="FILE",
-                        help="the figure, .png, .pdf or .svg; default: curves.png")
-    return parser.parse_args(argv)
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                    help="a run's output folder, or its metrics.jsonl; several are drawn in one figure")
+PARSER.add_argument("--by-folder", action="store_true",
+                    help="one colour, and one mean, for the runs in a folder that differ only in their seeds")
+PARSER.add_argument("--figure", default="curves.png", metavar="FILE",
+                    help="the figure, .png, .pdf or .svg; default: curves.png")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import math
 
@@ -56,7 +51,7 @@ def groups_by_folder(folders: dict[str, Path]) -> dict[str, str]:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
     names = run_names(args.runs)
     runs = dict(zip(names, map(read_metrics, args.runs), strict=True))
     folders = {name: path if path.is_dir() else path.parent for name, path in zip(names, args.runs, strict=True)}

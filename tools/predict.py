@@ -6,34 +6,27 @@
 Exit status: 0; 1 if an image could not be read (it is named and skipped); 2 for an error that you can fix.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import InputError, MissingFileError, one_line_errors, printable
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("checkpoint", metavar="CKPT", help="the trained network, e.g. a run's best.pth")
-    parser.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path, help="image files, or folders of them")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to print for each image; default: 5")
-    parser.add_argument("--json", action="store_true", help="print a JSON object for each image instead of text")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also draw a contact sheet of all images")
-    parser.add_argument("--cfg", metavar="FILE",
-                        help="the network's config; for a released checkpoint, or another image size")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time; default: 32")
-    parser.add_argument("--device", default="", metavar="TYPE", help="default: cuda where there is a GPU, else cpu")
-    return parser.parse_args(argv)
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("checkpoint", metavar="CKPT", help="the trained network, e.g. a run's best.pth")
+PARSER.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path, help="image files, or folders of them")
+PARSER.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to print for each image; default: 5")
+PARSER.add_argument("--json", action="store_true", help="print a JSON object for each image instead of text")
+PARSER.add_argument("--sheet", type=Path, metavar="FILE.png", help="also draw a contact sheet of all images")
+PARSER.add_argument("--cfg", metavar="FILE",
+                    help="the network's config; for a released checkpoint, or another image size")
+PARSER.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time; default: 32")
+PARSER.add_argument("--device", default="", metavar="TYPE", help="default: cuda where there is a GPU, else cpu")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import json
 
@@ -84,7 +77,7 @@ def predict(model, images: torch.Tensor, top_k: int) -> list[list[tuple[int, flo
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Prints the predictions, reports unreadable images on standard error, draws the sheet; returns the exit status."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
     if min(args.top_k, args.batch_size) < 1:
         raise InputError("--top-k and --batch-size must be at least 1")
     paths = find_pictures(args.pictures)

@@ -8,31 +8,26 @@ values, summed over the input's channels, averaged over images of the validation
 around the centre that holds a given share of it, and writes the fields beside the figure as .npz.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import InputError, one_line_errors
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="the trained network; default: a new one")
-    parser.add_argument("--cfg", metavar="FILE",
-                        help="the network's config; for a new network, a released checkpoint, or another image size")
-    parser.add_argument("--data-path", metavar="DIR", help="the data set's folder; default: the config's")
-    parser.add_argument("--noise", action="store_true", help="use random images instead of the validation set")
-    parser.add_argument("--images", type=int, default=64, metavar="N", help="images to average over; default: 64")
-    parser.add_argument("--figure", default="receptive_field.png", metavar="FILE",
-                        help="the figure, .png, .pdf or .svg; default: receptive_field.png")
-    return parser.parse_args(argv)
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("checkpoint", nargs="?", metavar="CKPT", help="the trained network; default: a new one")
+PARSER.add_argument("--cfg", metavar="FILE",
+                    help="the network's config; for a new network, a released checkpoint, or another image size")
+PARSER.add_argument("--data-path", metavar="DIR", help="the data set's folder; default: the config's")
+PARSER.add_argument("--noise", action="store_true", help="use random images instead of the validation set")
+PARSER.add_argument("--images", type=int, default=64, metavar="N", help="images to average over; default: 64")
+PARSER.add_argument("--figure", default="receptive_field.png", metavar="FILE",
+                    help="the figure, .png, .pdf or .svg; default: receptive_field.png")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import numpy as np
 import torch
@@ -104,7 +99,7 @@ def validation_images(config, count: int) -> torch.Tensor:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
     if not (args.checkpoint or args.cfg):
         raise InputError("name a checkpoint, or use --cfg to name the config of a new network")
     if args.images < 1:

@@ -8,30 +8,25 @@ token) for every row (column) k of the strip. It shows the mean over the channel
 how the squared weights of each layer are distributed.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import InputError, one_line_errors
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CKPT", help="the trained network")
-    parser.add_argument("--cfg", metavar="FILE",
-                        help="the network's config; for a released checkpoint, or another image size")
-    parser.add_argument("--all", action="store_true", help="draw all blocks; default: the last of each stage")
-    parser.add_argument("--channel", type=int, metavar="N", help="channel of a patch to draw; default: the mean of all")
-    parser.add_argument("--figure", default="strip_weights.png", metavar="FILE",
-                        help="the figure, .png, .pdf or .svg; default: strip_weights.png")
-    return parser.parse_args(argv)
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("checkpoint", metavar="CKPT", help="the trained network")
+PARSER.add_argument("--cfg", metavar="FILE",
+                    help="the network's config; for a released checkpoint, or another image size")
+PARSER.add_argument("--all", action="store_true", help="draw all blocks; default: the last of each stage")
+PARSER.add_argument("--channel", type=int, metavar="N", help="channel of a patch to draw; default: the mean of all")
+PARSER.add_argument("--figure", default="strip_weights.png", metavar="FILE",
+                    help="the figure, .png, .pdf or .svg; default: strip_weights.png")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import torch
 
@@ -100,7 +95,7 @@ def draw_weights(blocks: dict[str, list[StripMLP]], channel: int | None = None):
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 for an error that the user can fix."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
     model, _, _ = load_network(args.checkpoint, load_config(args.cfg) if args.cfg else None)
     blocks = strip_layers(model)
     save_figure(draw_weights(blocks if args.all else last_of_each_stage(blocks), args.channel), args.figure)

@@ -54,8 +54,8 @@ def test_scenes_are_the_same_each_time_and_boxes_hold_their_digits():
 
 def parse(config_file, *more):
     """The arguments of a detector of a few thousand parameters."""
-    return detection.parse_arguments(["--cfg", str(config_file), "--data-path", "digits", "--channels", "8",
-                                      "--min-size", "64", "--max-size", "128", *map(str, more)])
+    return detection.PARSER.parse_args(["--cfg", str(config_file), "--data-path", "digits", "--channels", "8",
+                                        "--min-size", "64", "--max-size", "128", *map(str, more)])
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +262,8 @@ def test_guide_s_commands(config_file):
     commands = [line.partition("examples/detection.py ")[2] for line in lines if "examples/detection.py --" in line]
     assert len(commands) >= 2
     for command in commands:
-        assert detection.parse_arguments(shlex.split(command)).cfg.startswith("configs/")
-    args = detection.parse_arguments(["--cfg", "x", "--data-path", "digits"])
+        assert detection.PARSER.parse_args(shlex.split(command)).cfg.startswith("configs/")
+    args = detection.PARSER.parse_args(["--cfg", "x", "--data-path", "digits"])
     assert (args.lr, args.backbone_lr, args.epochs, args.batch_size) == (1e-4, 1e-5, 12, 4)
 
 

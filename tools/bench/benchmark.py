@@ -9,44 +9,36 @@ thread, seconds are CPU time, which other programs disturb least. The JSON file 
 each of them.
 """
 
-import argparse
 import json
 import statistics
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import one_line_errors, write_text
+from utils import InputError, one_line_errors, write_text
 
 NETWORKS = ["published:strip_mlp_tiny_light", "strip_mlp_tiny_light", "convnext_tiny"]
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK",
-                        help="[compiled:][published:]NAME: a timm model or a config file; compiled: by torch.compile; "
-                             f"published: computed as the authors' code does; default: {' '.join(NETWORKS)}")
-    parser.add_argument("--table", metavar="TABLE", help="instead, the networks of a table of tools/tables.yaml")
-    parser.add_argument("--modes", nargs="+", choices=["inference", "training"], default=["inference", "training"],
-                        help="default: both")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "auto"], default="auto",
-                        help="default: auto, as main.py chooses")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 128 on a GPU, 8 on a CPU")
-    parser.add_argument("--turns", type=int, default=5, metavar="N", help="times of each network; default: 5")
-    parser.add_argument("--device", default="", metavar="TYPE", help="default: cuda where there is a GPU, else cpu")
-    parser.add_argument("--profile", action="store_true", help="on CUDA, also list the kernels that take longest")
-    parser.add_argument("--json", type=Path, default="output/benchmark.json", metavar="FILE",
-                        help="file for all times; default: output/benchmark.json")
-    args = parser.parse_args(argv)
-    if min(args.turns, args.batch_size or 1) < 1:
-        parser.error("--turns and --batch-size must be at least 1")
-    return args
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK",
+                    help="[compiled:][published:]NAME: a timm model or a config file; compiled: by torch.compile; "
+                         f"published: computed as the authors' code does; default: {' '.join(NETWORKS)}")
+PARSER.add_argument("--table", metavar="TABLE", help="instead, the networks of a table of tools/tables.yaml")
+PARSER.add_argument("--modes", nargs="+", choices=["inference", "training"], default=["inference", "training"],
+                    help="default: both")
+PARSER.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "auto"], default="auto",
+                    help="default: auto, as main.py chooses")
+PARSER.add_argument("--batch-size", type=int, metavar="N", help="default: 128 on a GPU, 8 on a CPU")
+PARSER.add_argument("--turns", type=int, default=5, metavar="N", help="times of each network; default: 5")
+PARSER.add_argument("--device", default="", metavar="TYPE", help="default: cuda where there is a GPU, else cpu")
+PARSER.add_argument("--profile", action="store_true", help="on CUDA, also list the kernels that take longest")
+PARSER.add_argument("--json", type=Path, default="output/benchmark.json", metavar="FILE",
+                    help="file for all times; default: output/benchmark.json")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import datetime
 import gc
@@ -149,7 +141,9 @@ def report(result: dict) -> str:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints Markdown, writes JSON."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
+    if min(args.turns, args.batch_size or 1) < 1:
+        raise InputError("--turns and --batch-size must be at least 1")
     device = choose_device(args.device)
     precision = Precision(args.dtype, device)
     batch_size = args.batch_size or (128 if device.type == "cuda" else 8)

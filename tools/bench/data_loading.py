@@ -9,32 +9,24 @@ and collate a batch, of bytes for ours and timm's and of floats for torchvision'
 fastest turn, which other programs disturb least.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import one_line_errors
+from utils import InputError, one_line_errors
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", type=Path, metavar="DIR",
-                        help="a data set in class folders; default: synthetic images")
-    parser.add_argument("--images", type=int, default=128, metavar="N", help="images per turn; default: 128")
-    parser.add_argument("--turns", type=int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--short-side", type=int, default=288, metavar="N",
-                        help="also measure images shrunk once to a shorter side of N; 0: off; default: 288")
-    args = parser.parse_args(argv)
-    if min(args.images, args.turns) < 1:
-        parser.error("--images and --turns must be at least 1")
-    return args
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("--data-path", type=Path, metavar="DIR",
+                    help="a data set in class folders; default: synthetic images")
+PARSER.add_argument("--images", type=int, default=128, metavar="N", help="images per turn; default: 128")
+PARSER.add_argument("--turns", type=int, default=5, metavar="N", help="default: 5")
+PARSER.add_argument("--short-side", type=int, default=288, metavar="N",
+                    help="also measure images shrunk once to a shorter side of N; 0: off; default: 288")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import random
 import tempfile
@@ -97,7 +89,9 @@ def pipelines_of(root: Path) -> dict:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Measures and prints Markdown."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
+    if min(args.images, args.turns) < 1:
+        raise InputError("--images and --turns must be at least 1")
     torch.set_num_threads(1)
     random.seed(0)
     with tempfile.TemporaryDirectory() as folder:

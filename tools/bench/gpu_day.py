@@ -8,13 +8,13 @@ part that fails or takes too long does not stop the others. OUTPUT/report.md, a 
 written after each part, with what a stopped part had measured; beside it are each part's JSON and log.
 """
 
-import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,21 +46,16 @@ PARTS = {
     "kernels": Part(f"{BENCHMARK} compiled:strip_mlp_tiny_light --modes training --turns 1 --profile", 40),
 }
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", default="data/cifar10", metavar="DIR",
-                        help="CIFAR-10's folder, downloaded if missing; default: data/cifar10")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
-                        help=f"default: all, which are {', '.join(map(repr, PARTS))}")
-    parser.add_argument("--minutes", type=float, default=8, metavar="M", help="for everything; default: 8")
-    parser.add_argument("--output", default="output/gpu", metavar="DIR", help="default: output/gpu")
-    return parser.parse_args(argv)
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("--data-path", default="data/cifar10", metavar="DIR",
+                    help="CIFAR-10's folder, downloaded if missing; default: data/cifar10")
+PARSER.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
+                    help=f"default: all, which are {', '.join(map(repr, PARTS))}")
+PARSER.add_argument("--minutes", type=float, default=8, metavar="M", help="for everything; default: 8")
+PARSER.add_argument("--output", default="output/gpu", metavar="DIR", help="default: output/gpu")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import torch
 
@@ -102,7 +97,7 @@ class Running:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Measures; returns 0, or 1 if a part did not finish."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
     if not torch.cuda.is_available():
         raise InputError("PyTorch finds no CUDA GPU here; on a CPU, use tools/bench/benchmark.py")
     folder = Path(args.output).resolve()

@@ -7,33 +7,25 @@ Prints the step's traffic by operation, and the time that GPUs cannot beat. Only
 neither the optimiser nor the input pipeline. Counting a compiled network takes one to three minutes.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import one_line_errors
+from utils import InputError, one_line_errors
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", metavar="NETWORK",
-                        help="[compiled:][published:]NAME: a timm model or a config file; compiled: as torch.compile "
-                             "fuses it; published: as the authors' code computes it")
-    parser.add_argument("--mode", choices=["training", "inference"], default="training", help="default: training")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="default: bf16")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images; default: 128")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f"--batch-size is {args.batch_size}; it must be at least 1")
-    return args
-
+PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+PARSER.add_argument("network", metavar="NETWORK",
+                    help="[compiled:][published:]NAME: a timm model or a config file; compiled: as torch.compile "
+                         "fuses it; published: as the authors' code computes it")
+PARSER.add_argument("--mode", choices=["training", "inference"], default="training", help="default: training")
+PARSER.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="default: bf16")
+PARSER.add_argument("--batch-size", type=int, default=128, metavar="N", help="images; default: 128")
 
 if __name__ == "__main__":
-    parse_arguments()  # before the slow imports, so that --help is fast
+    PARSER.parse_args()  # before the slow imports, so that --help is fast
 
 import torch
 
@@ -75,7 +67,9 @@ def report(traffic: Traffic, images: int) -> str:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Counts and prints Markdown."""
-    args = parse_arguments(argv)
+    args = PARSER.parse_args(argv)
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size is {args.batch_size}; it must be at least 1")
     torch.manual_seed(0)
     named = build_named(args.network)
     dtype = Precision.DTYPES[args.dtype] if args.dtype != "fp32" else None

@@ -33,28 +33,29 @@ def test_parts_that_fail_or_hang_do_not_stop_the_others(gpu, tmp_path, monkeypat
                       "time.sleep(float(sys.argv[1]))\n")
     monkeypatch.setattr(gpu_day, "WARM_UP", Part("-c print(1)", 20))
     monkeypatch.setattr(gpu_day, "PARTS", {
-        "tests": Part("-c print('3\\x20passed')", 20), "hangs": Part(f"{script} 60 {{json}}", 3),
-        "fails": Part("-c 1/0", 20), "writes": Part(f"{script} 0 {{json}}", 20),
+        "tests": Part("-c print('3\\x20passed')", 20), "training": Part(f"{script} 60 {{json}}", 3),
+        "inference": Part("-c 1/0", 20), "cifar10": Part(f"{script} 0 {{json}}", 20),
     })
-    assert gpu_day.main(["--output", str(tmp_path / "out")]) == 1
+    argv = ["--output", str(tmp_path / "out"), "--parts"]
+    assert gpu_day.main([*argv, "tests", "training", "inference", "cifar10"]) == 1
     assert capsys.readouterr().out.splitlines()[:5] == [
-        "tests: finished", "warm up: finished", "hangs: stopped after 3 seconds", "fails: failed with status 1",
-        "writes: finished"]
+        "tests: finished", "warm up: finished", "training: stopped after 3 seconds",
+        "inference: failed with status 1", "cifar10: finished"]
     page = (tmp_path / "out" / "report.md").read_text()
     assert page.startswith('# Measured on a GPU\n\n{"python": "1", ')
     assert "3 passed" in page and "ZeroDivisionError" in page and page.count("| a | 2000.00 (0 %) | 4.0 | 1.00 |") == 2
-    assert gpu_day.main(["--output", str(tmp_path / "out"), "--parts", "writes"]) == 0
+    assert gpu_day.main([*argv, "cifar10"]) == 0
 
 
 def test_it_ends_in_time(gpu, tmp_path, monkeypatch, capsys):
     """What does not fit any more is left out."""
     monkeypatch.setattr(gpu_day, "WARM_UP", Part("-c 1", 20))
-    monkeypatch.setattr(gpu_day, "PARTS", {name: Part("-c while(True):pass", 60) for name in ("tests", "a", "b")})
+    monkeypatch.setattr(gpu_day, "PARTS", {name: Part("-c while(True):pass", 60) for name in PARTS})
     start = time.monotonic()
     assert gpu_day.main(["--output", str(tmp_path), "--minutes", "0.09"]) == 1
     assert time.monotonic() - start < 10
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["tests", "warm up"]
-    assert "## A" not in (tmp_path / "report.md").read_text()
+    assert "## Training" not in (tmp_path / "report.md").read_text()
 
 
 def test_everything_fits_into_eight_minutes():
@@ -71,7 +72,7 @@ def test_the_commands_are_those_of_the_tools():
             assert load_config(args.cfg, config_overrides(args)).TRAIN.EPOCHS == 1
         elif tool.endswith(".py"):
             assert tool == "tools/bench/benchmark.py"
-            assert all(timm.is_model(name.split(":")[-1]) for name in benchmark.parse_arguments(words).networks)
+            assert all(timm.is_model(name.split(":")[-1]) for name in benchmark.PARSER.parse_args(words).networks)
 
 
 def test_without_a_gpu(tmp_path, monkeypatch, capsys):
