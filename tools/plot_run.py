@@ -30,12 +30,13 @@ import math
 
 from config import flat_config, read_yaml
 from plots import best_accuracy, draw_curves, read_metrics, run_names, save_figure
-from resume import FREE_KEYS
 
 
 def groups_by_folder(folders: dict[str, Path]) -> dict[str, str]:
     """The folder of each run by the run's name; an InputError if the runs of a folder differ in more than their seeds,
     so that their mean has no meaning."""
+    from resume import FREE_KEYS  # it imports PyTorch, which takes seconds
+
     groups = dict(zip(folders, run_names([folder.resolve().parent for folder in folders.values()]), strict=True))
     firsts = {}
     for name, folder in folders.items():

@@ -33,6 +33,7 @@ def failure(capsys, argv) -> str:
 
 
 def test_two_seeds(tmp_path):
+    """In a process of its own, which needs no PyTorch."""
     folders = [write(tmp_path / f"seed{i}", record(5, 0, 60 + i), record(10, 1, 50)) for i in range(2)]
     result = run([ROOT / "tools" / "plot_run.py", *folders, "--figure", tmp_path / "both.png"])
     assert result.returncode == 0, result.stderr
