@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
                         f"({time.perf_counter() - start:.0f} s)")
     if distributed.rank() == 0:
         with replacing(output / "found.jpg") as file:
-            draw_found(detector, val_loader.dataset, device).save(file, "JPEG", quality=90)
+            draw_found(detector, val_loader.dataset, device).save(file, "JPEG", quality=80)
     return 0
 
 
