@@ -47,7 +47,8 @@ def report(traffic: Traffic, images: int) -> str:
         moved, flops = (traffic.total(what, phase) / images for what in ("bytes", "flops"))
         if moved:
             launches = traffic.total("launches", phase)
-            lines.append(f"| {phase or 'step'} | {moved / 1e6:.1f} | {flops / 1e9:.2f} | {launches} |")
+            gflop = f"{flops / 1e9:.2f}" if flops else "not counted"
+            lines.append(f"| {phase or 'step'} | {moved / 1e6:.1f} | {gflop} | {launches} |")
     if traffic.peak_bytes:
         lines += ["", f"Peak of activations and gradients: {traffic.peak_bytes / 2**30:.2f} GiB."]
     moved, launches = Counter(), Counter()
