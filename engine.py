@@ -6,9 +6,7 @@ import importlib.util
 import logging
 import os
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torch._functorch.config
@@ -408,8 +406,8 @@ def keep_activation_layout() -> None:
 def compile_network(model: nn.Module, setting: str, device: torch.device, deterministic: bool = False) -> nn.Module:
     """The network for the training loop: compiled at its first batch, or ``model`` itself.
 
-    The compiled code is cached in ~/.cache/strip_mlp, or in TORCHINDUCTOR_CACHE_DIR if it is set, so that a resumed run
-    finds it. ``model`` itself is not changed: evaluation and checkpoints use it.
+    A resumed run finds the compiled code in PyTorch's cache. ``model`` itself is not changed: evaluation and
+    checkpoints use it.
 
     Args:
         setting: COMPILE of the config. ``"auto"``: on CUDA GPUs of compute capability 7.0 or later with Triton, unless
@@ -435,23 +433,13 @@ def compile_network(model: nn.Module, setting: str, device: torch.device, determ
     if problem:
         logger.info(f"not compiling the network: {problem}")
         return model
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
-        cache = Path(tempfile.gettempdir())
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "strip_mlp"))
-    logger.info(f"compiling the network at the first batch, which takes minutes the first time (COMPILE {setting}); "
-                f"results are kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']}")
+    logger.info(f"compiling the network at the first batch, which takes minutes the first time (COMPILE {setting})")
     return CompiledNetwork(model, may_fail=setting == "auto")
 
 
 def _can_compile(device: torch.device) -> bool:
     is_recent = device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (7, 0))
-    return is_recent and _has_triton()
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None  # compiled code is written in it
+    return is_recent and importlib.util.find_spec("triton") is not None  # compiled code is written in it
 
 
 class CompiledNetwork(nn.Module):
