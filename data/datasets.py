@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import os
 import unicodedata
 from pathlib import Path
 
@@ -190,7 +191,7 @@ def data_path(config) -> Path:
     """The data set's folder; raises InputError if ``DATA.DATA_PATH`` is empty."""
     if not config.DATA.DATA_PATH:
         raise InputError(f"DATA.DATA_PATH is empty; name the folder of {config.DATA.DATASET} with --data-path DIR")
-    return Path(config.DATA.DATA_PATH).expanduser()
+    return Path(os.path.expanduser(config.DATA.DATA_PATH))  # unlike Path's, it leaves an unknown user as it is
 
 
 def split_folder(root: Path, split: str) -> Path:

@@ -127,6 +127,7 @@ def test_a_path_that_is_not_the_data_sets_folder(tmp_path):
     instead = rf"does not exist; .*; name {tmp_path}/made/inner instead"
     for path, message in ((archive, r"made\.zip is a file; unpack it if it is an archive, and name the folder"),
                           (tmp_path / "gone", "gone does not exist; name the folder of the data set$"),
+                          ("~nobody9/data", "~nobody9/data does not exist; name the folder of the data set$"),
                           (tmp_path / "made", instead), (tmp_path / "made" / "inner" / "train", instead)):
         for split in ("train", "val"):
             fails(FileNotFoundError, message, split, "imagefolder", path)
