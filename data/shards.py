@@ -135,19 +135,20 @@ def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]
                 left = path.stat().st_size - member.offset_data
                 if member.size < 0 or member.isfile() and member.size > left:  # below 0 tarfile goes back, without end
                     raise ValueError(f"{member.name} has {member.size} bytes; {left} are left")
-                base = posixpath.basename(member.name)
-                if not member.isfile() or listing.is_system(base):
+                stem, extension = posixpath.splitext(member.name)
+                found = images if extension.lower() in IMAGE_EXTENSIONS else labels if extension == ".cls" else None
+                if found is None or not member.isfile() or listing.is_system(posixpath.basename(member.name)):
                     continue
-                stem, _, extension = base.partition(".")
-                stem = posixpath.join(posixpath.dirname(member.name), stem)
-                if f".{extension.lower()}" in IMAGE_EXTENSIONS:
+                if stem in found:
+                    raise InputError(printable(f"{path}: {stem} occurs twice; give each sample a name of its own"))
+                if found is images:
                     images[stem] = member.name, number, member.offset_data, member.size
-                elif extension == "cls":
-                    text = tar.extractfile(member).read(100).decode("utf-8", "replace").strip()
-                    if not text.isdecimal() or len(text) > 20 or int(text) > MAX_LABEL:
-                        raise InputError(printable(f"{path}:{member.name} holds {text!r:.60}, not a class from 0 to "
-                                                   f"{MAX_LABEL}"))  # fmt: skip
-                    labels[stem] = int(text)
+                    continue
+                text = tar.extractfile(member).read(100).decode("utf-8", "replace").strip()
+                if not text.isdecimal() or len(text) > 20 or int(text) > MAX_LABEL:
+                    raise InputError(printable(f"{path}:{member.name} holds {text!r:.60}, not a class from 0 to "
+                                               f"{MAX_LABEL}"))  # fmt: skip
+                labels[stem] = int(text)
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile ends at a damaged header, too
                 raise ValueError(f"its end, or the header at byte {tar.offset}, is missing or damaged")
@@ -156,9 +157,11 @@ def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]
     except Exception as error:  # tarfile raises many types of errors
         raise InputError(printable(f"{path} is not a complete tar file ({error}); download it again")) from None
     for stem in images.keys() ^ labels.keys():
+        if "." in posixpath.basename(stem):  # something else about the sample before the dot, such as a.mask.png
+            continue
         missing = ".cls file, which holds its label; unpack an archive of class folders" if stem in images else "image"
         raise InputError(printable(f"{path}: {stem} has no {missing}"))
-    return [(*image, labels[stem]) for stem, image in images.items()]
+    return [(*image, labels[stem]) for stem, image in images.items() if stem in labels]
 
 
 class _BoundedFile(io.FileIO):

@@ -111,6 +111,23 @@ def test_a_damaged_image_is_named(root):
     assert state.st_size != path.stat().st_size
 
 
+def test_dots_in_names(tmp_path):
+    """A part of the name, or another image that belongs to the sample."""
+    files = {"a.5x.jpg": jpeg(1), "a.5x.cls": b"0", "b.jpg": jpeg(2), "b.mask.png": jpeg(3), "b.cls": b"1"}
+    with tarfile.open(tmp_path / "x-train-0.tar", "w") as shard:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+    dataset = ShardDataset(tmp_path, "train")
+    assert list(dataset.names) == ["a.5x.jpg", "b.jpg"] and dataset.labels == [0, 1]
+    with tarfile.open(tmp_path / "x-train-0.tar", "a") as shard:
+        info = tarfile.TarInfo("b.png")
+        shard.addfile(info)
+    with pytest.raises(InputError, match="b occurs twice; give each sample a name of its own"):
+        ShardDataset(tmp_path, "train")
+
+
 @pytest.mark.parametrize("files, message", [
     ({"a.jpg": b"x"}, "a has no .cls file"), ({"a.cls": b"1"}, "a has no image"),
     ({"a.jpg": b"x", "a.cls": b"cat"}, "a.cls holds 'cat', not a class from 0"),
