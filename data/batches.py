@@ -1,8 +1,6 @@
 """On the device, from batches of bytes to batches for the network: copy, augment, normalise, erase, mix."""
 
-import functools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
@@ -17,16 +15,14 @@ from .transforms import Batch, eval_size
 class DeviceBatches:
     """Batches for the network: normalised float32 (N, 3, S, S), channels last, and targets, on the device.
 
-    Batches arrive as bytes, a quarter of the size of floats. On CUDA the next batch is copied on a separate stream
-    while the network processes the current one.
+    Batches arrive as bytes, a quarter of the size of floats, and are copied without waiting for the device.
 
     Args:
         loader: yields a ``Batch`` in CPU memory or on the device.
         images: the data set; also the attribute ``dataset``.
         device: the device of the batches.
         augmentation: of the batches, or None.
-        mixup: timm's Mixup, which turns targets into soft ones, or None. Its draws come from NumPy's global generator
-            when a batch is returned, not when it is copied, so that a resumed run continues with the same ones.
+        mixup: timm's Mixup, which turns targets into soft ones, or None. It draws from NumPy's global generator.
     """
 
     def __init__(self, loader, images: ImageSet, device: torch.device, augmentation: Augmentation | None = None,
@@ -43,7 +39,7 @@ class DeviceBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in copied_ahead(self.loader, self.device):
+        for batch in self.loader:
             self._errors += batch.errors
             yield self.finish(batch)
 
@@ -53,15 +49,15 @@ class DeviceBatches:
         return errors
 
     def finish(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and targets of a batch whose images are on the device."""
-        images = batch.images.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W), channels last
+        """Images and targets of a batch."""
+        images, targets = (tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.labels))
+        images = images.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W), channels last
         if any(draw.flip or draw.chains or draw.steps for draw in batch.draws):
             images = augment_batch.augment(images, batch.draws)
         images = images.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(self._mean).div_(self._std)
         for image, draw in zip(images, batch.draws, strict=False):
             for place, seed in draw.erased:
                 self._erase(image, place, seed)
-        targets = batch.labels
         return self.mixup(images, targets) if self.mixup else (images, targets)
 
     def _erase(self, image: torch.Tensor, place: Rectangle, seed: int) -> None:
@@ -74,39 +70,6 @@ class DeviceBatches:
         shape = (3, height, width) if mode == "pixel" else (3, 1, 1)
         self._generator.manual_seed(seed)
         part.copy_(torch.randn(shape, generator=self._generator, device=image.device))
-
-
-def copied_ahead(batches, device: torch.device) -> Iterator[Batch]:
-    """Batches with images and labels on the device. On CUDA the next one is copied before a batch is returned."""
-    if device.type != "cuda":
-        for batch in batches:
-            yield replace(batch, images=batch.images.to(device), labels=batch.labels.to(device))
-        return
-    stream = _copy_stream(device)
-
-    def copy(batch: Batch | None) -> Batch | None:
-        if batch is None:
-            return None
-        with torch.cuda.stream(stream):
-            return replace(batch, images=batch.images.to(device, non_blocking=True),
-                           labels=batch.labels.to(device, non_blocking=True))  # fmt: skip
-
-    batches = iter(batches)
-    following = copy(next(batches, None))
-    while following is not None:
-        batch = following
-        current = torch.cuda.current_stream(device)
-        current.wait_stream(stream)
-        for tensor in (batch.images, batch.labels):
-            tensor.record_stream(current)  # its memory was allocated for the other stream
-        following = copy(next(batches, None))
-        yield batch
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> "torch.cuda.Stream":
-    """One for the process: the allocator keeps memory for every stream that there was."""
-    return torch.cuda.Stream(device)
 
 
 class ResidentLoader:

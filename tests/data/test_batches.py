@@ -1,4 +1,4 @@
-"""The last steps of a batch against timm's and torchvision's, and the copy that runs ahead."""
+"""The last steps of a batch against timm's and torchvision's; none of them waits for the device."""
 
 from dataclasses import replace
 
@@ -11,10 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import functional as F
 
 from config import load_config
-from data import batches as batches_module
 from data import build_train_loader, build_val_loader, loader
 from data.augment import Augmentation, Draw, Rectangle
-from data.batches import DeviceBatches, ResidentLoader, copied_ahead
+from data.batches import DeviceBatches, ResidentLoader
 from data.transforms import Batch
 
 CPU = torch.device("cpu")
@@ -78,7 +77,7 @@ def test_the_noise_is_distributed_as_timms():
 
 
 def test_mixing_draws_when_a_batch_is_handed_over():
-    """Not when it is read ahead: what a checkpoint saves of NumPy's generator is then where the next batch goes on."""
+    """What a checkpoint saves of NumPy's generator is then where the next batch goes on."""
     mixup = Mixup(0.8, 1.0, num_classes=10)
     np.random.seed(3)
     first = next(iter(batches([batch(noise()), batch(noise())], mixup=mixup)))
@@ -102,27 +101,6 @@ def test_an_augmented_batch_is_bytes_until_the_device(augment_on):
         batch = next(iter(build(config).loader))
         assert batch.images.shape == (128, 16, 16, 3) and batch.images.dtype == torch.uint8
         assert batch.images.is_contiguous() and batch.labels.dtype == torch.int64
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_copies_run_ahead_and_give_the_same_batches():
-    ready = [batch(np.random.default_rng(i).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)) for i in range(6)]
-    read = []
-    source = (read.append(number) or item.pin_memory() for number, item in enumerate(ready))
-    for number, item in enumerate(copied_ahead(source, torch.device("cuda"))):
-        assert read == list(range(min(number + 2, 6)))  # the next one is under way
-        assert torch.equal(item.images.cpu(), ready[number].images)
-        torch.cuda._sleep(10**7)
-
-
-def test_one_stream_serves_all_epochs(monkeypatch):
-    made = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
-    batches_module._copy_stream.cache_clear()
-    first, again = (batches_module._copy_stream(torch.device("cuda")) for _ in range(2))
-    batches_module._copy_stream.cache_clear()
-    assert first is again and len(made) == 1
 
 
 # ---- waiting for the device ------------------------------------------------------------------------
