@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import InputError, printable
+from utils import InputError, printable, replacing
 
 logger = logging.getLogger("strip_mlp")
 
@@ -177,9 +176,8 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     for place in (path, _in_cache(path)):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".npz", delete=False) as file:
+            with replacing(place) as file:
                 np.savez(file, **arrays)
-            os.replace(file.name, place)
             return
         except OSError as error:
             failure = error

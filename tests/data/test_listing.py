@@ -1,5 +1,6 @@
 """Lists of images: their order, their cache, links that lead in a circle."""
 
+import errno
 import io
 import os
 import shutil
@@ -74,6 +75,18 @@ def test_a_folder_that_cannot_be_written_has_its_listing_in_the_users_cache(tmp_
     assert listing.load(place)["a"].tolist() == [0, 1, 2] and len(list((tmp_path / "cache").rglob("*.npz"))) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert listing.load(place) is None
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, caplog):
+    def fill(file, **_):
+        file.write(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(np, "savez", fill)
+    listing.save(tmp_path / ".listing_train.npz", {"a": np.arange(3)})
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert "could not be cached ([Errno 28] No space left on device)" in caplog.text
 
 
 def test_a_link_in_a_circle_is_an_error(tmp_path):
