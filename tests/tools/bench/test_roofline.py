@@ -116,11 +116,9 @@ def test_figures_of_strip_mlp_do_not_grow():
     """At batch 128 in bfloat16. Lower the limits when the step gets lighter."""
     traffic = count_step(one_block(), (128, 3, 224, 224), training=True)
     assert traffic.total("bytes") / 128 < 163e6
-    assert traffic.total("launches") <= 276
     assert traffic.peak_bytes < 2.6 * 2**30
     traffic = count_step(one_block(640, 7), (128, 3, 28, 28), training=True)  # the last block
     assert traffic.total("bytes") / 128 < 21.5e6
-    assert traffic.total("launches") <= 276
 
 
 def test_a_pytorch_that_cannot_plan_a_step_is_an_error(monkeypatch):
