@@ -1,7 +1,6 @@
 """From the files of a data set to the batches of a training step."""
 
-__all__ = ["DeviceBatches", "augment_on", "build_mixup", "build_train_loader", "build_val_loader", "prepare_data",
-           "shared_memory_needed"]
+__all__ = ["DeviceBatches", "augment_on", "build_mixup", "build_train_loader", "build_val_loader", "prepare_data"]
 
 
 def __getattr__(name: str):

@@ -32,7 +32,7 @@ _UPRIGHT = {  # what turns an image of an EXIF orientation upright
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
 _ZEROS = 128  # coded pixels never have so many zero bytes in a row
-_COMPLAINT = re.compile(rb"JPEG|Inconsistent|\.tif: |Decode: ")
+_WARNING = re.compile(rb"JPEG|Inconsistent|\.tif: |Decode: ")
 _stderr = threading.Lock()
 
 
@@ -41,6 +41,7 @@ class ImageError(InputError):
 
 
 def with_advice(error: Exception) -> ImageError:
+    """An error about an image, with what to do about it."""
     return ImageError(f"{error}; remove or replace it, or skip such images with --opts DATA.SKIP_BAD_IMAGES True")
 
 
@@ -121,7 +122,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.format in _CHECKS:
                 _CHECKS[image.format](data)
-            with _complaints_are_errors():
+            with _warnings_are_errors():
                 # torchvision has the same libjpeg-turbo as Pillow, without Pillow's copies and patience.
                 pixels = _decode_jpeg(data) if image.format in ("JPEG", "MPO") else np.asarray(_to_rgb(image))
             if pixels.shape[2] == 4:  # CMYK, which only Pillow converts
@@ -163,8 +164,8 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _complaints_are_errors():
-    """What libjpeg and libtiff print to the standard error, about data that is corrupt, too short or too long."""
+def _warnings_are_errors():
+    """Raises what libjpeg and libtiff only print: that data is corrupt, too short or too long."""
     with _stderr, tempfile.TemporaryFile() as file:
         before = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -175,7 +176,7 @@ def _complaints_are_errors():
             os.close(before)
         file.seek(0)
         message = file.read()
-    if _COMPLAINT.search(message):
+    if _WARNING.search(message):
         raise ValueError(message.decode(errors="replace").splitlines()[0])
     os.write(2, message)  # of others: a warning, another thread
 

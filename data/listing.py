@@ -88,10 +88,10 @@ def list_images(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
         InputError: a link leads back to a folder that contains it.
     """
     place = folder.parent / f".listing_{folder.name}.npz"
-    names, labels, told = _cached(place, folder, classes) or _listed(place, folder, classes)
-    if told and (folder, told) not in _warned:
-        _warned.add((folder, told))
-        logger.warning(printable(f"{folder}: skipped files that are not images: {told}"))
+    names, labels, summary = _cached(place, folder, classes) or _listed(place, folder, classes)
+    if summary and (folder, summary) not in _warned:
+        _warned.add((folder, summary))
+        logger.warning(printable(f"{folder}: skipped files that are not images: {summary}"))
     return names, labels
 
 
@@ -108,7 +108,7 @@ def _cached(place: Path, folder: Path, classes: list[str]) -> tuple[Names, np.nd
         text, begins = names.text.tobytes(), np.append(0, names.ends[:-1])  # only what is below the folder:
         is_sound = is_sound and not any(part in text for part in (b"\0", b"../")) and ord("/") not in names.text[begins]
         if is_sound and all(_time(folder / path) == time for path, time in zip(folders, times, strict=True)):
-            return names, labels, str(cached["skipped"])
+            return names, labels, str(cached["skipped"])[:300]
     return None
 
 
@@ -120,13 +120,13 @@ def _listed(place: Path, folder: Path, classes: list[str]) -> tuple[Names, np.nd
                 names.append(path)
                 labels.append(label)
                 bar.update()
-    told = ", ".join(f"{kind} ({count})" for kind, count in skipped.most_common(10))
+    summary = ", ".join(f"{kind} ({count})" for kind, count in skipped.most_common(10))
     names, labels, paths = Names.of(names), np.array(labels, np.int64), Names.of(folders)
     if len(names) >= WORTH_CACHING and time.time() - max(folders.values()) / 1e9 > _SETTLED:
         save(place, {"classes": np.array(classes), "text": names.text, "ends": names.ends, "labels": labels,
                      "folders": paths.text, "folder_ends": paths.ends, "times": np.array(list(folders.values())),
-                     "skipped": np.array(told)})  # fmt: skip
-    return names, labels, told
+                     "skipped": np.array(summary)})  # fmt: skip
+    return names, labels, summary
 
 
 def _walk(root: Path, relative: str, folders: dict[str, int], skipped: collections.Counter, above: tuple) -> Iterator:

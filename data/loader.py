@@ -78,12 +78,6 @@ def augment_on(config, device) -> str:
     return "worker" if torch.device(device).type == "cpu" else "device"
 
 
-def shared_memory_needed(config) -> int:
-    """The most shared memory (``/dev/shm``), in bytes, that the batches of one process's data workers take."""
-    batch = config.DATA.BATCH_SIZE * config.DATA.IMG_SIZE**2 * 3
-    return batch * (_PREFETCH * config.DATA.NUM_WORKERS + 1)  # plus the one in use
-
-
 def check_shared_memory(config, folder: str = "/dev/shm") -> None:
     """Raises InputError if ``folder``, where it exists, has too little shared memory for the data workers.
 
@@ -92,7 +86,8 @@ def check_shared_memory(config, folder: str = "/dev/shm") -> None:
     if not config.DATA.NUM_WORKERS or not os.path.isdir(folder):
         return
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # of this machine, set by torchrun
-    needed, free = processes * shared_memory_needed(config), shutil.disk_usage(folder).free
+    batches = processes * (_PREFETCH * config.DATA.NUM_WORKERS + 1)  # the last is the one in use
+    needed, free = batches * config.DATA.BATCH_SIZE * config.DATA.IMG_SIZE**2 * 3, shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
             f"the data workers need {needed / 2**20:.0f} MB of shared memory, and {folder} has {free / 2**20:.0f} MB "

@@ -249,7 +249,7 @@ def test_whole_images_with_zeros_are_accepted():
 
 
 def test_what_libraries_print_of_other_threads_is_passed_on(capfd):
-    with images._complaints_are_errors():
+    with images._warnings_are_errors():
         os.write(2, b"from another thread\n")
     assert capfd.readouterr().err == "from another thread\n"
 

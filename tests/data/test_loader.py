@@ -18,7 +18,6 @@ from data import (
     build_val_loader,
     cifar,
     prepare_data,
-    shared_memory_needed,
 )
 from data import (
     loader as loaders,
@@ -140,11 +139,6 @@ def test_where_images_are_augmented():
     assert [augment_on(config(), device) for device in ("cpu", "cuda", "mps")] == ["worker", "device", "device"]
     for choice in ("worker", "device"):
         assert {augment_on(config("DATA.AUGMENT_ON", choice), device) for device in ("cpu", "cuda")} == {choice}
-
-
-def test_shared_memory_of_the_workers():
-    """Two batches of bytes ahead for each worker, and the one in use."""
-    assert shared_memory_needed(config("DATA.NUM_WORKERS", 4, "DATA.BATCH_SIZE", 10)) == 9 * 10 * 16 * 16 * 3
 
 
 @pytest.fixture
