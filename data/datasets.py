@@ -68,6 +68,9 @@ class FolderDataset(ImageSet):
                 f"{folder} {what}; {root} must hold train/ and val/ with class folders, or another form of the "
                 f"data set (see docs/data.md){_likely_cause(root)}{hint}"
             )
+        for entry in os.scandir(folder):
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                raise MissingFileError(printable(f"{entry.path} is a link to nothing; repair or remove it"))
         stray = has_images(folder)
         if stray:
             raise InputError(f"{stray} is outside the class folders; move it to {folder}/<its class>/")

@@ -41,7 +41,8 @@ def class_folders(folder: Path) -> list[str]:
     """The sorted names of the folders in ``folder``, without those of systems, or none if it does not exist."""
     if not folder.is_dir():
         return []
-    return sorted(entry.name for entry in os.scandir(folder) if not is_system(entry.name) and entry.is_dir())
+    return sorted(entry.name for entry in os.scandir(folder) if not is_system(entry.name)
+                  and (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()))  # fmt: skip
 
 
 def has_images(folder: Path) -> str:

@@ -228,6 +228,19 @@ def test_an_empty_class_is_named(tmp_path):
     fails(FileNotFoundError, rf"{tmp_path}/val: .* eel\. .*Fill these folders", "val", "imagefolder", tmp_path, 3)
 
 
+def test_links_to_class_folders(tmp_path):
+    """A class would be missing without a word if the link is broken or leads to itself."""
+    write_folders(tmp_path)
+    (tmp_path / "train" / "cat").rename(tmp_path / "elsewhere")
+    (tmp_path / "train" / "cat").symlink_to(tmp_path / "elsewhere")
+    assert len(build_dataset(config("imagefolder", tmp_path), "train")) == 6
+    for target in ("gone", "eel"):
+        for split in ("train", "val"):
+            (tmp_path / split / "eel").symlink_to(target)
+            fails(FileNotFoundError, f"{split}/eel is a link to nothing; repair or", split, "imagefolder", tmp_path)
+            (tmp_path / split / "eel").unlink()
+
+
 def test_an_image_outside_the_class_folders_is_named(tmp_path):
     write_folders(tmp_path)
     Image.new("L", (4, 4)).save(tmp_path / "val" / "stray.JPEG")
