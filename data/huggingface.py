@@ -6,6 +6,7 @@ own cache, which takes as much disk space as the files; the output of ``save_to_
 
 import contextlib
 import glob
+import os
 from pathlib import Path
 
 from utils import InputError, MissingFileError, printable
@@ -27,6 +28,9 @@ def _is_saved(root: Path) -> bool:
 def _parquet(root: Path, split: str) -> list[str]:
     for name in SPLITS[split][:3]:  # test files of image sets on the Hub have no labels
         files = sorted(str(path) for path in [*root.glob(f"{name}*.parquet"), *root.glob(f"data/{name}*.parquet")])
+        for path in files:
+            if not os.path.isfile(path):  # a pipe would be waited for, a broken link passed over
+                raise InputError(f"{path} is not a file; copy it there, or remove it")
         if files:
             return files
     return []

@@ -1,6 +1,7 @@
 """Data sets that Hugging Face's package wrote to disk, and Parquet files in the Hub's layout."""
 
 import io
+import os
 import pickle
 
 import numpy as np
@@ -99,6 +100,15 @@ def test_a_single_saved_split(tmp_path):
     options.defrost()
     options.DATA.HOLD_OUT = 0.2
     assert len(build_dataset(options, "val")) == 2
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("gone", path)])
+def test_parquet_files_that_are_no_files(make, tmp_path):
+    write(tmp_path, "parquet")
+    make(tmp_path / "data" / "train-00002-of-00002.parquet")
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match=r"train-00002-of-00002\.parquet is not a file; copy it there, or remove"):
+            build_dataset(config(tmp_path), split)
 
 
 def test_any_path_is_read_as_it_is(tmp_path):
