@@ -26,7 +26,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, x):
         """(N, in_chans, H, W) -> (N, num_features, H/32, W/32), normalised."""
-        return self.get_submodule(self.final_norm)(self._run_stages(x, len(self.feature_info))[-1])
+        return getattr(self, self.final_norm)(self._run_stages(x, len(self.feature_info))[-1])
 
     def forward_head(self, x, pre_logits: bool = False):
         """(N, C, H, W) -> (N, num_classes), or the pooled (N, C) with ``pre_logits``."""
@@ -74,7 +74,7 @@ class Backbone(nn.Module):
         outputs = self._run_stages(x, last + 1 if stop_early or intermediates_only else count)
         features = outputs[-1]
         if len(outputs) == count and (norm or not intermediates_only):
-            features = self.get_submodule(self.final_norm)(features)
+            features = getattr(self, self.final_norm)(features)
         intermediates = [features if norm and index == count - 1 else outputs[index] for index in indices]
         return intermediates if intermediates_only else (features, intermediates)
 
@@ -99,12 +99,15 @@ class Backbone(nn.Module):
         if prune_head or is_cut:
             self.reset_classifier(0, "")
         if prune_norm or is_cut:
-            self.set_submodule(self.final_norm, nn.Identity())
+            setattr(self, self.final_norm, nn.Identity())
         return indices
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
-        return self.get_submodule(self.classifier)
+        module = self
+        for name in self.classifier.split("."):  # PyTorch 2.6 cannot compile get_submodule
+            module = getattr(module, name)
+        return module
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by a newly initialised one with ``num_classes`` outputs; 0 removes it.
