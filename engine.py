@@ -389,20 +389,6 @@ def _synchronize(device: torch.device) -> None:
 
 # ---- torch.compile ---------------------------------------------------------------------------------
 
-def keep_activation_layout() -> None:
-    """Keeps the compiler from copying activations for a convolution's backward pass; holds for the whole process.
-
-    PyTorch 2.14 copies a depthwise convolution's activations into the memory layout of its weight's gradient, which has
-    one channel and so fits any layout. PyTorch 2.11 and older versions do not copy.
-    """
-    if torch.__version__ < (2, 12):
-        return
-    from torch._inductor.lowering import fallback_handler, lowerings  # takes a second
-
-    backward = torch.ops.aten.convolution_backward.default
-    lowerings[backward] = fallback_handler(backward)
-
-
 def compile_network(model: nn.Module, setting: str, device: torch.device, deterministic: bool = False) -> nn.Module:
     """The network for the training loop: compiled at its first batch, or ``model`` itself.
 
@@ -449,7 +435,6 @@ class CompiledNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.may_fail = may_fail
-        keep_activation_layout()
         self.run = torch.compile(network.forward, options=OPTIONS)
 
     def forward(self, x):

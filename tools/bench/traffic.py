@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from engine import EARLY, OPTIONS, keep_activation_layout
+from engine import EARLY, OPTIONS
 from utils import InputError
 
 aten = torch.ops.aten
@@ -208,7 +208,6 @@ def count_compiled_step(
 
     x = torch.empty(images).contiguous(memory_format=layout_of(network))
     torch.compiler.reset()
-    keep_activation_layout()
     with (
         mock.patch.object(GraphLowering, "compile_to_module", plan),
         mock.patch("torch._inductor.ir.is_cpu", return_value=False),  # asked where a CPU would store an exponential
