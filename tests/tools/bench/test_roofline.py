@@ -94,16 +94,6 @@ def test_compiled_traffic_known_by_hand():
     assert found == {"convolution": 2 * size + weight, "fused loops": 2 * size}
 
 
-@needs_early_planning
-def test_compiled_depthwise_convolutions_keep_their_activation_layout():
-    """Their backward passes copy no map: what is left is a GELU's derivative."""
-    convolutions = [nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False) for _ in range(2)]
-    network = nn.Sequential(convolutions[0], nn.GELU(), convolutions[1]).to(memory_format=torch.channels_last)
-    traffic = count_compiled_step(network, (N, 8, SIDE, SIDE), training=True, dtype=None)
-    loops = [op.bytes for op in traffic.operations if op.phase == "backward" and op.name == "fused loops"]
-    assert loops == [3 * 4 * 8 * PIXELS]
-
-
 def one_block(dim=80, side=56):
     """T*'s stem and first block, or another of its blocks, then a mean over the tokens."""
     block = Block(dim, side, num_patches=2, strip_width=3, mlp_ratio=3.0, drop_path=0.1)
