@@ -49,11 +49,11 @@ class StripMLP(nn.Module):
         d, k = self.weight.shape[0], self.strip_width
         x = x.unflatten(1, (-1, d)).movedim(2, 0)  # (N, C, H, W) -> (D, N, P, H, W)
         x = x if self.axis == "row" else x.transpose(3, 4)  # (D, N, P, across, L)
-        _, n, p, across, _ = x.shape
+        p, across = x.shape[2:4]
         x = F.pad(x, (0, 0, k // 2, k // 2))
         strips = torch.cat([x.narrow(3, i, across) for i in range(k)], dim=-1)  # (D, N, P, across, K * L)
         matrices = self.weight.permute(0, 3, 2, 1).flatten(1, 2)  # (D, K * L, L)
-        y = torch.baddbmm(self.bias[:, None], strips.flatten(1, 3), matrices).unflatten(1, (n, p, across))
+        y = torch.baddbmm(self.bias[:, None], strips.flatten(1, 3), matrices).unflatten(1, (-1, p, across))
         y = y if self.axis == "row" else y.transpose(3, 4)  # (D, N, P, H, W)
         return y.permute(1, 3, 4, 2, 0).flatten(3).permute(0, 3, 1, 2)  # in channels-last memory
 

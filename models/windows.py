@@ -17,30 +17,42 @@ def cut(x, size: tuple[int, int]):
     """
     if x.shape[2:] == size:
         return x
-    layout, (n, c), (height, width) = _layout(x), x.shape[:2], size
-    rows, columns = (_starts(side, length, x.device) for side, length in zip(x.shape[2:], size, strict=True))
+    (n, c), (height, width) = x.shape[:2], size
+    is_channels_last = _is_channels_last(x)
+    rows, columns = (_starts(side, length, x.device) for side, length in zip(_sides(x.shape), size, strict=True))
     x = F.pad(x, (0, max(width - x.shape[3], 0), 0, max(height - x.shape[2], 0)))
     x = x.index_select(2, (rows[:, None] + torch.arange(height, device=x.device)).flatten())
     x = x.index_select(3, (columns[:, None] + torch.arange(width, device=x.device)).flatten())
     x = x.reshape(n, c, len(rows), height, len(columns), width).permute(2, 4, 0, 1, 3, 5)
-    return x.reshape(-1, c, height, width).contiguous(memory_format=layout)
+    return _contiguous(x.reshape(-1, c, height, width), is_channels_last)
 
 
 def merge(windows, shape: tuple[int, int, int, int]):
     """The map of ``shape`` (N, C, H, W) from its windows: (windows * N, C, L_H, L_W) -> (N, C, H, W)"""
     if windows.shape[2:] == shape[2:]:
         return windows
-    n, c, *sides = shape
-    rows, columns = (_shares(side, length, windows) for side, length in zip(sides, windows.shape[2:], strict=True))
+    n, c = shape[:2]
+    sides = zip(_sides(shape), _sides(windows.shape), strict=True)
+    rows, columns = (_shares(side, length, windows) for side, length in sides)
     (_, n_rows, height), (_, n_columns, width) = rows.shape, columns.shape
     x = windows.reshape(n_rows, n_columns, n, c, height, width).permute(2, 3, 0, 4, 1, 5)
     x = x.reshape(n, c, n_rows * height, n_columns * width)
     x = torch.matmul(rows.flatten(1)[None, None], torch.matmul(x, columns.flatten(1).T))
-    return x.contiguous(memory_format=_layout(windows))
+    return _contiguous(x, _is_channels_last(windows))
 
 
-def _layout(x) -> torch.memory_format:
-    return torch.channels_last if x.stride(1) == 1 and not x.is_contiguous() else torch.contiguous_format
+def _sides(shape):
+    """(H, W) of (N, C, H, W), as numbers also under ``torch.jit.trace``, whose record is of one image size."""
+    return [int(side) for side in shape[2:]] if torch.jit.is_tracing() else shape[2:]
+
+
+def _is_channels_last(x) -> bool:
+    return x.stride(1) == 1 and not x.is_contiguous()
+
+
+def _contiguous(x, is_channels_last: bool):
+    """``x.contiguous(memory_format=...)``, for which ``torch.vmap`` knows no channels-last format."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if is_channels_last else x.contiguous()
 
 
 def _starts(side: int, length: int, device: torch.device):

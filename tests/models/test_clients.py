@@ -33,8 +33,8 @@ def net():
     return net
 
 
-def images(count=2):
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+def images(count=2, side=32):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(2))
 
 
 def replace(net, name, part):
@@ -199,10 +199,46 @@ def test_torch_func(net):
     assert relative_error(slope, (net(x + 1e-6 * step) - net(x - 1e-6 * step)) / 2e-6) < 1e-6
 
 
+def test_gradients_by_image_in_windows():
+    """vmap of a network for 32x32 images on larger ones, in the layout of each block's output."""
+    net = tiny_net(depths=(1, 1, 1, 1), drop_path_rate=0.0, dynamic_img_size=True).double().eval()
+    weights, x = {name: p.detach() for name, p in net.named_parameters()}, images(side=48).double()
+
+    def loss(weights, image):
+        return torch.func.functional_call(net, weights, (image[None],)).square().sum()
+
+    by_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    net(x).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(by_image[name].sum(0), parameter.grad, rtol=1e-8, atol=1e-10)
+
+
 def test_jit_trace_and_save(net, tmp_path):
     expected = net.eval()(images())
     torch.jit.trace(net, images(), check_trace=False).save(tmp_path / "net.pt")
     torch.testing.assert_close(torch.jit.load(tmp_path / "net.pt")(images()), expected)
+
+
+def test_jit_trace_in_windows():
+    """For any batch at the traced image size; another size is an error, not a wrong result."""
+    net = tiny_net(depths=(1, 1, 1, 1), dynamic_img_size=True).eval()
+    traced = torch.jit.trace(net, images(side=48), check_trace=False)
+    torch.testing.assert_close(traced(images(3, side=48)), net(images(3, side=48)))
+    for side in (32, 40, 64):
+        with pytest.raises(RuntimeError, match="out of range|must match"):
+            traced(images(side=side))
+
+
+def test_onnx_by_torchscript(tmp_path):
+    """PyTorch's older exporter, with a batch of another size than the example's."""
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer, x = StripMLP(4, 3, 2, "column"), torch.randn(2, 4, 3, 3)
+    axes = {"x": {0: "batch"}}
+    torch.onnx.export(layer, x, tmp_path / "layer.onnx", input_names=["x"], dynamic_axes=axes, dynamo=False)
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx", providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 4, 3, 3)
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), layer(x).detach())
 
 
 def test_symbolic_trace(net):
