@@ -3,15 +3,18 @@
 
 import copy
 import json
+import re
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import models
 from models.strip_mlp import CGSMM, GRN, RelativePosition, StripMLP
 from tests.nets import relative_error, tiny_net
-from tests.processes import Fork
+from tests.processes import ROOT, Fork
 
 BLOCK = "stages.1.0"
 PARTS = {  # linear layers, by what a user calls them
@@ -66,6 +69,41 @@ def test_lora(net, part):
     assert {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.any()} == {
         name for name, _ in adapted.named_parameters() if "lora_" in name}
     torch.testing.assert_close(adapted.merge_and_unload().eval()(images()), changed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, layers, kwargs", [
+    ("smlpnet_tiny", ["proj_h", "proh_w", "fuse", "net.0"], {"img_size": 32, "embed_dim": 8, "depths": (1, 1, 1, 1)}),
+    ("wave_mlp_base", ["fc_h", "theta_h_conv.0", "attn.proj"], {"embed_dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}),
+])
+def test_lora_on_the_baselines(name, layers, kwargs):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=5, **kwargs).eval()
+    expected = net(images())
+    for layer in layers:
+        adapted = peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(r=2, target_modules=[layer])).eval()
+        for key, parameter in adapted.named_parameters():
+            if "lora_B" in key:
+                nn.init.normal_(parameter)
+        changed = adapted(images())
+        assert relative_error(changed, expected) > 1e-3, layer
+        torch.testing.assert_close(adapted.merge_and_unload()(images()), changed, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_adapter(net, tmp_path):
+    """It holds no statistics of BatchNorms, which set_train_mode therefore keeps."""
+    peft = pytest.importorskip("peft")
+    base = copy.deepcopy(net)
+    config = peft.LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["row_strip", "head"])
+    adapted = peft.get_peft_model(net, config)
+    models.set_train_mode(adapted)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
+    adapted(images()).square().sum().backward()
+    optimizer.step()
+    adapted.save_pretrained(tmp_path)
+    expected = adapted.eval()(images())
+    assert relative_error(expected, base.eval()(images())) > 1e-3
+    assert torch.equal(peft.PeftModel.from_pretrained(base, tmp_path).eval()(images()), expected)
 
 
 # ---- hooks and counters --------------------------------------------------------------------------
@@ -315,3 +353,20 @@ def test_fully_sharded(tmp_path):
         found = json.loads(process.stdout)
         assert relative_error(found["fsdp1"], found["plain"]) < 1e-4
         assert relative_error(found["fsdp2"], found["plain"]) < 1e-4
+
+
+# ---- docs/clients.md -----------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split()[1])
+def test_the_page_s_examples(block, tmp_path, monkeypatch):
+    """They run, where their packages are installed."""
+    for package in re.findall(r"^(?:import|from) (\w+)", block, re.M):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    loader = torch.utils.data.DataLoader([(images(1)[0], 1), (images(1)[0], 0)], batch_size=2)
+    exec(block, {"models": models, "timm": timm, "torch": torch, "loader": loader, "net": tiny_net(img_size=224)})
