@@ -1,7 +1,4 @@
-"""Strip-MLP with a part removed or connected differently, for ablations (the last three keys of MODEL.STRIP_MLP).
-
-Strip width and P are arguments of the network itself.
-"""
+"""Strip-MLP with a part removed or connected differently, for ablations (the last three keys of MODEL.STRIP_MLP)."""
 
 from functools import partial
 
@@ -16,7 +13,7 @@ from .windows import cut, merge
 class ParallelCGSMM(CGSMM):
     """Both strip layers read the input. In the cascade, the column layer reads the row layer's output.
 
-    The layers and their parameters are those of the cascade; only its two inputs of the column's half change places.
+    The layers and their parameters are those of the cascade.
     """
 
     def forward(self, x):
@@ -32,10 +29,7 @@ class ParallelCGSMM(CGSMM):
 class AblatedMixingBlock(StripMixingBlock):
     """Token mixing by CGSMM and LSMM on half of the channels each, or by one of them on all channels.
 
-    Args:
-        dim, size, num_patches, strip_width: as for ``StripMixingBlock``.
-        mixers: ``"both"``, ``"cgsmm"`` or ``"lsmm"``.
-        cascade: whether CGSMM's strip layers run one after the other; False: in parallel.
+    ``mixers`` is ``"both"``, ``"cgsmm"`` or ``"lsmm"``; without ``cascade``, CGSMM's strip layers run in parallel.
     """
 
     def __init__(self, dim, size, num_patches, strip_width, mixers: str, cascade: bool):
@@ -67,7 +61,7 @@ class Nothing(nn.Module):
 def build_ablated(mixers: str, cascade: bool, shortcuts: bool, **kwargs) -> StripMLPNet:
     """A ``StripMLPNet`` of ``kwargs`` with a choice of token mixers, and optionally without the cross-stage shortcuts.
 
-    With ``"both", True, True`` it is the full network: same keys, and same outputs for the same weights.
+    With ``"both", True, True`` it is the full network.
     """
     token_mixing = partial(AblatedMixingBlock, mixers=mixers, cascade=cascade)
     model = StripMLPNet(token_mixing=token_mixing, **kwargs)

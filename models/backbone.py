@@ -41,13 +41,8 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
-        self,
-        x,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
+        self, x, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
+        output_fmt: str = "NCHW", intermediates_only: bool = False,
     ):
         """The outputs of the stages: of Strip-MLP (N, C, H/4, W/4) to (N, 8C, H/32, W/32), ``patch_size`` 4.
 
@@ -56,16 +51,12 @@ class Backbone(nn.Module):
             indices: stages from 0, negative from the end; a number n: the last n; None: all.
             norm: normalise the last stage's output; the others have no norm.
             stop_early: skip the stages after the last one requested.
-            output_fmt: ``"NCHW"``.
+            output_fmt: ``"NCHW"``; anything else is a ValueError.
             intermediates_only: return only the list.
 
         Returns:
             ``(features, intermediates)``, features as ``forward_features`` returns them, or the last output if it
             stopped early. With ``intermediates_only``, the list of intermediates.
-
-        Raises:
-            ValueError: another ``output_fmt``.
-            AssertionError: a stage that does not exist.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r} is not 'NCHW', the only layout of these feature maps")

@@ -24,9 +24,9 @@ _NETWORKS = {  # by class: its variants and its timm settings
 default_cfgs = generate_default_cfgs({
     name: {
         "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 224 / 256,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, **about,
+        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, **settings,
     }
-    for variants, about in _NETWORKS.values() for name in variants
+    for variants, settings in _NETWORKS.values() for name in variants
 })
 
 
@@ -62,28 +62,21 @@ class StageFeatures(FeatureGetterNet):
         return self.model.load_state_dict(weights, strict, assign)
 
 
-def _create(
-    network: type[Backbone], variant: str, pretrained: bool, device=None, dtype=None, output_stride: int = 32, **kwargs
-) -> Backbone:
-    if output_stride != 32:
-        raise ValueError(f"{variant}: output_stride {output_stride} is not supported, since stages cannot be dilated; "
-                         "use 32, and a decoder that takes strides of 4 to 32, such as FPN, UPerNet or a U-Net")
-    model = build_model_with_cfg(
-        network, variant, pretrained, pretrained_filter_fn=fit_state_dict,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": StageFeatures},
-        **(_NETWORKS[network][0][variant] | kwargs),
-    )
-    return model.to(device=device, dtype=dtype)
-
-
-def _register(network: type[Backbone], variant: str) -> None:
-    def create(pretrained: bool = False, **kwargs) -> Backbone:
-        return _create(network, variant, pretrained, **kwargs)
+def _register(network: type[Backbone], variant: str, arguments: dict) -> None:
+    def create(pretrained: bool = False, device=None, dtype=None, output_stride: int = 32, **kwargs) -> Backbone:
+        if output_stride != 32:
+            raise ValueError(f"{variant}: output_stride {output_stride} is not supported, since stages cannot be "
+                             "dilated; use 32, and a decoder that takes strides of 4 to 32 (FPN, UPerNet, a U-Net)")
+        model = build_model_with_cfg(
+            network, variant, pretrained, pretrained_filter_fn=fit_state_dict,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": StageFeatures}, **(arguments | kwargs),
+        )
+        return model.to(device=device, dtype=dtype)
 
     create.__name__ = create.__qualname__ = variant
     register_model(create)
 
 
 for _network, (_variants, _) in _NETWORKS.items():
-    for _variant in _variants:
-        _register(_network, _variant)
+    for _variant, _arguments in _variants.items():
+        _register(_network, _variant, _arguments)

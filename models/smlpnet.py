@@ -77,35 +77,16 @@ def channel_mixing(dim: int, hidden_dim: int, drop_path: float) -> Residual:
 class SMLPNet(Backbone):
     """sMLPNet: four stages at 1/4, 1/8, 1/16 and 1/32 of the input size. It is built for one input size.
 
-    Args:
-        img_size: side of the square input in pixels, or its (height, width), multiples of 32.
-        in_chans: channels of the input.
-        num_classes: outputs of the head; 0: no head.
-        global_pool: ``"avg"``, the mean over all tokens, or ``""``, no pooling, for a network without a head.
-        embed_dim: C, the channels of the first stage; they double at every stage.
-        depths: blocks of the four stages.
-        mlp_ratio: the hidden width of the channel mixing, relative to its input.
-        drop_rate: dropout before the head, while training.
-        drop_path_rate: probability of dropping a residual branch of the last block for an image, while training; it
-            rises linearly from 0 in the first block.
-
-    Raises:
-        ValueError: an ``img_size`` that is not a multiple of 32.
+    Arguments as for ``StripMLPNet``, with a patch size of 4 and a drop path that rises linearly from 0 in the first
+    block to ``drop_path_rate`` in the last.
     """
 
     classifier, final_norm = "mlp_head.0", "batch_norm"
 
     def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dim: int = 80,
-        depths: tuple[int, int, int, int] = (2, 8, 14, 2),
-        mlp_ratio: float = 3.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        self, img_size: int | tuple[int, int] = 224, in_chans: int = 3, num_classes: int = 1000,
+        global_pool: str = "avg", embed_dim: int = 80, depths: tuple[int, int, int, int] = (2, 8, 14, 2),
+        mlp_ratio: float = 3.0, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
     ):
         dims = [embed_dim * 2**stage for stage in range(4)]
         super().__init__()
@@ -132,11 +113,7 @@ class SMLPNet(Backbone):
         self.reset_classifier(num_classes, global_pool)
 
     def _run_stages(self, x, count: int) -> list[torch.Tensor]:
-        """The outputs of the first ``count`` stages: (N, C, H/4, W/4) to (N, 8C, H/32, W/32).
-
-        Raises:
-            ValueError: images of another size than the network's.
-        """
+        """The outputs of the first ``count`` stages: (N, C, H/4, W/4) to (N, 8C, H/32, W/32)."""
         x = check_images(x, self.img_size, 32)
         outputs = []
         for embedding, blocks in zip(self.to_patch_embedding[:count], self.blocks, strict=False):
@@ -154,7 +131,7 @@ class SMLPNet(Backbone):
         self.token_mix, self.channel_mix = self.token_mix[:end], self.channel_mix[:end]
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's patterns of layer groups: the stem, then the stages (``coarse``) or the blocks, last the head."""
+        """As ``StripMLPNet``'s."""
         blocks = r"^(?:token_mix|channel_mix)\."
         if coarse:
             found = [(rf"{blocks}(?:{'|'.join(map(str, numbers))})\.", (i,)) for i, numbers in enumerate(self.blocks)]

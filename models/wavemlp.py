@@ -82,32 +82,19 @@ class Block(nn.Module):
 class WaveMLP(Backbone):
     """Wave-MLP: four stages at 1/4, 1/8, 1/16 and 1/32 of the input size, which is free.
 
+    Arguments as for ``SMLPNet``, and:
+
     Args:
-        in_chans: channels of the input.
-        num_classes: outputs of the head; 0: no head.
-        global_pool: ``"avg"``, the mean over all tokens, or ``""``, no pooling, for a network without a head.
-        embed_dims: channels of the four stages.
-        depths: blocks of the four stages.
-        mlp_ratios: the hidden widths of their channel mixing, relative to its input.
+        embed_dims, depths, mlp_ratios: channels, blocks and relative hidden width of each stage.
         norm: ``"group"``, a GroupNorm of one group, or ``"batch"``, a BatchNorm.
         embed_norm: whether a norm follows the stem and the convolutions between stages.
-        drop_rate: dropout before the head, while training.
-        drop_path_rate: probability of dropping a residual branch of the last block for an image, while training; it
-            rises linearly from 0 in the first block.
     """
 
     def __init__(
-        self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dims: tuple[int, int, int, int] = (64, 128, 320, 512),
-        depths: tuple[int, int, int, int] = (2, 3, 10, 3),
-        mlp_ratios: tuple[float, float, float, float] = (4, 4, 4, 4),
-        norm: str = "group",
-        embed_norm: bool = True,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg",
+        embed_dims: tuple[int, int, int, int] = (64, 128, 320, 512), depths: tuple[int, int, int, int] = (2, 3, 10, 3),
+        mlp_ratios: tuple[float, float, float, float] = (4, 4, 4, 4), norm: str = "group", embed_norm: bool = True,
+        drop_rate: float = 0.0, drop_path_rate: float = 0.0,
     ):
         super().__init__()
         self.in_chans, self.drop_rate = in_chans, drop_rate
@@ -147,7 +134,7 @@ class WaveMLP(Backbone):
         self.network = self.network[: 2 * count - 1]
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's patterns of layer groups: the stem, then the stages (``coarse``) or the blocks, last the head."""
+        """As ``StripMLPNet``'s."""
         first = () if coarse else (0,)
         return {
             "stem": r"^patch_embed",

@@ -53,8 +53,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WEIGHTS = ("model", "state_dict", "model_state_dict", "network", "net", "weights")  # where trainers keep them
 _AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "timm_model.")  # of DDP, torch.compile, Lightning, ...
-# Keys that AveragedModel and thop add.
-_COUNTERS = re.compile(r"(^n_averaged|total_ops|total_params)$")
+_COUNTERS = re.compile(r"(^n_averaged|total_ops|total_params)$")  # keys that AveragedModel and thop add
 
 # timm reads checkpoints with torch.load, which would reject the pickled config of a released one.
 torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
@@ -108,8 +107,8 @@ def to_released_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, tor
 def model_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
     """The network's weights in a checkpoint, or in a bare state dict, under this project's keys.
 
-    Checkpoints of other trainers do too: timm's, torchvision's, Lightning's, mmpretrain's. Their wrappers' prefixes are
-    stripped, and what stands beside the network's weights is left out.
+    Checkpoints of timm, torchvision, Lightning and mmpretrain load too: their wrappers' prefixes are stripped, and what
+    stands beside the network's weights is left out.
 
     Raises:
         ValueError: it has no weights.
@@ -163,8 +162,8 @@ def fit_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dic
 def adapt_size(state_dict: dict[str, torch.Tensor], model: nn.Module, warn: bool = True) -> dict[str, torch.Tensor]:
     """A network's weights for the input size of ``model``, by the interpolation described at the top of this file.
 
-    If the size is the same, they are returned unchanged; otherwise a warning is logged, unless ``warn`` is False.
-    Weights that fit no input size are not changed.
+    If the weights have that size already, or fit no size, they are returned unchanged. Otherwise a warning is logged,
+    unless ``warn`` is False.
     """
     own, adapted, sizes = model.state_dict(), dict(state_dict), []
     for key in own:
@@ -233,13 +232,7 @@ def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
     """Loads a checkpoint's weights as the start of a training.
 
     Weights for another input size are resized. If the class count differs, or the checkpoint is a backbone without a
-    head, the head keeps its new initialisation. Everything else must fit.
-
-    Returns:
-        The keys of the head that were skipped; empty if everything was loaded.
-
-    Raises:
-        ValueError: as ``check_fit``.
+    head, the head keeps its new initialisation, and its keys are returned. Everything else must pass ``check_fit``.
     """
     state_dict = adapt_size(model_state_dict(checkpoint), model)
     own = model.state_dict()
@@ -251,21 +244,16 @@ def load_pretrained(model: nn.Module, checkpoint: dict) -> list[str]:
 
 
 def load_strict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """``model.load_state_dict`` for weights that pass ``check_fit``.
-
-    Raises:
-        ValueError: as ``check_fit``; the model is not changed.
-    """
+    """``model.load_state_dict`` after ``check_fit``; if that raises ValueError, the model is not changed."""
     check_fit(model, state_dict)
     model.load_state_dict(state_dict)
 
 
 def check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """Checks that a state dict fits this model, which may be on the meta device.
+    """Raises ValueError unless a state dict fits this model, which may be on the meta device.
 
-    Raises:
-        ValueError: it does not fit (up to 100 missing keys, unexpected keys and differing shapes are listed), a tensor
-            is not floating-point though the model's is, or it holds a value that is not finite or a variance below 0.
+    The error lists up to 100 missing keys, unexpected keys and differing shapes, or names a tensor that is not
+    floating-point though the model's is, or that holds a value that is not finite or a variance below 0.
     """
     if not isinstance(state_dict, dict):
         raise ValueError(f"the weights are {type(state_dict).__name__}, not a state dict")
