@@ -4,8 +4,7 @@ import argparse
 
 from config import check_pairs, flat_keys, load_config, nearest
 
-# Flags that set a config key.
-FLAG_KEYS = {
+FLAG_KEYS = {  # flags that set a config key
     "batch_size": "DATA.BATCH_SIZE",
     "data_path": "DATA.DATA_PATH",
     "zip": "DATA.ZIP_MODE",
@@ -73,17 +72,13 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = No
 def _as_option(flag: str) -> str:
     """How to set the config keys that an unknown flag may mean, for a message: ``--epochs`` is ``TRAIN.EPOCHS``."""
     name = flag.lstrip("-").replace("-", "_").upper()
-    keys = [key for key in flat_keys(load_config()) if flag.startswith("--") and key.split(".")[-1] == name]
-    keys = keys or [key for key in flat_keys(load_config()) if flag.startswith("--") and key.endswith(f"_{name}")]
+    known = flat_keys(load_config()) if flag.startswith("--") else ()
+    keys = [key for key in known if key.split(".")[-1] == name] or [key for key in known if key.endswith(f"_{name}")]
     return f"; set {' or '.join(keys)} with --opts {keys[0]} VALUE" if keys else ""
 
 
 def config_overrides(args: argparse.Namespace) -> list:
-    """The config keys that the command line sets, as ``load_config`` takes them; flags win over ``--opts``.
-
-    Raises:
-        InputError: a key of ``--opts`` has no value.
-    """
+    """The config keys that the command line sets, as ``load_config`` takes them; flags win over ``--opts``."""
     check_pairs(args.opts)
     flags = [(key, getattr(args, flag)) for flag, key in FLAG_KEYS.items() if getattr(args, flag) is not None]
     return [*args.opts, *(item for pair in flags for item in pair)]

@@ -46,7 +46,7 @@ _C.MODEL.PRETRAINED = ""  # initial weights (a checkpoint); if the class count d
 _C.MODEL.RESUME = ""  # checkpoint to resume from (or to evaluate)
 _C.MODEL.LABEL_SMOOTHING = 0.1  # share of each target that is spread over all classes
 _C.MODEL.DROP_PATH_RATE = 0.1  # probability of dropping a residual branch for an image
-_C.MODEL.DROP_PATH_SCHEDULE = "constant"  # constant: the rate in every block | linear: rising to it from 0
+_C.MODEL.DROP_PATH_SCHEDULE = "constant"  # constant: the same in every block | linear: from 0 up to DROP_PATH_RATE
 _C.MODEL.STRIP_MLP = CfgNode()
 _C.MODEL.STRIP_MLP.PATCH_SIZE = 4  # kernel and stride of the stem, in pixels
 _C.MODEL.STRIP_MLP.IN_CHANS = 3  # channels of the input image
@@ -55,9 +55,9 @@ _C.MODEL.STRIP_MLP.DEPTHS = [2, 2, 6, 2]  # blocks of the four stages
 _C.MODEL.STRIP_MLP.MLP_RATIO = 3.0  # alpha: hidden width of the channel mixing, relative to its input
 _C.MODEL.STRIP_MLP.NUM_PATCHES = 2  # P: channel patches that share the strip weights
 _C.MODEL.STRIP_MLP.STRIP_WIDTH = 3  # rows (columns) that a strip spans; odd
-_C.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = 0  # side that the weights are for; other sizes run in windows; 0: IMG_SIZE
+_C.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = 0  # IMG_SIZE of the weights' training, to run in windows of it; 0: no windows
 _C.MODEL.STRIP_MLP.TOKEN_MIXERS = "both"  # ablation: both (half of the channels each) | cgsmm | lsmm (all channels)
-_C.MODEL.STRIP_MLP.CASCADE = True  # ablation: CGSMM's column strips read the row strips' output; False: the input
+_C.MODEL.STRIP_MLP.CASCADE = True  # ablation: CGSMM's column layer reads the row layer's output; False: the input
 _C.MODEL.STRIP_MLP.SHORTCUTS = True  # ablation: the cross-stage shortcuts
 
 # ---- training ------------------------------------------------------------------------------------
@@ -68,14 +68,14 @@ _C.TRAIN.BASE_LR = 5e-4  # learning rate at the end of the warm-up; never scaled
 _C.TRAIN.WARMUP_LR = 5e-7  # learning rate of the first step
 _C.TRAIN.MIN_LR = 5e-6  # learning rate at the end
 _C.TRAIN.WEIGHT_DECAY = 0.05  # not applied to one-dimensional parameters and biases
-_C.TRAIN.LAYER_DECAY = 1.0  # fine-tuning: each layer's learning rate is this times the next layer's; 1: off
+_C.TRAIN.LAYER_DECAY = 1.0  # fine-tuning: learning rate of a layer relative to the next layer's; 1: the same for all
 _C.TRAIN.FREEZE_STAGES = 0  # fine-tuning: freeze the stem and this many stages; 0: freeze nothing
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0: no clipping
 _C.TRAIN.ACCUMULATION_STEPS = 1  # micro-batches per update
 _C.TRAIN.AUTO_RESUME = True  # resume from the newest checkpoint in the output folder
 _C.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing: less memory, more time, the same result
 _C.TRAIN.MAX_SKIPPED = 50  # stop after this many updates in a row were skipped for a non-finite loss or gradient
-_C.TRAIN.SYNC_BN = False  # BatchNorm over the batches of all processes together instead of each process's own
+_C.TRAIN.SYNC_BN = False  # normalise with statistics over all processes (CUDA); False: each process its own
 _C.TRAIN.LR_SCHEDULER = CfgNode()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step, by update step
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step: epochs between two decays
@@ -87,7 +87,7 @@ _C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]  # adamw: decay of the two moments
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
 _C.TRAIN.EMA = CfgNode()
 _C.TRAIN.EMA.ENABLED = False  # keep an exponential moving average of the weights, and evaluate and save it too
-_C.TRAIN.EMA.DECAY = 0.9999  # share of the average that an update keeps; lower in the first updates
+_C.TRAIN.EMA.DECAY = 0.9999  # share of the average that an update keeps; it starts lower and rises to this
 
 # ---- augmentation --------------------------------------------------------------------------------
 _C.AUG = CfgNode()
@@ -114,17 +114,17 @@ _C.TEST.PREDICTIONS = False  # --eval: also write predictions.csv, one line per 
 # ---- the run -------------------------------------------------------------------------------------
 _C.AMP_DTYPE = "auto"  # of the forward pass: bf16 | fp16 | fp32 | auto (GPU: bf16, or fp16 without bf16; CPU: fp32)
 _C.DETERMINISTIC = False  # CUDA: bitwise reproducible runs on the same GPU and versions, but slower
-_C.COMPILE = "auto"  # torch.compile the network: on | off | auto (in training, on CUDA, where it works)
+_C.COMPILE = "auto"  # torch.compile the network: on | off | auto (only in training, on CUDA; falls back if it fails)
 _C.HANG_MINUTES = 10.0  # end the run if a process does not answer for this long (downloads: an hour)
 _C.OUTPUT = "output"  # results go to OUTPUT/MODEL.NAME/TAG/
 _C.TAG = "default"  # name of the run
-_C.SEED = 0  # of weights, data order, augmentation and drop path
+_C.SEED = 0  # of initial weights, data order, augmentation and drop path
 _C.PRINT_FREQ = 10  # updates between two log lines
 _C.WANDB_PROJECT = ""  # also log to this Weights & Biases project (pip install wandb); empty: off
 _C.SAVE_FREQ = 1  # epochs between two checkpoints
 _C.SAVE_STEPS = 0  # updates between two checkpoints within an epoch; 0: none
 _C.SAVE_MINUTES = 0.0  # minutes between two checkpoints within an epoch; 0: none
-_C.KEEP_CHECKPOINTS = 3  # number of newest checkpoints to keep, besides the best one
+_C.KEEP_CHECKPOINTS = 3  # newest checkpoints to keep, besides the best one
 
 _CHOICES = {
     "DATA.DATASET": ("imagenet", "cifar10", "cifar100", "caltech101", "imagefolder", "digits"),
@@ -140,8 +140,7 @@ _CHOICES = {
     "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),
     "COMPILE": ("auto", "on", "off"),
 }
-# Ignored: configs and checkpoints of version 1.0 have them.
-_RETIRED = ("SAVE_ELSEWHERE", "MODEL.STRIP_MLP.FORM", "MODEL.STRIP_MLP.FAST", "TEST.FUSE")
+_RETIRED = ("SAVE_ELSEWHERE", "MODEL.STRIP_MLP.FORM", "MODEL.STRIP_MLP.FAST", "TEST.FUSE")  # of old configs; ignored
 _AT_LEAST_ONE = (
     "DATA.IMG_SIZE DATA.BATCH_SIZE MODEL.NUM_CLASSES TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS PRINT_FREQ SAVE_FREQ "
     "KEEP_CHECKPOINTS TRAIN.MAX_SKIPPED AUG.RECOUNT TRAIN.LR_SCHEDULER.DECAY_EPOCHS MODEL.STRIP_MLP.PATCH_SIZE "
@@ -167,8 +166,7 @@ def load_config(path: str | Path = "", opts=()) -> CfgNode:
 
     Args:
         path: a YAML file; its ``BASE`` files are merged first. Empty: the defaults.
-        opts: ``[KEY, VALUE, KEY, VALUE, ...]`` merged last, e.g. ``["TRAIN.EPOCHS", "100"]``; values may be strings,
-            as they come from the command line.
+        opts: ``[KEY, VALUE, KEY, VALUE, ...]`` merged last; values may be strings, as on the command line.
 
     Raises:
         InputError: an unknown key (the nearest known one is named), a value of the wrong type or out of range.
@@ -185,9 +183,7 @@ def load_config(path: str | Path = "", opts=()) -> CfgNode:
         _merge(config, nested, "--opts")
     if not config.MODEL.NAME and path:
         config.MODEL.NAME = Path(path).stem
-    _check(config)
-    config.freeze()
-    return config
+    return _checked(config)
 
 
 def check_pairs(opts) -> None:
@@ -197,7 +193,7 @@ def check_pairs(opts) -> None:
         if "=" in key and key.partition("=")[0] in known:
             raise InputError(f"--opts takes a space between key and value: {' '.join(key.split('=', 1))}")
     if len(opts) % 2:
-        # Where a key follows a key, the first one has no value; without such a place, the last word has none.
+        # The key without a value is one that is followed by another key, else the last word.
         keys = (key for key, value in zip(opts[::2], opts[1::2], strict=False) if str(value) in known)
         raise InputError(f"--opts takes pairs of KEY VALUE; {next(keys, opts[-1])!r} has no value")
 
@@ -205,18 +201,11 @@ def check_pairs(opts) -> None:
 def from_dict(values: dict, source: str) -> CfgNode:
     """The frozen config whose ``to_dict`` is ``values``; missing keys have their defaults.
 
-    Args:
-        values: nested dictionaries of config keys, as a checkpoint holds them.
-        source: what error messages call them.
-
-    Raises:
-        InputError: as ``load_config``.
+    Errors are those of ``load_config``; they call the values ``source``.
     """
     config = _C.clone()
     _merge(config, values, source)
-    _check(config)
-    config.freeze()
-    return config
+    return _checked(config)
 
 
 def flat_keys(config: CfgNode, prefix: str = "") -> dict:
@@ -242,13 +231,7 @@ def to_dict(config: CfgNode) -> dict:
 
 
 def nearest(word: str, known, cutoff: float = 0.5) -> str:
-    """``"; did you mean X?"`` for the known word nearest to a mistyped one, else an empty string.
-
-    Args:
-        word: what was typed.
-        known: the words that exist.
-        cutoff: how similar a word must be, from 0 to 1.
-    """
+    """``"; did you mean X?"`` for the known word most like a mistyped one; empty if none is as like as ``cutoff``."""
     lower = {name.lower(): name for name in known}
     match = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=cutoff)
     return f"; did you mean {lower[match[0]]}?" if match else ""
@@ -335,8 +318,8 @@ def _coerce(value, default, name: str, source: str):
     return value
 
 
-def _check(config: CfgNode) -> None:
-    """Raises an InputError that names the key if a value cannot be used."""
+def _checked(config: CfgNode) -> CfgNode:
+    """The config, frozen; an InputError names the key if a value cannot be used."""
     values = flat_keys(config)
 
     def require(holds, key: str, rule: str) -> None:
@@ -394,6 +377,8 @@ def _check(config: CfgNode) -> None:
     if re.search("[@?]", config.DATA.MIRROR):  # not shown: it would be in the log, too
         raise InputError("DATA.MIRROR holds a user name or password, or a query, which config.yaml and the checkpoints "
                          "would keep; leave it out; download the archive by hand and put it into DATA.DATA_PATH")
+    config.freeze()
+    return config
 
 
 # ---- YAML ------------------------------------------------------------------------------------------
@@ -424,13 +409,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path):
-    """The content of a YAML file.
-
-    Raises:
-        MissingFileError: there is no such file.
-        InputError: as ``parse_yaml``, or it is too large.
-        OSError: it cannot be read.
-    """
+    """The content of a YAML file; errors as ``parse_yaml``'s, or the file is missing or too large."""
     if not path.is_file():  # opening a pipe could block forever
         raise MissingFileError(f"{path} does not exist or is not a regular file")
     if path.stat().st_size > MAX_YAML_BYTES:
@@ -441,8 +420,7 @@ def read_yaml(path: Path):
 def parse_yaml(text: str | bytes, source: str):
     """The value that a text in YAML spells.
 
-    Raises:
-        InputError: it is not YAML, repeats a key, uses aliases, or is nested too deep; source and line are named.
+    An InputError names source and line if it is not YAML, repeats a key, uses aliases, or is nested too deep.
     """
     try:
         return yaml.load(text.decode() if isinstance(text, bytes) else text, _Loader)

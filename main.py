@@ -117,9 +117,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(config, device: torch.device, folder: Path, allow_changes: bool = False) -> None:
     """Trains, evaluating after every epoch; resumes from the newest checkpoint in ``folder``.
 
-    Raises:
-        InputError: the config or the data cannot be used, or ``folder`` holds a run with other settings, and
-            ``allow_changes`` is not set.
+    If that is from a run with other settings, it is an InputError, unless ``allow_changes`` is set.
     """
     with machine_failures(), resume.Checkpointer(config, folder) as checkpointer:
         # 0. The run so far.
@@ -185,7 +183,11 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         if distributed.rank() == 0:
             run = log.describe_run(config, state, device, precision.name, checkpointer.metadata)
             log.save_description(config, run, folder)
-            metrics = _open_metrics(config, state, len(train_loader), folder)
+            wandb_run = None
+            if config.WANDB_PROJECT:
+                name = f"{config.MODEL.NAME}/{config.TAG}"
+                wandb_run = log.start_wandb(config.WANDB_PROJECT, name, to_dict(config), folder)
+            metrics = log.MetricsWriter(folder, state.epoch + state.batch / len(train_loader), state.step, wandb_run)
         if resume_path:
             best = "none yet" if state.max_accuracy < 0 else f"{state.max_accuracy:.3f}"
             logger.info(f"resumed {resume_path}: epoch {state.epoch}, {state.step} updates done, best {best}")
@@ -200,7 +202,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
             engine.train_one_epoch(config, state, wrapped, train_loader, precision, metrics, checkpointer)
             try:
                 results = engine.evaluate_all(state.networks(), val_loader, precision)
-            except InputError:  # an unreadable image, for example: resume with the evaluation
+            except InputError:  # e.g. an unreadable image; the rerun starts with this evaluation
                 checkpointer.save(state)
                 raise
             best_before = state.max_accuracy, state.best_loss
@@ -227,11 +229,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
 
 @machine_failures()
 def evaluate_checkpoint(config, device: torch.device, folder: Path) -> None:
-    """Evaluates a checkpoint on the validation set and writes ``eval.json`` into ``folder``.
-
-    Raises:
-        InputError: there is no checkpoint, it does not fit the config or the data set, or its network overflows.
-    """
+    """Evaluates a checkpoint on the validation set and writes ``eval.json`` into ``folder``."""
     path = inference.weights_file(config.MODEL.RESUME or config.MODEL.PRETRAINED or folder / checkpoint.BEST)
     if not path.is_file():
         raise utils.MissingFileError(f"no checkpoint to evaluate at {path}; name one with --resume")
@@ -338,14 +336,6 @@ def _report_finished(content: dict | None, folder: Path) -> None:
         logger.info(f"this run is finished, nothing was trained: best top-1 {content['max_accuracy']:.3f} % in "
                     f"{content['epoch']} epochs ({content['step']} updates). To continue training, raise TRAIN.EPOCHS "
                     f"and add --allow-changes.\n{log.whereabouts(folder)}")
-
-
-def _open_metrics(config, state: resume.TrainState, batches: int, folder: Path) -> log.MetricsWriter:
-    wandb_run = None
-    if config.WANDB_PROJECT:
-        name = f"{config.MODEL.NAME}/{config.TAG}"
-        wandb_run = log.start_wandb(config.WANDB_PROJECT, name, to_dict(config), folder)
-    return log.MetricsWriter(folder, state.epoch + state.batch / batches, state.step, wandb_run)
 
 
 if __name__ == "__main__":
