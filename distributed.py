@@ -36,15 +36,12 @@ _store: dist.Store | None = None  # the store in which the processes met
 # ---- the device ----------------------------------------------------------------------------------
 
 def choose_device(name: str = "", index: int = 0) -> torch.device:
-    """The device of this process.
+    """The device of this process; an InputError if there is none of that name, or a GPU that PyTorch cannot use.
 
     Args:
         name: ``"cpu"``, ``"cuda"``, ``"mps"`` or another that ``torch.accelerator`` reports; if empty, a CUDA GPU if
             there is one, else the CPU.
         index: which of several CUDA GPUs.
-
-    Raises:
-        InputError: there is no such device; PyTorch cannot use the machine's NVIDIA GPU and ``name`` is not ``"cpu"``.
     """
     if name == "cpu":
         return torch.device("cpu")
@@ -103,26 +100,36 @@ def _find_nvidia_gpu() -> str:
 def launcher_local_rank() -> int:
     """This process's number on its machine, as set by the launcher; 0 without a launcher.
 
-    Raises:
-        InputError: some of the launcher's environment variables are missing or wrong.
+    An InputError names the environment variables that a launcher should have set and that are missing or wrong.
     """
-    # torchrun sets it, other launchers may not; the data loaders read it.
-    _check_number("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_WORLD_SIZE") or "1", 1, 2**31 - 1)
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return 0
-    _check_launcher_variables()
-    return int(os.environ["LOCAL_RANK"])
+    has_launcher = "RANK" in os.environ or "WORLD_SIZE" in os.environ
+    missing = [name for name in _LAUNCHER_VARIABLES if not os.environ.get(name)]
+    if has_launcher and missing:
+        raise InputError(
+            f"the launcher's environment variables are incomplete: {', '.join(missing)} missing; start with "
+            "torchrun, or unset RANK and WORLD_SIZE to run as one process"
+        )
+    limits = {"LOCAL_WORLD_SIZE": (1, 2**31 - 1)}  # torchrun sets it, other launchers may not; the data loaders read it
+    if has_launcher:
+        world_size = os.environ["WORLD_SIZE"]
+        last = int(world_size) - 1 if world_size.isdecimal() else 0
+        limits |= {"WORLD_SIZE": (1, 2**31 - 1), "RANK": (0, last), "LOCAL_RANK": (0, last),
+                   "MASTER_PORT": (1, 2**16 - 1)}
+    for name, (low, high) in limits.items():
+        value = os.environ.get(name) or "1"
+        if not (value.isdecimal() and low <= int(value) <= high):
+            raise InputError(
+                f"the environment variable {name} is {value!r}; it must be a number from {low} to {high} (WORLD_SIZE "
+                f"is {os.environ.get('WORLD_SIZE') or 'not set'}); start with torchrun, which sets it, or unset it, "
+                "RANK and WORLD_SIZE to run as one process"
+            )
+    return int(os.environ["LOCAL_RANK"]) if has_launcher else 0
 
 
 def init_distributed(device: torch.device, limit_minutes: float = 10.0) -> None:
     """Joins the launcher's process group, if there is a launcher. NCCL connects CUDA devices and gloo CPUs.
 
-    Args:
-        device: this process's.
-        limit_minutes: how long to wait for a process that does not answer.
-
-    Raises:
-        InputError: the processes cannot connect, or their device supports only one process.
+    A process that does not answer within ``limit_minutes``, now or later, is an error.
     """
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return
@@ -136,30 +143,6 @@ def init_distributed(device: torch.device, limit_minutes: float = 10.0) -> None:
             f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); if another run uses this port, give the "
             "launcher another --master_port; if the network interface is the wrong one, set GLOO_SOCKET_IFNAME"
         ) from error
-
-
-def _check_launcher_variables() -> None:
-    values = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
-    missing = [name for name, value in values.items() if not value]
-    if missing:
-        raise InputError(
-            f"the launcher's environment variables are incomplete: {', '.join(missing)} missing; start with "
-            "torchrun, or unset RANK and WORLD_SIZE to run as one process"
-        )
-    world_size = values["WORLD_SIZE"]
-    last = int(world_size) - 1 if world_size.isdecimal() else 0
-    limits = {"WORLD_SIZE": (1, 2**31 - 1), "RANK": (0, last), "LOCAL_RANK": (0, last), "MASTER_PORT": (1, 2**16 - 1)}
-    for name, (low, high) in limits.items():
-        _check_number(name, values[name], low, high)
-
-
-def _check_number(name: str, value: str, low: int, high: int) -> None:
-    if not (value.isdecimal() and low <= int(value) <= high):
-        raise InputError(
-            f"the environment variable {name} is {value!r}; it must be a number from {low} to {high} (WORLD_SIZE is "
-            f"{os.environ.get('WORLD_SIZE') or 'not set'}); start with torchrun, which sets it, or unset it, RANK and "
-            "WORLD_SIZE to run as one process"
-        )
 
 
 def _init_process_group(device: torch.device, limit: datetime.timedelta) -> None:
@@ -280,15 +263,8 @@ def gather_objects(value) -> list:
     return values
 
 
-def agree_on_largest(value: int) -> int:
-    """The largest ``value`` of all processes, found on the CPU without waiting for the GPUs."""
-    if not dist.is_initialized():
-        return value
-    return begin_to_agree_on_largest(value)()
-
-
 def begin_to_agree_on_largest(value: int) -> Callable[[], int]:
-    """As ``agree_on_largest``, but returns at once; calling the result waits for the others and returns the largest."""
+    """Returns at once; calling the result waits for the other CPUs, not for GPUs, and returns their largest value."""
     largest = torch.tensor(value)
     work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group, async_op=True)
 

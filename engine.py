@@ -42,7 +42,7 @@ if not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
 # ---- precision and determinism ---------------------------------------------------------------------
 
 class Precision:
-    """The precision of the forward pass: autocast to bf16 or fp16, or plain fp32; ``auto`` depends on the hardware."""
+    """The precision of the forward pass: autocast to bf16 or fp16, or fp32; ``auto`` depends on the hardware."""
 
     DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -77,11 +77,8 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
 
 
 def make_deterministic() -> None:
-    """Makes every operation bitwise reproducible, also on a GPU; one that cannot be raises RuntimeError.
-
-    Call it before CUDA starts, because cuBLAS reads its environment variable then.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    """Makes every operation bitwise reproducible; one that cannot be raises RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
     torch.use_deterministic_algorithms(True)
 
 
@@ -97,19 +94,10 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 # ---- training --------------------------------------------------------------------------------------
 
 def train_one_epoch(config, state, model: nn.Module, loader: DeviceBatches, precision, metrics, checkpointer):
-    """Trains the rest of the epoch that ``state`` is in.
+    """Trains the rest of the epoch that ``state``, a TrainState, is in, and updates it.
 
-    Args:
-        config: the run's config.
-        state: the TrainState; advanced, update by update, to the end of the epoch.
-        model: ``state.model``, wrapped in DistributedDataParallel if there are several processes.
-        loader: batches of this process, on its device; its ``batch_sampler`` is a ``TrainBatchSampler``.
-        precision: the precision of the forward pass.
-        metrics: a MetricsWriter on rank 0, None elsewhere.
-        checkpointer: decides after every update whether to save.
-
-    Raises:
-        FloatingPointError: TRAIN.MAX_SKIPPED updates in a row were skipped.
+    ``model`` is ``state.model``, compiled and wrapped in DistributedDataParallel as the run needs it; ``metrics`` a
+    MetricsWriter on rank 0, None elsewhere. FloatingPointError: TRAIN.MAX_SKIPPED updates in a row were skipped.
     """
     set_train_mode(model)
     loader.batch_sampler.set_epoch(state.epoch, start_batch=state.batch)
@@ -193,18 +181,15 @@ class _Updater:
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         if self.statistics:
-            self._settle_statistics(skipped)
+            self._average_statistics(skipped)
         if state.ema:
             state.ema.update(state.model, step=state.step)
         return grad_norm, skipped
 
     @torch.no_grad()
-    def _settle_statistics(self, skipped: torch.Tensor) -> None:
-        """Sets the running statistics to their mean over all processes, or back to their values before a skipped
-        update.
-
-        Done after every update, with one all-reduce, so that all processes always hold the same network.
-        """
+    def _average_statistics(self, skipped: torch.Tensor) -> None:
+        """Sets the running statistics to their mean over all processes, so that these hold the same network, or back to
+        their values before a skipped update."""
         statistics = distributed.all_reduce_sum(torch.cat(self.statistics)) / distributed.world_size()
         self.good_statistics = torch.where(skipped, self.good_statistics, statistics)
         torch._foreach_copy_(self.statistics, self.good_statistics.split([len(b) for b in self.statistics]))
@@ -291,21 +276,13 @@ class _Progress:
 def evaluate(model: nn.Module, loader: DeviceBatches, precision: Precision, predictions: list | None = None) -> dict:
     """Top-1 and top-5 accuracy (percent) and mean cross entropy over all images of a validation set.
 
-    Every process evaluates its own share of the images; one all-reduce at the end adds up the sums.
-
-    Args:
-        model: the network.
-        loader: batches of this process's share.
-        precision: the precision of the forward pass.
-        predictions: a list to which ``(target, prediction, probability)`` of each image of this process's share is
-            added.
+    Every process evaluates its own share of the images; one all-reduce at the end adds up the sums. If one cannot read
+    an image, all raise InputError. ``(target, prediction, probability)`` of each image of the share is added to the
+    list ``predictions``.
 
     Returns:
-        ``{"acc1", "acc5", "loss", "images"}``. The loss has 6 decimals; it depends on how the images were batched by at
-        most 1e-6. With fewer than five classes ``acc5`` counts all of them.
-
-    Raises:
-        InputError: on all processes, if one of them cannot read an image.
+        ``{"acc1", "acc5", "loss", "images"}``. The loss has 6 decimals; another batch size changes it by at most 1e-6.
+        With fewer than five classes ``acc5`` counts all of them.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -392,17 +369,12 @@ def _synchronize(device: torch.device) -> None:
 def compile_network(model: nn.Module, setting: str, device: torch.device, deterministic: bool = False) -> nn.Module:
     """The network for the training loop: compiled at its first batch, or ``model`` itself.
 
-    A resumed run finds the compiled code in PyTorch's cache. ``model`` itself is not changed: evaluation and
-    checkpoints use it.
+    ``model`` itself is not changed: evaluation and checkpoints use it.
 
     Args:
         setting: COMPILE of the config. ``"auto"``: on CUDA GPUs of compute capability 7.0 or later with Triton, unless
             ``deterministic``, and if PyTorch compiles the backward pass with the forward pass (2.11 does, 2.8 does
             not); if the compiler fails, training continues without it. ``"on"``: such a failure is an error.
-            ``"off"``.
-
-    Raises:
-        InputError: ``"on"`` with gradient checkpointing, where PyTorch then counts BatchNorm's batches twice.
     """
     if setting == "off" or setting == "auto" and (deterministic or not _can_compile(device)):
         return model

@@ -1,4 +1,4 @@
-"""What a run saves and when, and whether a checkpoint may go on as this run."""
+"""What a run saves and when, and whether it may resume from a checkpoint."""
 
 import logging
 import math
@@ -115,10 +115,8 @@ class TrainState:
         """Restores the result of ``state_dict``, bit for bit if the layout is the same.
 
         With another world size, batch size, accumulation or seed the position in the epoch is recomputed from the
-        images seen, and the run continues with other random numbers. Hyperparameters follow this run's config.
-
-        Raises:
-            InputError: as ``check_training``; then nothing is changed.
+        images seen, and the run continues with other random numbers. Hyperparameters follow this run's config. If
+        ``check_training`` raises InputError, nothing is changed.
         """
         changed = check_training(content, self)
         load_strict(self.model, own_keys(content["model"]))
@@ -149,10 +147,7 @@ class TrainState:
         return {"eval": self.model} | ({"eval_ema": self.ema.module} if self.ema else {})
 
     def finish_epoch(self, results: dict[str, dict]) -> tuple[bool, bool]:
-        """Moves to the next epoch, after its evaluation.
-
-        Args:
-            results: what ``engine.evaluate`` returned for the network and, if there is one, for its average.
+        """Moves to the next epoch, after an evaluation of the network and, if there is one, of its average.
 
         Returns:
             Whether this is the best epoch so far, by the better of the two: by top-1, and if equal by the loss; and
@@ -234,10 +229,6 @@ class Checkpointer:
     finish their update, save and stop. Another signal more than a second later (5 seconds under a launcher) has its
     usual effect; an earlier one is taken for the same signal, passed on by a launcher.
 
-    Args:
-        config: the run's config, saved along.
-        folder: where the checkpoints go.
-
     ``metadata`` holds entries that describe the run to readers of a checkpoint; they are not restored.
     """
 
@@ -275,12 +266,8 @@ class Checkpointer:
         return is_due
 
     def save(self, state: TrainState, is_best: bool = False, is_last: bool = False) -> bool:
-        """Saves the run. If writing fails, the error is logged and the run continues; older checkpoints stay intact.
-
-        For the last checkpoint of a finished or stopped run, it retries for half of HANG_MINUTES.
-
-        Returns:
-            Whether it was saved.
+        """Saves the run and returns whether that worked. If not, the error is logged and the run continues; older
+        checkpoints stay intact. For the last checkpoint of a finished or stopped run, it tries again for a while.
 
         Raises:
             Preempted: a signal has reached one of the processes.
@@ -289,7 +276,7 @@ class Checkpointer:
         patience = 30 * self.config.HANG_MINUTES  # seconds: half as long as the other processes wait for this one
         content = state.state_dict() | self.metadata
         is_saved = distributed.rank() != 0 or self._write(content, is_best)
-        is_stopping = distributed.agree_on_largest(_STOP if self.signal else _NOTHING) == _STOP
+        is_stopping = any(distributed.gather_objects(self.signal is not None))
         if not is_saved and (is_last or is_stopping):
             is_saved = self._retry(content, is_best, SECONDS_WHEN_STOPPED if is_stopping else patience)
         is_saved = distributed.broadcast_object(is_saved)
@@ -344,10 +331,6 @@ def find_resume(config, folder: Path, allow_changes: bool) -> tuple[Path | None,
     """The newest good checkpoint in ``folder``, else the one that the config names, else None.
 
     Also returns its content, if this process has read it already, and the changes of settings so far.
-
-    Raises:
-        InputError: TRAIN.AUTO_RESUME is False but the folder already holds a run, or the folder's run has other
-            settings.
     """
     path, content, changes = None, None, []
     if distributed.rank() == 0:
@@ -370,12 +353,7 @@ def find_resume(config, folder: Path, allow_changes: bool) -> tuple[Path | None,
 
 
 def check_data(content: dict, path: Path, classes: list[str], fingerprint: str) -> None:
-    """Checks that the data set of a run is still the one that its checkpoint was trained on.
-
-    Raises:
-        InputError: the classes have other names, or come in another order (the first difference is named), or the
-            images have other names or labels.
-    """
+    """Raises InputError if the classes or images of a run are not those that its checkpoint was trained on."""
     saved = content.get("classes")
     if isinstance(saved, list) and saved != classes:
         label = next((i for i, pair in enumerate(zip(saved, classes, strict=False)) if pair[0] != pair[1]),
@@ -408,10 +386,10 @@ def resume(path: Path, content: dict | None, state: TrainState, checkpointer: Ch
                        "does not follow, and the run no longer compares with others; run.yaml records it")
         change = {"step": content["step"], "keys": {"effective batch": f"{before} -> {now}"}}
         checkpointer.metadata["changes"] = checkpointer.metadata["changes"] + [change]
-    if state.step != content["step"]:  # updates are counted differently now, so first save the run under its new step
-        if not checkpointer.save(state):
-            raise InputError(f"{path} was resumed with another batch size, but the checkpoint with the new number of "
-                             f"updates could not be written to {folder}; free space and rerun the same command")
+    # If updates are counted differently now, first save the run under its new step.
+    if state.step != content["step"] and not checkpointer.save(state):
+        raise InputError(f"{path} was resumed with another batch size, but the checkpoint with the new number of "
+                         f"updates could not be written to {folder}; free space and rerun the same command")
     if distributed.rank() == 0:
         checkpoint.set_aside_after(state.step, folder)
 
@@ -426,14 +404,7 @@ def changed_keys(saved: dict, config) -> dict[str, str]:
 def accept_changes(content: dict, path: Path, config, allow_changes: bool) -> list[dict]:
     """All changes of a run's settings, ``[{"step": 7, "keys": {"TRAIN.EPOCHS": "2 -> 4"}}]``, those of this start last.
 
-    Args:
-        content: the checkpoint to resume.
-        path: its path.
-        config: the config to resume with.
-        allow_changes: whether keys that the weights do not depend on may change.
-
-    Raises:
-        InputError: the config differs from the one that the checkpoint was trained with, and may not.
+    Without ``allow_changes``, or if the weights depend on it, another setting than the checkpoint's is an InputError.
     """
     keys, changes = changed_keys(content["config"], config), content.get("changes", [])
     named = ", ".join(f"{key} {change}" for key, change in keys.items())

@@ -1,7 +1,4 @@
-"""Checks of what a run's checkpoint holds: every entry, before anything is restored.
-
-Apart from ``resume.py``, so that each reads in one sitting: there a run's state, here what may be wrong with a file.
-"""
+"""Checks of what a run's checkpoint holds: every entry, before anything is restored."""
 
 import copy
 import math
@@ -18,11 +15,7 @@ MAX_EPOCHS = 1_000_000
 
 
 def check_run(content: dict) -> None:
-    """Checks the entries that are read before the training is set up: its settings and its progress.
-
-    Raises:
-        InputError: an entry is missing or of another kind than a run writes.
-    """
+    """Raises InputError for a wrong entry among those that are read before the training is set up."""
     if "layout" not in content:  # not a training's checkpoint
         return
     kinds = {"layout": dict, "config": dict, "changes": list, "epoch": int, "step": int, "max_accuracy": int | float}
@@ -41,11 +34,7 @@ def check_run(content: dict) -> None:
 
 
 def check_training(content: dict, state) -> dict[str, str]:
-    """Checks every entry that ``TrainState.load_state_dict`` restores: types, shapes, lengths, ranges, and the run.
-
-    Args:
-        content: a checkpoint, with any values.
-        state: the TrainState to restore.
+    """Checks every entry of a checkpoint that ``TrainState.load_state_dict`` restores: types, shapes, ranges.
 
     Returns:
         The changes of the layout, ``{"batch_size": "batch_size 128 -> 64"}``.
@@ -143,9 +132,6 @@ def check_optimizer(saved, optimizer: torch.optim.Optimizer) -> None:
 
     Entries that this optimiser already has must be in it too: Adagrad, for example, creates them before any step.
     PyTorch's fused optimisers trust the shapes, and write beyond the end of an entry that is too short.
-
-    Raises:
-        InputError: the state is of another optimiser, of other parameters, or damaged.
     """
     twin = copy.deepcopy(optimizer)  # what it holds after a step, here on gradients of zero, is listed nowhere
     for group in twin.param_groups:

@@ -18,7 +18,7 @@ distributed.init_distributed(torch.device("cpu"), limit_minutes=0.05)
 if distributed.rank() == 1:
     os.kill(os.getpid(), signal.SIGSTOP)
 try:
-    distributed.agree_on_largest(3)
+    distributed.gather_objects(3)
 except RuntimeError as error:
     print(distributed.silent_processes(error))
 """
