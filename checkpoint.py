@@ -94,8 +94,7 @@ def load_file(path: str | Path) -> dict:
 def save_file(content: dict, path: str | Path) -> None:
     """Writes a checkpoint so that ``path`` is at any moment either the complete old file or the complete new one.
 
-    Raises:
-        OSError: it could not be written; ``path`` is as it was.
+    If it cannot be written, ``path`` is as it was, and OSError is raised.
     """
     path = Path(path)
     try:
@@ -135,10 +134,9 @@ def save_checkpoint(content: dict, folder: str | Path, is_best: bool, keep: int)
 
 
 def set_aside_after(step: int, folder: str | Path) -> None:
-    """Renames the checkpoints of later steps than the one that a run resumes from.
+    """Renames the checkpoints after the step that a run resumes from, which would seem newer than those to come.
 
-    They are damaged, or count updates of another batch size. If they kept their names, they would seem newer than the
-    checkpoints to come.
+    They are damaged, or count updates of another batch size.
     """
     for path in list_checkpoints(folder):
         if int(_NAME.fullmatch(path.name)[1]) > step:
@@ -150,11 +148,8 @@ def set_aside_after(step: int, folder: str | Path) -> None:
 def newest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
     """The newest checkpoint of a run that can be loaded, and its content; damaged ones are skipped with a warning.
 
-    Returns:
-        None if the folder holds no numbered checkpoint.
-
-    Raises:
-        CheckpointError: there are checkpoints but none can be loaded, so starting afresh would overwrite a run.
+    None if the folder holds no numbered checkpoint. If it holds some but none can be loaded, it is a CheckpointError,
+    because starting afresh would overwrite a run.
     """
     paths = list_checkpoints(folder)
     for path in paths:
@@ -171,13 +166,10 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
 
 
 def lock_folder(folder: str | Path):
-    """Keeps other runs out of an output folder while the returned file is open.
+    """Keeps other runs out of an output folder while the returned file is open; if one holds it, it is an InputError.
 
     The lock belongs to this process, not to its forked data workers, so a dead run does not leave it locked. Where the
     system or the file system has no locks, a warning is logged instead.
-
-    Raises:
-        InputError: another run holds it, or the lock's path is not a regular file.
     """
     path = Path(folder, ".lock")
     check_place(path)
@@ -206,12 +198,7 @@ def plain(content, tensor_bytes: int):
     """The same content in plain containers: ``dict`` by text and numbers, ``list``, ``tuple``, tensors in memory of
     their own, numbers and text; anything else is ``Unknown``.
 
-    Args:
-        content: the content of a file.
-        tensor_bytes: the most memory that its tensors may take.
-
-    Raises:
-        InputError: it is nested too deep, or has too many entries or too large tensors.
+    InputError: it is nested too deep, has too many entries, or tensors of more than ``tensor_bytes``.
     """
     entries = 0
 
@@ -355,12 +342,7 @@ class _Limited:
 
 class _Unpickler(pickle._Unpickler):
     """Python's unpickler in Python (the one in C can be made to allocate any amount of memory), knowing only what a
-    state dict needs.
-
-    Args:
-        file: has ``read`` and ``readline``.
-        storage: (key, dtype, number of elements) -> the numbers of a storage, a tensor of one dimension.
-    """
+    state dict needs. ``storage`` turns (key, dtype, number of elements) into a storage's numbers, a tensor."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
 

@@ -52,9 +52,6 @@ def weights_file(source: str | Path) -> Path:
         source: a checkpoint file, which need not exist; a run's folder, for its ``best.pth``; a folder with
             ``model.safetensors``; or ``hf-hub:USER/NAME``, optionally with ``@REVISION``, for a repository on Hugging
             Face's Hub, which is downloaded once.
-
-    Raises:
-        InputError: the repository or its file cannot be downloaded.
     """
     name = str(source)
     if name.startswith(PREFIX):
@@ -81,7 +78,7 @@ def load_network(
 
     Args:
         source: a checkpoint file of this project or a released one, or anything else that ``weights_file`` takes.
-        config: see ``read_network``.
+        config: see ``read_network``; with another image size than the checkpoint's, the weights are resized.
         device: the network's device.
 
     Returns:
@@ -95,11 +92,10 @@ def load_network(
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise InputError("PyTorch finds no GPU here; use the device cpu")
     path = weights_file(source)
-    is_given = config is not None
-    content, config, classes = read_network(path, config)
+    content, network_config, classes = read_network(path, config)
     weights = content["model_ema" if predicts_by_average(content) else "model"]
-    model = build_with_weights(path, weights, config, may_resize=is_given)
-    return model.to(device).eval(), config, classes
+    model = build_with_weights(path, weights, network_config, may_resize=config is not None)
+    return model.to(device).eval(), network_config, classes
 
 
 def predicts_by_average(content: dict) -> bool:
@@ -131,17 +127,14 @@ def build_with_weights(
 ) -> nn.Module:
     """The network of a config with weights from a file.
 
-    It is first built on the meta device, where it takes no memory: a small file cannot request a huge network.
+    It is first built on the meta device, where it takes no memory: a small file cannot request a huge network. An
+    InputError says that the weights do not fit the config or are not finite, or that the network is too large.
 
     Args:
         path: the file.
         weights: its weights, under this project's keys.
         config: the network's.
-        may_resize: resize the weights if the config has another image size.
-        warn: log a warning then.
-
-    Raises:
-        InputError: the weights do not fit the config or are not finite, or the network is too large.
+        may_resize: resize the weights if the config has another image size, with a warning if ``warn``.
     """
     try:
         try:
@@ -183,10 +176,9 @@ def _network_config(saved, given: CfgNode | None, path: Path) -> CfgNode:
         logger.warning("%s holds another network than --cfg describes, and its own is used: %s", path, ", ".join(
             f"MODEL.{key} {short(now[key])} instead of {short(before[key])}" for key in differing))
     config.defrost()
-    for key, value in own.clone().MODEL.items():
-        if key not in (*_CHOSEN_BY_USERS, "NAME"):
-            config.MODEL[key] = value
-    config.defrost()
+    own = own.clone()
+    own.defrost()
+    config.MODEL.update({key: value for key, value in own.MODEL.items() if key not in (*_CHOSEN_BY_USERS, "NAME")})
     if config.DATA.IMG_SIZE != own.DATA.IMG_SIZE:
         config.MODEL.STRIP_MLP.TRAINED_IMG_SIZE = given.MODEL.STRIP_MLP.TRAINED_IMG_SIZE
     config.freeze()
@@ -206,9 +198,7 @@ def image_shape(config) -> tuple[int, int, int]:
 
 def check_classes(saved, found: list[str]) -> None:
     """Raises InputError if the data set's classes have other names than those that the network was trained on."""
-    labels = [str(label) for label in range(len(found))]  # the names of a data set without class names
-    if saved is None:
-        return
+    labels = class_names(None, len(found))
     saved = class_names(saved, len(found))
     if saved not in (labels, list(found)) and list(found) != labels:
         label = next(i for i, (one, other) in enumerate(zip(saved, found, strict=True)) if one != other)
@@ -223,12 +213,7 @@ def check_classes(saved, found: list[str]) -> None:
 def architecture(values: dict, source: str):
     """The config with the architecture of a checkpoint's config and defaults for everything else.
 
-    Args:
-        values: nested dictionaries, as ``plain`` gives them.
-        source: what error messages call them.
-
-    Raises:
-        InputError: an unknown key, or a value that is out of range or that a checkpoint may not set; the key is named.
+    An InputError names ``source`` and an unknown key, a value out of range or one that a checkpoint may not set.
     """
     model = values.get("MODEL")
     if not isinstance(model, dict) or "STRIP_MLP" not in model:  # as in every config that this project saves
@@ -246,11 +231,7 @@ def architecture(values: dict, source: str):
 
 
 def class_names(names, count: int) -> list[str]:
-    """The names of a checkpoint's classes by label; if it has none, they are the labels.
-
-    Raises:
-        InputError: they are not ``count`` strings.
-    """
+    """The names of a checkpoint's ``count`` classes by label; if it has none, they are the labels."""
     if names is None:
         return [str(label) for label in range(count)]
     if not isinstance(names, list) or not all(isinstance(name, str) and len(name) <= MAX_TEXT for name in names):

@@ -108,7 +108,7 @@ def _fill_closed_streams() -> None:
 def open_log(folder: Path) -> None:
     """Also sends the log to a file of this process, from its beginning, with details that the console does not show.
 
-    Call it once the run is sure to start, so that a refused start does not write into the log of a good run.
+    Called once the run is sure to start, so that a refused start does not write into the log of a good run.
     """
     path = folder / f"log_rank{distributed.rank()}.txt"
     check_place(path)
@@ -153,8 +153,7 @@ class MetricsWriter:
     """``metrics.jsonl``, one record per line, and the same figures in TensorBoard and Weights & Biases.
 
     A record's ``epochs`` are the epochs done, with fractions: an axis that does not depend on the batch size. A run
-    that resumes after ``epochs`` and ``step`` drops the records after them; Weights & Biases drops what it has by
-    itself.
+    that resumes after ``epochs`` and ``step`` drops the records after them.
     """
 
     def __init__(self, folder: Path, epochs: float, step: int, wandb_run=None):
@@ -175,28 +174,28 @@ class MetricsWriter:
         """Records figures of ``kind`` (``train``, ``eval``, ``eval_ema``) after update ``step``, in epoch ``epoch``."""
         record = {"kind": kind, "step": step, "epoch": epoch, "epochs": epochs}
         record |= {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        with self._going_on("metrics.jsonl"):
+        with self._reporting("metrics.jsonl"):
             print(json.dumps(record), file=self.file, flush=True)
-        with self._going_on("TensorBoard's events"):
+        with self._reporting("TensorBoard's events"):
             for name, value in figures.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
-        with self._going_on("Weights & Biases' log"):
+        with self._reporting("Weights & Biases' log"):
             if self.wandb_run:
                 self.wandb_run.log({f"{kind}/{name}": value for name, value in figures.items()}, step=step)
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        with self._going_on("metrics.jsonl"):
+        with self._reporting("metrics.jsonl"):
             self.file.close()
-        with self._going_on("TensorBoard's events"):
+        with self._reporting("TensorBoard's events"):
             self.tensorboard.close()
-        with self._going_on("Weights & Biases' log"):
+        with self._reporting("Weights & Biases' log"):
             if self.wandb_run:
                 self.wandb_run.finish()
 
     @contextlib.contextmanager
-    def _going_on(self, name: str):
-        """Reports once that something cannot be written, for example on a full disk, and lets the run continue."""
+    def _reporting(self, name: str):
+        """Logs once that something cannot be written, for example on a full disk, and lets the run continue."""
         try:
             yield
         except Exception as error:
@@ -231,9 +230,9 @@ def describe_environment(device: torch.device) -> dict:
 
 
 def describe_run(config, state: TrainState, device: torch.device, precision: str, metadata: dict) -> dict:
-    """The content of ``run.yaml``; an InputError if the network does not take images of the config's size.
+    """The content of ``run.yaml``, with the classes and the changes of settings in the checkpoints' ``metadata``.
 
-    ``metadata`` is what the run's checkpoints record: classes, and changes of its settings on the way.
+    A network that does not take images of the config's size is an InputError.
     """
     layout, parameters = state.layout, list(state.model.parameters())
     try:
@@ -261,14 +260,11 @@ def describe_run(config, state: TrainState, device: torch.device, precision: str
 @torch.inference_mode()
 def _check_img_size(model: nn.Module, config) -> None:
     """Raises InputError if a timm model does not take images of the config's size."""
-    parameter, is_training = next(model.parameters()), model.training
     try:
-        model.eval()(torch.zeros(1, *image_shape(config), device=parameter.device))
+        model.eval()(torch.zeros(1, *image_shape(config), device=next(model.parameters()).device))
     except AssertionError as error:
         size = config.DATA.IMG_SIZE
         raise InputError(f"{config.MODEL.ARCH} does not take a DATA.IMG_SIZE of {size}: {error}") from error
-    finally:
-        model.train(is_training)
 
 
 def save_description(config, run: dict, folder: Path) -> None:
@@ -314,8 +310,7 @@ def whereabouts(folder: Path) -> str:
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one image of ``shape`` (C, H, W): convolutions, strip layers and linear layers."""
     training, parameter = model.training, next(model.parameters())
-    model.eval()
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype))
+        model.eval()(torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype))
     model.train(training)
     return counter.get_total_flops() // 2  # the counter counts a multiply-accumulate as two operations

@@ -26,13 +26,7 @@ def learning_rate(config, step: int, steps_per_epoch: int) -> float:
 
 
 class LRScheduler:
-    """Gives every parameter group the learning rate of the next update, times its ``lr_scale`` if it has one.
-
-    Args:
-        config: the run's config.
-        optimizer: the optimiser whose groups are set.
-        steps_per_epoch: updates in an epoch.
-    """
+    """Gives every parameter group the learning rate of the next update, times its ``lr_scale`` if it has one."""
 
     def __init__(self, config, optimizer: Optimizer, steps_per_epoch: int):
         self.config, self.optimizer, self.steps_per_epoch = config, optimizer, steps_per_epoch
@@ -45,5 +39,5 @@ class LRScheduler:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
     def state_dict(self) -> dict:
-        """The step, which determines everything else."""
+        """The step, which determines everything else, and the learning rate."""
         return {"step": self.step, "lr": self.lr}

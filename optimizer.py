@@ -14,10 +14,6 @@ def build_optimizer(config, model: nn.Module) -> torch.optim.Optimizer:
     Position tables and GRN's gamma and beta have more than one dimension and so decay, as in the released code. With
     TRAIN.LAYER_DECAY below 1 there are two groups for each layer, with an ``lr_scale`` for the LRScheduler. ``adamw``
     and ``sgd`` are PyTorch's fused ones, which skip an update on the device itself; all others are timm's.
-
-    Raises:
-        InputError: layer decay for a model that does not define its layers; an optimiser that is not installed, or that
-            needs more than one gradient per update.
     """
     scales, groups = layer_scales(model, config.TRAIN.LAYER_DECAY), {}
     for name, parameter in model.named_parameters():
@@ -59,8 +55,7 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """The learning-rate factor of every parameter: 1 in the head, and ``decay`` times the next layer's in each one
-    before.
+    """The learning-rate factor of every parameter: 1 in the head, and in each layer before ``decay`` times the next's.
 
     The layers are the groups of the model's ``group_matcher``, as in timm: the stem, the blocks, the head.
     """

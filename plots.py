@@ -1,7 +1,4 @@
-"""What a run wrote to ``metrics.jsonl``, and figures: curves of runs, contact sheets of images.
-
-Figures are drawn on separate matplotlib ``Figure`` objects: no window.
-"""
+"""What a run wrote to ``metrics.jsonl``, and figures: curves of runs, contact sheets of images."""
 
 import io
 import itertools
@@ -41,8 +38,11 @@ _KINDS = {"train": "training", "eval": "validation", "eval_ema": "validation, av
 # ---- the records of a run ------------------------------------------------------------------------
 
 def parse_metrics(path: Path) -> list[tuple[str, dict | None]]:
-    """Each line of a ``metrics.jsonl`` with its record: ``kind``, ``step`` (updates), ``epoch``, ``epochs`` done, with
-    fractions, and figures, which are None where they were not finite. It is None for a line that holds no record."""
+    """Each line of a ``metrics.jsonl`` with its record, or with None if it holds none.
+
+    A record has ``kind``, ``step`` (updates), ``epoch``, ``epochs`` done, with fractions, and figures, which are None
+    where they were not finite.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
     return [(line, _parse_record(line)) for line in lines]
 
@@ -109,11 +109,10 @@ def run_names(paths: list[str | Path]) -> list[str]:
 # ---- figures -------------------------------------------------------------------------------------
 
 def draw_curves(runs: dict[str, list[dict]], groups: dict[str, str] | None = None):
-    """A Figure of loss, top-1 accuracy and learning rate of runs over their epochs.
+    """A Figure of loss, top-1 accuracy and learning rate over the epochs of runs.
 
-    Args:
-        runs: the records of each run, as ``read_metrics`` returns them, by its name.
-        groups: of each run by its name, such as the network that it is one seed of; a group has one colour.
+    ``runs`` holds the records of each run by its name; ``groups`` the group of each run, such as the network that it is
+    one seed of. A group has one colour.
     """
     groups = groups or {name: name for name in runs}
     members = {group: [name for name in runs if groups[name] == group] for group in groups.values()}
@@ -151,15 +150,13 @@ def _legend(group: str, bests: list[float]) -> str:
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
-    """A Figure of ``size`` inches and its panels (squeezed, as ``Figure.subplots`` returns them)."""
+    """A Figure of ``size`` inches and its panels, as ``Figure.subplots`` returns them."""
     figure = Figure(figsize=size, layout="constrained", dpi=150)
-    panels = figure.subplots(rows, columns, **options)
-    return figure, panels
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def save_figure(figure, path: str | Path) -> None:
-    """Writes a figure in the format of the file's extension; PNG, with 128 colours and so a third as large, if it has
-    none."""
+    """Writes a figure in the format of the file's extension, by default PNG (of 128 colours: a third of the size)."""
     path = Path(path)
     try:
         if path.suffix in ("", ".png"):

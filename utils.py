@@ -21,8 +21,7 @@ class RunError(RuntimeError):
     """A run that cannot continue although its command is right: too little memory, a dead process."""
 
 
-# Disks, permissions and limits, which the user can fix. Other OSErrors are bugs: problems with a path that a user names
-# are turned into an InputError.
+# Disks, permissions and limits, which the user can fix. Any other OSError is a bug: a wrong path is an InputError.
 _USERS_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE,
                  errno.EMFILE, errno.ENFILE, errno.EISDIR, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
 
@@ -57,8 +56,7 @@ def input_errors(source: object = ""):
 def one_line_errors(main):
     """Makes a tool's ``main`` print an error that the user can fix as one line, ``tool.py: message``, and return 2.
 
-    Characters that the console cannot encode are printed as escapes. A reader that ends early, such as ``head``, ends
-    the tool without a message.
+    A reader that ends early, such as ``head``, ends the tool without a message.
     """
     tool = Path(main.__code__.co_filename).name
 
@@ -66,7 +64,7 @@ def one_line_errors(main):
     def ending_in_one_line(argv: list[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
+                stream.reconfigure(errors="backslashreplace")  # characters that the console cannot show
         try:
             status = main(argv)
             sys.stdout.flush()
@@ -89,11 +87,7 @@ def one_line_errors(main):
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "wb", **options):
-    """Opens a new file, as ``open`` does, that replaces ``path`` on disk if the block ends without an error.
-
-    Raises:
-        OSError: it could not be written; ``path`` is unchanged.
-    """
+    """Opens a new file, as ``open`` does, that replaces ``path`` on disk if the block ends without an error."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -113,11 +107,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_place(path: Path, is_folder: bool = False) -> None:
-    """Checks a path in a run's folder that is opened for writing, not replaced, so that no link or pipe is written to.
-
-    Raises:
-        InputError: the path exists and is not a regular file, or with ``is_folder`` not a folder.
-    """
+    """Raises InputError if a path in a run's folder, to be opened for writing, is a link or anything else than a
+    regular file, or with ``is_folder`` a folder."""
     fits = path.is_dir() if is_folder else path.is_file()
     if path.is_symlink() or path.exists() and not fits:
         kind = "a link" if path.is_symlink() else "not a folder" if is_folder else "not a regular file"
