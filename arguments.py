@@ -38,13 +38,13 @@ def argument_parser(description: str | None = None, add_help: bool = True) -> ar
     parser.add_argument("--pretrained", metavar="CKPT",
                         help="start from these weights: a file, an exported folder, or hf-hub:USER/NAME")
     parser.add_argument("--resume", metavar="CKPT",
-                        help="resume from this checkpoint, or evaluate it (--eval); a name as for --pretrained")
+                        help="resume from this checkpoint, or evaluate it (--eval); takes the same as --pretrained")
     parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches per update")
     parser.add_argument("--use-checkpoint", action="store_true", default=None, help="gradient checkpointing")
     parser.add_argument("--amp-dtype", metavar="TYPE",
                         help="bf16, fp16, fp32 or auto (GPU: bf16, or fp16 if it has no bf16; CPU: fp32)")
     parser.add_argument("--compile", nargs="?", const="on", choices=["auto", "on", "off"],
-                        help="torch.compile the network: on, off or auto, the default (training on CUDA)")
+                        help="torch.compile the network: on, off or auto (default: only for training on CUDA)")
     parser.add_argument("--device", default="", metavar="TYPE",
                         help="cpu, cuda, mps or another that PyTorch finds; default: cuda where there is a GPU")
     parser.add_argument("--output", metavar="DIR", help="results go to DIR/<model name>/<tag>/; default: output")

@@ -25,8 +25,8 @@ logger = logging.getLogger("strip_mlp")
 _BUILDS = "https://pytorch.org/get-started/locally lists the builds"
 _GPU_FILE = Path("/dev/nvidia0")
 _host_group: dist.ProcessGroup | None = None  # connects the CPUs if the main group connects GPUs, else None
-_patient_group: dist.ProcessGroup | None = None  # for waits that may take long
-_PATIENCE = datetime.timedelta(hours=1)  # while another process downloads or caches data
+_slow_group: dist.ProcessGroup | None = None  # for waits that may take long
+_LONG_WAIT = datetime.timedelta(hours=1)  # while another process downloads or caches data
 _ROLL_CALL = 10  # seconds in which the remaining processes report
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _places: list[str] = []  # of every rank: its process and machine
@@ -152,7 +152,7 @@ def _init_process_group(device: torch.device, limit: datetime.timedelta) -> None
         # machines restarts may be counted differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     group = {"store": store, "rank": rank, "world_size": world_size}
-    global _host_group, _patient_group, _places, _store
+    global _host_group, _slow_group, _places, _store
     if device.type == "cpu":
         dist.init_process_group("gloo", timeout=limit, **group)
     else:
@@ -160,7 +160,7 @@ def _init_process_group(device: torch.device, limit: datetime.timedelta) -> None
         # Gloo on the CPUs notices a process that hangs and can name it; NCCL only notices a device that hangs.
         dist.init_process_group("nccl", device_id=device, timeout=limit + datetime.timedelta(minutes=1), **group)
         _host_group = dist.new_group(backend="gloo", timeout=limit)
-    _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    _slow_group = dist.new_group(backend="gloo", timeout=_LONG_WAIT)
     _places, _store = gather_objects(f"process {os.getpid()} on {platform.node()}"), store
 
 
@@ -173,15 +173,15 @@ def wrap(model: nn.Module) -> DistributedDataParallel:
 
 def leave() -> None:
     """Leaves the process group, if there is one."""
-    global _host_group, _patient_group
+    global _host_group, _slow_group
     if not dist.is_initialized():
         return
     # When PyTorch 2.6 frees a group, it waits for gloo's threads and blocks Python meanwhile: a thread that must still
     # free a tensor waits for ever. Freeing a backend does not block Python, so the backends are freed last.
-    groups = [g for g in (dist.group.WORLD, _host_group, _patient_group) if g and dist.get_backend(g) == "gloo"]
+    groups = [g for g in (dist.group.WORLD, _host_group, _slow_group) if g and dist.get_backend(g) == "gloo"]
     backends = [group._get_backend(torch.device("cpu")) for group in groups]
     del groups
-    _host_group = _patient_group = None
+    _host_group = _slow_group = None
     dist.destroy_process_group()
     del backends
 
@@ -234,7 +234,7 @@ def world_size() -> int:
 def barrier() -> None:
     """Waits for all processes, for up to an hour because they may be downloading."""
     if dist.is_initialized():
-        dist.barrier(group=_patient_group)
+        dist.barrier(group=_slow_group)
 
 
 def once_per_machine(action) -> None:
@@ -263,14 +263,14 @@ def gather_objects(value) -> list:
     return values
 
 
-def begin_to_agree_on_largest(value: int) -> Callable[[], int]:
-    """Returns at once; calling the result waits for the other CPUs, not for GPUs, and returns their largest value."""
-    largest = torch.tensor(value)
-    work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group, async_op=True)
+def begin_any(value: bool) -> Callable[[], bool]:
+    """Starts asking whether ``value`` is true on any process; calling the result waits for the CPUs' answers."""
+    count = torch.tensor(int(value))
+    work = dist.all_reduce(count, group=_host_group, async_op=True)
 
-    def wait() -> int:
+    def wait() -> bool:
         work.wait()
-        return int(largest)
+        return count.item() > 0
 
     return wait
 

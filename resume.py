@@ -34,7 +34,6 @@ SECONDS_BETWEEN = 10  # two such tries
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 _SAME_SIGNAL = 1  # seconds
 _SAME_SIGNAL_FROM_LAUNCHER = 5  # a launcher passes on signals that its processes may already have received
-_NOTHING, _SAVE, _STOP = 0, 1, 2
 # Keys that change neither the network nor what it learns: where, how fast and in what portions a run computes.
 # TrainState explains how a run resumes with another batch size.
 FREE_KEYS = {
@@ -256,13 +255,12 @@ class Checkpointer:
         so save one update later.
         """
         steps, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
-        is_step = bool(steps) and state.step % steps == 0
-        overdue = minutes and time.monotonic() - self.saved_at > 60 * minutes
-        wish = _STOP if self.signal else _SAVE if overdue else _NOTHING
+        is_step = steps > 0 and state.step % steps == 0
+        is_time = self.signal is not None or minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
         if not distributed.is_distributed():
-            return is_step or wish != _NOTHING
-        is_due = is_step or self.agreement is not None and self.agreement() != _NOTHING
-        self.agreement = None if is_due else distributed.begin_to_agree_on_largest(wish)
+            return is_step or is_time
+        is_due = is_step or self.agreement is not None and self.agreement()
+        self.agreement = None if is_due else distributed.begin_any(is_time)
         return is_due
 
     def save(self, state: TrainState, is_best: bool = False, is_last: bool = False) -> bool:

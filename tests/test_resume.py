@@ -134,7 +134,7 @@ def sent(monkeypatch):
         return lambda: wish
 
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
-    monkeypatch.setattr(distributed, "begin_to_agree_on_largest", begin)
+    monkeypatch.setattr(distributed, "begin_any", begin)
     return wishes
 
 
