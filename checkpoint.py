@@ -224,7 +224,7 @@ def plain(content, tensor_bytes: int):
 
 
 def _is_plain_key(key) -> bool:
-    """Others are left out: no network has them, and no message could show them."""
+    """Whether a network could have such a key, and a message could show it; others are left out."""
     return type(key) is int and abs(key) < 2**64 or type(key) is str and len(key) <= MAX_TEXT and key.isprintable()
 
 
@@ -370,8 +370,8 @@ class _Unpickler(pickle._Unpickler):
         raise InputError("it holds an operation that no checkpoint needs")
 
     def _checked(method, depth: int, *kinds: type):
-        """An operation that refuses another kind of object than it is for at that depth of the stack: to spread or to
-        change a tensor can take any amount of memory and time."""
+        """The operation, refused if the object at that depth of the stack is of another kind: unpacking or changing a
+        tensor could take any amount of memory and time."""
         def check(self):
             if not isinstance(self.stack[-depth] if depth else self.metastack[-1][-1], kinds):
                 self._refuse()

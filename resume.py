@@ -161,7 +161,7 @@ class TrainState:
         return is_best, name == "eval_ema"
 
     def _moments(self, saved: dict) -> dict:
-        """The optimiser's state with the memory layout of the parameters, which its fused form requires."""
+        """The optimiser's state with the memory layout of the parameters, which PyTorch's fused optimisers require."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
         def laid_out(value, parameter):
@@ -174,7 +174,7 @@ class TrainState:
         }
 
     def _move_to(self, images_seen: int) -> None:
-        """Goes to the last update of this layout at or before an image of the epoch."""
+        """Moves to the last update, counted in this layout, before the epoch's image number ``images_seen``."""
         accumulation = self.layout.accumulation_steps
         batches = self.layout.training_images // self.layout.images_per_batch
         updates = images_seen // self.layout.images_per_batch // accumulation
@@ -402,7 +402,8 @@ def changed_keys(saved: dict, config) -> dict[str, str]:
 def accept_changes(content: dict, path: Path, config, allow_changes: bool) -> list[dict]:
     """All changes of a run's settings, ``[{"step": 7, "keys": {"TRAIN.EPOCHS": "2 -> 4"}}]``, those of this start last.
 
-    Without ``allow_changes``, or if the weights depend on it, another setting than the checkpoint's is an InputError.
+    A setting that differs from the checkpoint's is an InputError without ``allow_changes``, and always if the weights
+    depend on it.
     """
     keys, changes = changed_keys(content["config"], config), content.get("changes", [])
     named = ", ".join(f"{key} {change}" for key, change in keys.items())

@@ -167,7 +167,7 @@ def check_scaler(saved, scaler: torch.amp.GradScaler) -> None:
 
 
 def _check_like(value, own, where: str) -> None:
-    """A value is of the same kind as this run's own, a tensor also of its shape and type, and a sane number."""
+    """Raises InputError unless a value has the type of this run's own, and the shape of a tensor, and is finite."""
     if type(own) in (dict, list, tuple) and type(value) is type(own):
         keys, others = (range(len(x)) if type(x) is not dict else sorted(x) for x in (value, own))
         if list(keys) != list(others):

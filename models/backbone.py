@@ -172,7 +172,7 @@ class StripBackbone(Backbone):
                 (r"^merging\.0", (1, *first)),
                 (r"^(?:merging\.1|shortcut_m1)", (2, *first)),
                 (r"^(?:merging\.2|shortcut_s|shortcut_m2)", (3, *first)),
-                (r"^norm", (99999,)),  # timm's mark for the group before
+                (r"^norm", (99999,)),  # timm: as the group before
             ],
         }
 

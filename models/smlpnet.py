@@ -139,7 +139,7 @@ class SMLPNet(Backbone):
             found = [(rf"{blocks}(\d+)", None)]
         for stage, numbers in enumerate(self.blocks):
             found.append((rf"^to_patch_embedding\.{stage}\.", (stage if coarse else numbers.start,)))
-        found.append((r"^batch_norm", (99999,)))  # timm's mark for the group before
+        found.append((r"^batch_norm", (99999,)))  # timm: as the group before
         return {"stem": r"^to_patch_embedding\.0\.", "blocks": found}
 
 

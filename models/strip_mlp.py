@@ -3,7 +3,7 @@
 Notation: batch N, channels C, height H, width W; every feature map is (N, C, H, W). P is the number of channel patches,
 D = C / P the channels of a patch, L the length of a strip: W for a row, H for a column.
 
-What is changed here is what trains, on every device: no faster form of a layer exists elsewhere.
+What you change here trains, on every device: no layer has a second implementation elsewhere.
 """
 
 import math
@@ -63,8 +63,8 @@ class RelativePosition(nn.Module):
 
     Args:
         dim: C, the channels of the input.
-        size: (H, W) of the feature map, or its side if it is square. The table has ``H + W + 1`` entries, like the ``2
-            * L + 1`` of the released network for a square map; the first and the last are never read.
+        size: (H, W) of the feature map, or its side if it is square. The table has ``H + W + 1`` entries (``2 * L + 1``
+            in the released network, whose maps are square); the first and the last are never read.
     """
 
     def __init__(self, dim: int, size: int | tuple[int, int]):
@@ -76,8 +76,8 @@ class RelativePosition(nn.Module):
     def map(self):
         """() -> (C, H, W)"""
         height, width = self.size
-        # Row i of the map is the table from entry H - i on. In copies of the table's H + W + 1 entries, one after the
-        # other from entry H on, rows of H + W begin so. Gathering by an index would scatter in the backward pass.
+        # Row i of the map is table[H - i:][:W]. H copies of the table, without the first H entries, are cut into rows
+        # one entry shorter than it, so that row i starts at entry H - i. An index would need a scatter backward.
         rows = self.table.repeat(height, 1)[height:].unflatten(0, (height, -1))  # (H, H + W, C)
         return rows[:, :width].permute(2, 0, 1)
 
@@ -181,7 +181,7 @@ def channel_norm(x):
     """The L2 norm over H and W, in at least 32 bits: (N, H, W, C) -> (N, 1, 1, C)"""
     if x.dtype in (torch.float16, torch.bfloat16):
         return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    # Several times faster on a CPU. The clamp keeps the gradient of the root finite at 0.
+    # Several times faster than vector_norm on a CPU. The clamp keeps the gradient of the root finite at 0.
     return x.square().sum((1, 2), keepdim=True).clamp(min=1e-24).sqrt()
 
 

@@ -141,7 +141,7 @@ class WaveMLP(Backbone):
             "blocks": [
                 *((rf"^network\.{i}\.", (i + 1, *first)) for i in range(1, len(self.network), 2)),
                 (r"^network\.(\d+)" if coarse else r"^network\.(\d+)\.(\d+)", None),
-                (r"^norm", (99999,)),  # timm's mark for the group before
+                (r"^norm", (99999,)),  # timm: as the group before
             ],
         }
 
