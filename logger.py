@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 import uuid
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -84,7 +85,7 @@ def setup_console(is_first: bool) -> None:
     """
     _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        with contextlib.suppress(OSError, AttributeError):  # closed, or not a text file
             stream.reconfigure(errors="backslashreplace")  # a console that cannot show every name
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
@@ -92,6 +93,15 @@ def setup_console(is_first: bool) -> None:
     handler.setLevel(logging.INFO if is_first else logging.ERROR)
     handler.setFormatter(_Formatter(coloured=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     logger.handlers = [handler, MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)]
+    threading.excepthook = _thread_failed
+
+
+def _thread_failed(failure) -> None:
+    """Logs one line for a thread that could not write, such as TensorBoard's on a full disk; a traceback for a bug."""
+    if issubclass(failure.exc_type, OSError):
+        logger.error("a thread ended: %s", failure.exc_value)
+    else:
+        threading.__excepthook__(failure)
 
 
 def _fill_closed_streams() -> None:

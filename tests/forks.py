@@ -74,6 +74,7 @@ def forget_the_launcher() -> None:
 
 if __name__ == "__main__":
     os.register_at_fork(after_in_child=forget_the_launcher)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     logger.draw_curves = lambda folder: None  # matplotlib would take half of the time of a tiny training
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads; a fork would only have one of them"
