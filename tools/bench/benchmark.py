@@ -33,6 +33,8 @@ PARSER.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "auto"], default
 PARSER.add_argument("--batch-size", type=int, metavar="N", help="default: 128 on a GPU, 8 on a CPU")
 PARSER.add_argument("--turns", type=int, default=5, metavar="N", help="times of each network; default: 5")
 PARSER.add_argument("--device", default="", metavar="TYPE", help="default: cuda where there is a GPU, else cpu")
+PARSER.add_argument("--depthwise", choices=["cudnn", "native"],
+                    help="whose kernels compute depthwise convolutions on CUDA; default: PyTorch's choice")
 PARSER.add_argument("--profile", action="store_true", help="on CUDA, also list the kernels that take longest")
 PARSER.add_argument("--json", type=Path, default="output/benchmark.json", metavar="FILE",
                     help="file for all times; default: output/benchmark.json")
@@ -148,6 +150,10 @@ def main(argv: list[str] | None = None) -> int:
     precision = Precision(args.dtype, device)
     batch_size = args.batch_size or (128 if device.type == "cuda" else 8)
     torch.backends.cudnn.benchmark = True
+    if args.depthwise:
+        if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
+            raise InputError(f"--depthwise: PyTorch {torch.__version__} has no such choice; 2.14 has it")
+        torch.backends.cudnn.depthwise_kernel = args.depthwise
     networks = {name: partial(build_named, name) for name in args.networks}
     if args.table:
         tables = read_tables()
@@ -156,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     result = {
         "date": datetime.date.today().isoformat(), "environment": describe_environment(device),
         "settings": {"batch_size": batch_size, "dtype": precision.name, "turns": args.turns,
-                     "threads": torch.get_num_threads()},
+                     "threads": torch.get_num_threads(), "depthwise": args.depthwise or "auto"},
         "cases": {},
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)

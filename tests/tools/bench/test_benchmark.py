@@ -32,6 +32,20 @@ def test_report_shows_the_cells():
     assert "| large | CUDA out of memory. | | | |" in text
 
 
+def test_the_kernels_of_depthwise_convolutions(tmp_path, monkeypatch, capsys):
+    chosen = []
+    monkeypatch.setattr(benchmark, "build_named", lambda name: chosen.append(backend.depthwise_kernel) or no_network)
+    no_network = object()
+    monkeypatch.setattr(benchmark, "Case", lambda *args: (_ for _ in ()).throw(RuntimeError("stop")))
+    backend = torch.backends.cudnn
+    argv = ["a", "--device", "cpu", "--modes", "inference", "--json", str(tmp_path / "b.json"), "--depthwise", "native"]
+    if hasattr(backend, "depthwise_kernel"):
+        monkeypatch.setattr(backend, "depthwise_kernel", "auto")
+        assert benchmark.main(argv) == 0 and chosen == ["native"]
+    else:
+        assert benchmark.main(argv) == 2 and "has no such choice" in capsys.readouterr().err
+
+
 def test_every_time_is_written_at_once(tmp_path, monkeypatch, capsys):
     """A network that fails is named, and the others are measured; what was measured before a stop is in the file."""
     file = tmp_path / "new" / "b.json"
