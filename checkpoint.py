@@ -305,8 +305,9 @@ def _load_legacy(file):
             storages[key] = torch.empty(count, dtype=dtype)
         return storages[key]
 
-    head = _Limited(file)
+    head = io.BytesIO(file.read(MAX_PICKLE))
     magic, version, machine, content, keys = (_Unpickler(head, storage).load() for _ in range(5))
+    file.seek(head.tell())
     if (magic, version) != (0x1950A86A20F9469CFC6C, 1001) or machine.get("little_endian") is not True:
         raise InputError("it is not a PyTorch file")
     for key in keys:
@@ -319,25 +320,6 @@ def _load_legacy(file):
     if len(set(keys)) < len(storages) or file.read(1):
         raise InputError("it has more or fewer bytes than its content")
     return content
-
-
-class _Limited:
-    """A file of which a reader gets at most MAX_PICKLE bytes."""
-
-    def __init__(self, file):
-        self.file, self.left = file, MAX_PICKLE
-
-    def read(self, count: int) -> bytes:
-        return self._given(self.file.read(min(count, self.left + 1)))
-
-    def readline(self) -> bytes:
-        return self._given(self.file.readline(self.left + 1))
-
-    def _given(self, data: bytes) -> bytes:
-        self.left -= len(data)
-        if self.left < 0:
-            raise InputError(f"its description of the content has over {MAX_PICKLE} bytes")
-        return data
 
 
 class _Unpickler(pickle._Unpickler):

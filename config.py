@@ -208,21 +208,17 @@ def from_dict(values: dict, source: str) -> CfgNode:
     return _checked(config)
 
 
-def flat_keys(config: CfgNode, prefix: str = "") -> dict:
-    """``{"DATA.BATCH_SIZE": 128, ...}``: every value of the config by its dotted name."""
+def flat_keys(config: dict, prefix: str = "") -> dict:
+    """``{"DATA.BATCH_SIZE": 128, ...}``: every value of a config, or of its ``to_dict``, by its dotted name."""
     flat = {}
     for key, value in config.items():
-        flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value}
+        flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
 def flat_config(saved: dict) -> dict:
     """A saved ``to_dict`` by dotted names; keys that an older version did not have get their defaults."""
-    def flatten(node, prefix=""):
-        for key, value in node.items():
-            yield from flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-
-    return flat_keys(_C) | dict(flatten(saved))
+    return flat_keys(_C) | flat_keys(saved)
 
 
 def to_dict(config: CfgNode) -> dict:

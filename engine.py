@@ -34,9 +34,8 @@ OPTIONS = {
     "realize_acc_reads_threshold": 40,
     "layout_optimization": False,
 }
-EARLY = {"force_non_lazy_backward_lowering": True}  # PyTorch 2.11 has it, 2.8 does not
-if not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
-    EARLY = {}
+_EARLY = "force_non_lazy_backward_lowering"  # PyTorch 2.11 has it, 2.8 does not
+EARLY = {_EARLY: True} if hasattr(torch._functorch.config, _EARLY) else {}
 
 
 # ---- precision and determinism ---------------------------------------------------------------------

@@ -94,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
                     evaluate_checkpoint(config, device, folder)
                 else:
                     train(config, device, folder, args.allow_changes)
-    except resume.Preempted as signal:
-        logger.warning("stopped by %s; rerun the same command to resume", signal)
+    except resume.Preempted as stop:
+        logger.warning("stopped by %s; rerun the same command to resume", stop)
         status = resume.PREEMPTED
     except resume.NotSavedError as error:
         logger.error(error)
