@@ -338,7 +338,7 @@ def find_resume(config, folder: Path, allow_changes: bool) -> tuple[Path | None,
             raise InputError(f"TRAIN.AUTO_RESUME is False, but {folder} already holds the checkpoints of a run; give "
                              "the new run another --tag, or delete the folder")
         if path and config.MODEL.RESUME:
-            logger.info(f"this run has its own checkpoints; {config.MODEL.RESUME} is ignored")
+            logger.info(f"resuming from this run's own checkpoints; --resume {config.MODEL.RESUME} is ignored")
         elif config.MODEL.RESUME:
             path = weights_file(config.MODEL.RESUME)
             content = checkpoint.load_file(path)
@@ -381,7 +381,7 @@ def resume(path: Path, content: dict | None, state: TrainState, checkpointer: Ch
     before, now = Layout(**content["layout"]).effective_batch, layout.effective_batch
     if before != now:
         logger.warning(f"the effective batch (images per update) changes from {before} to {now}: the learning rate "
-                       "does not follow, and the run no longer compares with others; run.yaml records it")
+                       "does not follow, and the run cannot be compared with others any more; run.yaml records it")
         change = {"step": content["step"], "keys": {"effective batch": f"{before} -> {now}"}}
         checkpointer.metadata["changes"] = checkpointer.metadata["changes"] + [change]
     # If updates are counted differently now, first save the run under its new step.

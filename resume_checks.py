@@ -23,14 +23,14 @@ def check_run(content: dict) -> None:
         if key not in content and key in ("epoch", "step", "max_accuracy"):
             raise InputError(f"the checkpoint cannot be resumed: it lacks {key}")
         if key in content and not isinstance(content[key], kind):
-            raise InputError(f"its {key} is {content[key]!r:.60}")
+            raise InputError(f"its {key} is {content[key]!r:.60}, which no run writes")
     if "config" in content:
         from_dict(content["config"], "its config")
     for change in content.get("changes", []):
         keys = change.get("keys") if isinstance(change, dict) else None
         if not isinstance(keys, dict) or not all(isinstance(text, str) for pair in keys.items() for text in pair) \
                 or type(change.get("step")) is not int:
-            raise InputError(f"its changes hold {change!r:.60}")
+            raise InputError(f"its changes hold {change!r:.60}, which no run writes")
 
 
 def check_training(content: dict, state) -> dict[str, str]:
@@ -57,7 +57,8 @@ def check_training(content: dict, state) -> dict[str, str]:
                          f"({', '.join(changed.values())}). Resume with the old settings, or from a checkpoint at the "
                          "end of an epoch")
     if state.ema and content["model_ema"] is None:
-        raise InputError("TRAIN.EMA.ENABLED is True but the checkpoint holds no average; resume with it False")
+        raise InputError("TRAIN.EMA.ENABLED is True but the checkpoint holds no average; resume with TRAIN.EMA.ENABLED "
+                         "False")
     check_fit(state.model, own_keys(content["model"]))
     if state.ema:
         check_fit(state.ema.module, own_keys(content["model_ema"]))
@@ -75,7 +76,7 @@ def _check_layout(saved, own: dict) -> dict[str, str]:
         if fits and type(value) is int:
             fits = (0 if key == "seed" else 1) <= saved[key] < 2**63
         if not fits:
-            raise InputError(f"its layout's {key} is {saved[key]!r:.60}")
+            raise InputError(f"its layout's {key} is {saved[key]!r:.60}, which no run writes")
     changed = {key: f"{key} {str(saved[key])[:60]} -> {own[key]}" for key in own if saved[key] != own[key]}
     if changed.keys() & {"dataset", "training_images", "num_classes"}:
         raise InputError(
@@ -104,7 +105,7 @@ def _check_position(content: dict, layout: dict) -> None:
     if type(best) not in (int, float) or not -1 <= best <= 100:
         raise InputError(f"its max_accuracy is {best!r:.60}; it must be a percentage, or -1 for none yet")
     if type(loss) is not float or math.isnan(loss):
-        raise InputError(f"its best_loss is {loss!r:.60}")
+        raise InputError(f"its best_loss is {loss!r:.60}; it must be a number, or inf for none yet")
 
 
 def _check_rng(states, world_size: int) -> None:
