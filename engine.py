@@ -26,8 +26,8 @@ from utils import InputError, error_message
 
 logger = logging.getLogger("strip_mlp")
 
-# Inductor's defaults write normalised activations to memory because two kernels read them. To compute them twice moves
-# less: tools/bench/roofline.py counts the difference. The layout is already chosen: the network is channels last.
+# By default Inductor writes normalised activations to memory if two kernels read them. Computing them twice moves fewer
+# bytes, as tools/bench/roofline.py counts. The network is channels last already, so the layout needs no optimisation.
 OPTIONS = {
     "realize_opcount_threshold": 300,
     "realize_reads_threshold": 20,
@@ -383,7 +383,7 @@ def compile_network(model: nn.Module, setting: str, device: torch.device, determ
         if setting == "on":
             raise InputError(f"{problem}; use --compile off, or leave out --use-checkpoint")
     elif setting == "auto" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        problem = "SyncBatchNorm (TRAIN.SYNC_BN) would cut it into a graph for each norm"
+        problem = "SyncBatchNorm (TRAIN.SYNC_BN) would split it into a graph for each norm"
     elif setting == "auto" and not EARLY:
         problem = (f"if the backward pass fails to compile, PyTorch {torch.__version__} cannot fall back; --compile on "
                    "compiles the network all the same")
@@ -411,7 +411,7 @@ class CompiledNetwork(nn.Module):
     def forward(self, x):
         """(N, C, H, W) -> (N, num_classes)"""
         try:
-            # The backward pass is compiled with the forward pass, so that it fails before anything has run.
+            # The backward pass is compiled with the forward pass, so that a failure comes before anything has run.
             with torch._functorch.config.patch(EARLY):
                 return self.run(x)
         except TorchDynamoException as error:

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         logger.error(utils.error_message(error))
         logger.debug("where it happened:", exc_info=True)  # for the log file
-        return status  # without waiting for processes that wait for this one
+        return status  # without leave(), which could wait for processes that wait for this one
     distributed.leave()
     return status
 
@@ -124,7 +124,7 @@ def train(config, device: torch.device, folder: Path, allow_changes: bool = Fals
         resume_path, resume_content, changes = resume.find_resume(config, folder, allow_changes)
         checkpointer.metadata["changes"] = changes
 
-        # 1. Data and model; every process draws the same weights.
+        # 1. Data and model; every process initialises the same weights.
         distributed.once_per_machine(lambda: prepare_data(config))
         train_loader = build_train_loader(config, distributed.rank(), distributed.world_size(), device)
         val_loader = build_val_loader(config, distributed.rank(), distributed.world_size(), device)
