@@ -31,7 +31,7 @@ import plots
 from config import to_dict
 from inference import image_shape
 from resume import TrainState
-from utils import InputError, check_place, printable, write_text
+from utils import InputError, check_place, escape_what_the_console_cannot_show, printable, write_text
 
 logger = logging.getLogger("strip_mlp")
 
@@ -84,9 +84,7 @@ def setup_console(is_first: bool) -> None:
     Records logged before ``open_log`` are kept for the file.
     """
     _fill_closed_streams()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, AttributeError):  # closed, or not a text file
-            stream.reconfigure(errors="backslashreplace")  # a console that cannot show every name
+    escape_what_the_console_cannot_show()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     handler = _ConsoleHandler(sys.stdout)

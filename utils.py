@@ -53,6 +53,13 @@ def input_errors(source: object = ""):
         raise InputError(f"{source}: {error}" if source else str(error)) from error
 
 
+def escape_what_the_console_cannot_show() -> None:
+    """Prints characters that the encoding of standard output or error does not have as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # closed, or not a text file
+            stream.reconfigure(errors="backslashreplace")
+
+
 def one_line_errors(main):
     """Makes a tool's ``main`` print an error that the user can fix as one line, ``tool.py: message``, and return 2.
 
@@ -62,9 +69,7 @@ def one_line_errors(main):
 
     @functools.wraps(main)
     def ending_in_one_line(argv: list[str] | None = None) -> int:
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")  # characters that the console cannot show
+        escape_what_the_console_cannot_show()
         try:
             status = main(argv)
             sys.stdout.flush()
