@@ -59,8 +59,10 @@ def read_predictions(path: Path) -> tuple[np.ndarray, list[str], list[tuple[floa
         missing = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
         if missing:
             raise InputError(f"{path} has no column {' or '.join(missing)}; {again}")
+        line = 1
         try:
             for row in rows:
+                line = rows.line_num
                 pair = int(row["target_label"]), int(row["prediction_label"])
                 for label, name in zip(pair, (row["target"], row["prediction"]), strict=True):
                     if not 0 <= label < _MOST or names.setdefault(label, name) != name:
@@ -68,8 +70,9 @@ def read_predictions(path: Path) -> tuple[np.ndarray, list[str], list[tuple[floa
                 labels.append(pair)
                 if pair[0] != pair[1]:
                     mistakes.append((float(row["probability"]), int(row["index"]), row["target"], row["prediction"]))
-        except (ValueError, TypeError, csv.Error):
-            raise InputError(f"{path} is damaged: line {rows.line_num} is not a prediction; {again}") from None
+        except (ValueError, TypeError, csv.Error) as error:
+            line += isinstance(error, csv.Error)  # it could not be read
+            raise InputError(f"{path} is damaged: line {line} is not a prediction; {again}") from None
     if not labels:
         raise InputError(f"{path} holds no predictions")
     matrix = np.zeros((max(names) + 1,) * 2, dtype=np.int64)
