@@ -366,9 +366,10 @@ def check_data(content: dict, path: Path, classes: list[str], fingerprint: str) 
 
 def is_finished(content: dict | None, config, training_images: int) -> bool:
     """Whether a checkpoint is the last of this run; one trained on another number of images is not."""
-    is_whole = bool(content) and content.keys() >= {"epoch", "layout"}
-    return is_whole and (content["epoch"], content["layout"].get("training_images")) == (
-        config.TRAIN.EPOCHS, training_images)
+    if not content or not content.keys() >= {"epoch", "layout"}:
+        return False
+    images = content["layout"].get("training_images")
+    return content["epoch"] == config.TRAIN.EPOCHS and type(images) is int and images == training_images
 
 
 def resume(path: Path, content: dict | None, state: TrainState, checkpointer: Checkpointer) -> None:

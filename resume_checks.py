@@ -142,9 +142,10 @@ def check_optimizer(saved, optimizer: torch.optim.Optimizer) -> None:
     twin = twin.state_dict()
     groups, entries = (saved.get(key) for key in ("param_groups", "state")) if isinstance(saved, dict) else (None, None)
     ours = [(group.keys() | {"step"}, group["params"]) for group in twin["param_groups"]]  # timm's may count steps here
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups) or ours != [
-        (group.keys() | {"step"}, group.get("params")) for group in groups
-    ]:
+    is_like_ours = isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) and set(map(type, group["params"])) <= {int}
+        for group in groups)  # a tensor cannot be compared
+    if not is_like_ours or ours != [(group.keys() | {"step"}, group["params"]) for group in groups]:
         raise InputError(
             "its optimizer is another one or has other parameter groups; set TRAIN.OPTIMIZER.NAME, TRAIN.FREEZE_STAGES "
             "and TRAIN.LAYER_DECAY to their old values, or start from its weights with --pretrained"
@@ -170,7 +171,7 @@ def check_scaler(saved, scaler: torch.amp.GradScaler) -> None:
 def _check_like(value, own, where: str) -> None:
     """Raises InputError unless a value has the type of this run's own, and the shape of a tensor, and is finite."""
     if type(own) in (dict, list, tuple) and type(value) is type(own):
-        keys, others = (range(len(x)) if type(x) is not dict else sorted(x) for x in (value, own))
+        keys, others = (range(len(x)) if type(x) is not dict else sorted(x, key=str) for x in (value, own))
         if list(keys) != list(others):
             raise InputError(f"{where} does not hold {', '.join(map(str, others)) or 'nothing'}")
         for key in keys:

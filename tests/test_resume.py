@@ -272,11 +272,13 @@ CASES = [
     (("optimizer", "param_groups", 0, "params"), lambda ids: ids[:-1], "other parameter groups"),
     (("optimizer", "param_groups", 0, "params"), lambda ids: [*ids[1:], ids[0]], "other parameter groups"),
     (("optimizer", "param_groups", 0, "params"), lambda ids: [str(i) for i in ids], "other parameter groups"),
+    (("optimizer", "param_groups", 0, "params"), lambda ids: [torch.zeros(2), *ids[1:]], "other parameter groups"),
     (("optimizer", "param_groups", 0), lambda group: group | {"nesterov": True}, "another one or has"),
     (("optimizer", "state"), [], "not a mapping"),
     (("optimizer", "state"), lambda state: state | {10**6: state[0]}, "not a mapping from the numbers"),
     (("optimizer", "state", 0), 3, "parameter 0 is int, but must be dict"),
     (("optimizer", "state", 0), {}, "parameter 0 does not hold"),
+    (("optimizer", "state", 0), lambda entry: entry | {3: 4}, "parameter 0 does not hold"),
     (("optimizer", "state", 0, "step"), 3, "parameter 0: step is int"),
     (("optimizer", "state", 0, "step"), torch.zeros(2), r"step is \(2,\) of torch.float32, but must be \(\)"),
     (("optimizer", "state", 0, "step"), torch.tensor(-1.0), "step is not finite, below 0 or too"),
@@ -350,6 +352,14 @@ def test_every_optimiser_s_own_state_is_accepted(name):
         pytest.skip(str(error))
     for steps in (1, 5, 12):
         check_optimizer(stepped(name, steps).state_dict(), fresh)
+
+
+def test_a_checkpoint_of_any_layout_is_not_of_a_finished_run():
+    config = load_config(DIGITS)
+    for images in (1437, torch.zeros(2), None, [1437]):
+        content = {"epoch": config.TRAIN.EPOCHS, "layout": {"training_images": images}}
+        assert resume.is_finished(content, config, 1437) == (type(images) is int)
+    assert not resume.is_finished({"epoch": 3}, config, 1437) and not resume.is_finished(None, config, 1437)
 
 
 def test_missing_entries_are_named(state, saved):
