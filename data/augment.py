@@ -91,7 +91,7 @@ class Augmentation:
                 chains.append((mixed * weight / sum(weights), drawn))
         if self.jitter:
             jitter = [Step(name, rng.uniform(max(0.0, 1 - self.jitter), 1 + self.jitter))
-                      for name in ("Brightness", "Contrast", "Color")]  # fmt: skip
+                      for name in ("Brightness", "Contrast", "Color")]
             rng.shuffle(jitter)
             steps += jitter
         erased = draw_erasing(rng, self.size, self.aug.REPROB, self.aug.RECOUNT)

@@ -225,7 +225,7 @@ _PRECISION = 22  # bits of Pillow's fixed-point weights
 
 
 def resize_crops(images: torch.Tensor, crops: torch.Tensor, size: int, bicubic: torch.Tensor,
-                 window: tuple[int, int] | None = None) -> torch.Tensor:  # fmt: skip
+                 window: tuple[int, int] | None = None) -> torch.Tensor:
     """Each image's crop, resized to ``size`` x ``size``: like ``image.crop(crop).resize((size, size))``.
 
     Equal bit for bit if images are no larger than ``size``. If both sides shrink, Pillow 13 chooses the order of its

@@ -26,13 +26,13 @@ class DeviceBatches:
     """
 
     def __init__(self, loader, images: ImageSet, device: torch.device, augmentation: Augmentation | None = None,
-                 mixup: Mixup | None = None):  # fmt: skip
+                 mixup: Mixup | None = None):
         self.loader, self.dataset, self.batch_sampler, self.device = loader, images, loader.batch_sampler, device
         self.augmentation, self.mixup = augmentation, mixup
         self._errors = []
         self._generator = torch.Generator(device)  # of the noise in erased rectangles
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1)
-                     for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))  # fmt: skip
+                     for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
         self._mean, self._std = mean, std
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class ResidentLoader:
     """
 
     def __init__(self, images: ArraySet, batch_sampler, config, device: torch.device,
-                 augmentation: Augmentation | None = None):  # fmt: skip
+                 augmentation: Augmentation | None = None):
         self.batch_sampler, self.augmentation = batch_sampler, augmentation
         self.pixels, self.labels = torch.from_numpy(images.images).to(device), torch.tensor(images.labels).to(device)
         self.size, self.window = config.DATA.IMG_SIZE, None
@@ -103,7 +103,7 @@ class ResidentLoader:
                 indices, crops = [index for _, index in keys], [draw.crop for draw in draws]
                 bicubic = [draw.bicubic for draw in draws]
             indices, crops, bicubic = (torch.tensor(values).to(self.pixels.device, non_blocking=True)
-                                       for values in (indices, crops, bicubic))  # fmt: skip
+                                       for values in (indices, crops, bicubic))
             images = augment_batch.resize_crops(self.pixels[indices], crops, self.size, bicubic, self.window)
             yield Batch(images, self.labels[indices], draws, [])
 

@@ -53,7 +53,7 @@ CIFAR = {
         names_file="fine_label_names.txt",
         label_bytes=2,
     ),
-}  # fmt: skip
+}
 
 
 def download_cifar(name: str, root: Path, mirror: str = "") -> None:
@@ -90,7 +90,7 @@ def download_cifar(name: str, root: Path, mirror: str = "") -> None:
         download_and_extract_archive(url, str(root), filename=cifar.python.filename, md5=cifar.python.tgz_md5)
     except Exception as error:  # of the network, the URL, the disk or the archive
         raise MissingFileError(f"{name} could not be downloaded from {url} ({error}); {_wanted(cifar, root)}, or name "
-                                "another host of this file with --opts DATA.MIRROR URL") from error  # fmt: skip
+                                "another host of this file with --opts DATA.MIRROR URL") from error
 
 
 def cifar_folder(path: Path) -> Path:
@@ -137,10 +137,10 @@ def read_cifar(name: str, root: Path, split: str) -> tuple[np.ndarray, list[int]
         path, md5 = folder / file, cifar.files[split].get(file)
         if not path.is_file():
             raise MissingFileError(f"{path} does not exist; unpack the binary version into {folder} again, or remove "
-                                   "this folder to have the data set downloaded")  # fmt: skip
+                                   "this folder to have the data set downloaded")
         if not check_integrity(path, md5):
             raise InputError(f"{path} is damaged: its MD5 is not {md5}; remove its folder and unpack or download the "
-                             "data set again")  # fmt: skip
+                             "data set again")
     records = np.concatenate([np.fromfile(folder / file, np.uint8) for file in cifar.files[split]])
     records = records.reshape(-1, cifar.label_bytes + 3072)
     pixels = records[:, cifar.label_bytes :].reshape(-1, 3, 32, 32)

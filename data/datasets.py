@@ -166,7 +166,7 @@ def _open(config, split: str, rank: int = 0, world_size: int = 1) -> ImageSet:
     if config.DATA.ZIP_MODE:
         check_zip_classes(root, config.MODEL.NUM_CLASSES)
         return ZipDataset(root, split, config.MODEL.NUM_CLASSES, config.DATA.CACHE_MODE, rank, world_size,
-                          config.DATA.SKIP_BAD_IMAGES)  # fmt: skip
+                          config.DATA.SKIP_BAD_IMAGES)
     hint = f"; run: python split_caltech101.py 101_ObjectCategories {root}" if name == "caltech101" else ""
     return open_images(root, split, hint, config.DATA.HOLD_OUT > 0)
 
@@ -253,7 +253,7 @@ def check_same_classes(train: list[str], val: list[str], where: Path) -> None:
         faults = [f"label {label} is {train[label]} in train and {val[label]} in val"]
     elif len({tuple(sorted(unicodedata.normalize("NFC", name) for name in names)) for names in (train, val)}) == 1:
         faults.append("these names look the same and differ only in their Unicode form, composed (NFC) or decomposed "
-                      "(NFD, as macOS writes); rename the folders of one split")  # fmt: skip
+                      "(NFD, as macOS writes); rename the folders of one split")
     raise InputError(printable(f"{where}: train and val have different classes: {'; '.join(faults)}"))
 
 

@@ -59,18 +59,18 @@ class HubDataset(ImageSet):
             for column, kind in (("image", datasets.Image), ("label", datasets.ClassLabel)):
                 if not isinstance(table.features.get(column), kind):
                     raise InputError(f"{root}: the {split} split needs a column {column} of the type {kind.__name__}; "
-                                     f"its columns are {table.features}. Rename or cast them")  # fmt: skip
+                                     f"its columns are {table.features}. Rename or cast them")
             self.classes = list(table.features["label"].names)
             self.table, self.labels = table.cast_column("image", datasets.Image(decode=False)), list(table["label"])
         except InputError:
             raise
         except Exception as error:  # Arrow's, Parquet's and the package's own have no class in common
             raise InputError(f"{root}: the {split} split cannot be read ({error.__cause__ or error}); download or save "
-                             "it again") from error  # fmt: skip
+                             "it again") from error
         for index, label in enumerate(self.labels):
             if label is None or not 0 <= label < len(self.classes):
                 raise InputError(f"{self.name(index)} has the label {label}, which is none of the {len(self.classes)} "
-                                 "classes; remove images without a label")  # fmt: skip
+                                 "classes; remove images without a label")
 
     def _open(self, datasets):
         files = [glob.escape(path) for path in _parquet(self.root, self.split)]
@@ -83,7 +83,7 @@ class HubDataset(ImageSet):
         hint = "; to evaluate on a part of the training images, add --opts DATA.HOLD_OUT 0.2"
         there = ", ".join(splits) or "other Parquet files"
         raise MissingFileError(f"{self.root} has no split {' or '.join(SPLITS[self.split])}; it has {there}"
-                               f"{hint if self.split == 'val' else ''}")  # fmt: skip
+                               f"{hint if self.split == 'val' else ''}")
 
     def read(self, index: int) -> bytes:
         image = self.table[int(index)]["image"]

@@ -30,7 +30,7 @@ FORMATS = [name for name in ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 _UPRIGHT = {  # what turns an image of an EXIF orientation upright
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
-}  # fmt: skip
+}
 _ZEROS = 128  # coded pixels never have so many zero bytes in a row
 _WARNING = re.compile(rb"JPEG|Inconsistent|\.tif: |Decode: ")
 _stderr = threading.Lock()

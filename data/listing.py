@@ -22,7 +22,7 @@ logger = logging.getLogger("strip_mlp")
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 _SYSTEM = ("__macosx", "__pycache__", "thumbs.db", "desktop.ini", "lost+found", "system volume information", "@eadir",
-           "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin")  # fmt: skip
+           "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin")
 WORTH_CACHING = 20_000  # files; listing fewer is fast
 _SETTLED = 3  # seconds; a folder's time stamp may not show two changes within them
 
@@ -42,7 +42,7 @@ def class_folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(entry.name for entry in os.scandir(folder) if not is_system(entry.name)
-                  and (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()))  # fmt: skip
+                  and (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()))
 
 
 def has_images(folder: Path) -> str:
@@ -126,7 +126,7 @@ def _listed(place: Path, folder: Path, classes: list[str]) -> tuple[Names, np.nd
     if len(names) >= WORTH_CACHING and time.time() - max(folders.values()) / 1e9 > _SETTLED:
         save(place, {"classes": np.array(classes), "text": names.text, "ends": names.ends, "labels": labels,
                      "folders": paths.text, "folder_ends": paths.ends, "times": np.array(list(folders.values())),
-                     "skipped": np.array(summary)})  # fmt: skip
+                     "skipped": np.array(summary)})
     return names, labels, summary
 
 
@@ -136,7 +136,7 @@ def _walk(root: Path, relative: str, folders: dict[str, int], skipped: collectio
     identity = status.st_dev, status.st_ino
     if identity in above:
         raise InputError(f"{root / relative} is a link to a folder that contains it, so the listing would never end; "
-                         "remove it")  # fmt: skip
+                         "remove it")
     folders[relative] = status.st_mtime_ns
     inner = []
     for entry in sorted(os.scandir(root / relative), key=lambda entry: entry.name):

@@ -109,7 +109,7 @@ def build_mixup(config) -> Mixup | None:
     return Mixup(
         aug.MIXUP, aug.CUTMIX, aug.CUTMIX_MINMAX or None, aug.MIXUP_PROB, aug.MIXUP_SWITCH_PROB, aug.MIXUP_MODE,
         label_smoothing=config.MODEL.LABEL_SMOOTHING, num_classes=config.MODEL.NUM_CLASSES,
-    )  # fmt: skip
+    )
 
 
 class _Loader(DataLoader):
@@ -129,7 +129,7 @@ class _Loader(DataLoader):
             pin_memory=device.type == "cuda",  # page-locked, so that copies to the GPU do not wait
             worker_init_fn=_end_with_the_parent,
             generator=torch.Generator(),  # otherwise each new iterator would draw from the global one
-        )  # fmt: skip
+        )
         self.patience = 60 * config.HANG_MINUTES  # seconds to wait for a batch
 
     def __iter__(self):

@@ -23,7 +23,7 @@ class TrainBatchSampler(Sampler):
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, sharded=False,
-                 labels: list[int] | None = None):  # fmt: skip
+                 labels: list[int] | None = None):
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.weights = None if labels is None else 1 / np.bincount(labels)[labels]
         self.rank, self.world_size, self.sharded = rank, world_size, sharded

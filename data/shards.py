@@ -105,11 +105,11 @@ def read_index(root: Path, split: str) -> dict[str, np.ndarray]:
     rows = [row for number, path in enumerate(bar) for row in _index_shard(path, number)]
     if not rows:
         raise InputError(f"the shards of {split} in {root} hold no samples (an image and a .cls file each); unpack tar "
-                         "files that hold something else")  # fmt: skip
+                         "files that hold something else")
     names_of_images, shard, offset, size, labels = zip(*rows, strict=True)
     members = Names.of(names_of_images)
     index = {"shards": names, "states": states, "text": members.text, "ends": members.ends, "shard": np.array(shard),
-             "offset": np.array(offset), "size": np.array(size), "labels": np.array(labels)}  # fmt: skip
+             "offset": np.array(offset), "size": np.array(size), "labels": np.array(labels)}
     listing.save(place, index)
     return index
 
@@ -120,7 +120,7 @@ def _is_sound(index: dict[str, np.ndarray]) -> bool:
     arrays = [index[name] for name in ("shard", "offset", "size", "labels")]
     shard, offset, size, labels = arrays
     return (all(array.dtype == np.int64 and array.shape == (count,) and array.min() >= 0 for array in arrays)
-            and labels.max() <= MAX_LABEL and (offset <= sizes[shard] - size).all())  # fmt: skip
+            and labels.max() <= MAX_LABEL and (offset <= sizes[shard] - size).all())
 
 
 def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]]:
@@ -147,7 +147,7 @@ def _index_shard(path: Path, number: int) -> list[tuple[str, int, int, int, int]
                 text = tar.extractfile(member).read(100).decode("utf-8", "replace").strip()
                 if not text.isdecimal() or len(text) > 20 or int(text) > MAX_LABEL:
                     raise InputError(printable(f"{path}:{member.name} holds {text!r:.60}, not a class from 0 to "
-                                               f"{MAX_LABEL}"))  # fmt: skip
+                                               f"{MAX_LABEL}"))
                 labels[stem] = int(text)
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile ends at a damaged header, too

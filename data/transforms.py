@@ -162,5 +162,5 @@ class Resize(transforms.Resize):
         pixels = self.size**2 * max(width, height) / min(width, height)
         if pixels > MOST_PIXELS:
             raise ImageError(f"an image of {width}x{height} pixels would have {pixels:.2g} once resized to a shorter "
-                             f"side of {self.size}. Crop or remove it, or set TEST.CROP False")  # fmt: skip
+                             f"side of {self.size}. Crop or remove it, or set TEST.CROP False")
         return super().forward(image)

@@ -35,7 +35,7 @@ class ZipDataset(ImageSet):
     """
 
     def __init__(self, root, split: str, num_classes: int, cache: str = "no", rank: int = 0, world_size: int = 1,
-                 skip_bad: bool = False):  # fmt: skip
+                 skip_bad: bool = False):
         self.archive = Path(root) / f"{split}.zip"
         map_file = Path(root) / f"{split}_map.txt"
         self.names, self.labels, self.classes = read_map(map_file, num_classes)

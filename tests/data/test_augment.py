@@ -21,7 +21,7 @@ RANGES = {
     "Rotate": (-30, 30), "Posterize": (1, 8), "Solarize": (0, 256), "SolarizeAdd": (0, 128), "Color": (0, 1.9),
     "Contrast": (0.1, 1.9), "Brightness": (0.1, 1.9), "Sharpness": (0.1, 1.9), "ShearX": (-0.3, 0.3),
     "ShearY": (-0.3, 0.3), "TranslateX": (-15, 15), "TranslateY": (-15, 15), "GaussianBlur": (0.1, 2),
-}  # fmt: skip
+}
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 EXACT = ("Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd")
 
@@ -108,7 +108,7 @@ def test_worker_and_device_make_the_same_images(name):
     pixels = np.concatenate([images(64, np.random.default_rng(seed)) for seed in range(4)])
     found = draws(chosen, len(pixels))
     worker = np.stack([augment.augment(Image.fromarray(image), draw)
-                       for image, draw in zip(pixels, found, strict=True)]).astype(int)  # fmt: skip
+                       for image, draw in zip(pixels, found, strict=True)]).astype(int)
     device = augment_batch.augment(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2), found)
     assert (np.abs(worker - device.permute(0, 2, 3, 1).numpy()) <= 2).mean() > 0.99
     assert (worker != pixels).any() and {draw.flip for draw in found} == {True, False}
@@ -156,7 +156,7 @@ class Record:
     ("rand-m5-n3-p0.7", "bicubic", 2_000), ("rand-m15-mmax20-mstd101-inc1", "bicubic", 2_000),
     ("rand-mstd1-tweights", "bicubic", 2_000), ("rand-m6-t3aw-inc1", "bicubic", 2_000), ("v0", "bicubic", 2_000),
     ("original-mstd0.5", "bicubic", 2_000), ("v0r", "bicubic", 2_000), ("originalr", "bicubic", 2_000),
-])  # fmt: skip
+])
 def test_draws_have_timms_distribution(name, interpolation, count, monkeypatch):
     """The names of the operations and, for each, the distribution of its values."""
     chosen = augmentation(name, "DATA.INTERPOLATION", interpolation, "AUG.COLOR_JITTER", 0)

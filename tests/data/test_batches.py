@@ -96,7 +96,7 @@ def test_mixing_draws_when_a_batch_is_handed_over():
 @pytest.mark.parametrize("augment_on", ["worker", "device"])
 def test_an_augmented_batch_is_bytes_until_the_device(augment_on):
     config = load_config(opts=["DATA.DATASET", "digits", "MODEL.NUM_CLASSES", "10", "DATA.IMG_SIZE", "16",
-                               "DATA.NUM_WORKERS", "0", "DATA.AUGMENT_ON", augment_on])  # fmt: skip
+                               "DATA.NUM_WORKERS", "0", "DATA.AUGMENT_ON", augment_on])
     for build in (build_train_loader, build_val_loader):
         batch = next(iter(build(config).loader))
         assert batch.images.shape == (128, 16, 16, 3) and batch.images.dtype == torch.uint8

@@ -146,7 +146,7 @@ def test_damaged_exif_data_does_not_matter():
 @pytest.mark.parametrize("mode, options", [
     ("RGB", {}), ("RGB", {"quality": 30, "subsampling": 0}), ("RGB", {"progressive": True}), ("L", {}), ("CMYK", {}),
     ("RGB", {"kind": "PNG"}), ("P", {"kind": "PNG"}),
-])  # fmt: skip
+])
 def test_pixels_are_those_of_pillow(mode, options):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
     data = encode(Image.fromarray(pixels).resize((130, 90)).convert(mode), **{"kind": "JPEG"} | options)
@@ -182,7 +182,7 @@ STORED = {
     "lossless WEBP": ("RGB", "WEBP", {"lossless": True}), "GIF": ("P", "GIF", {}),
     "LZW TIFF": ("RGB", "TIFF", {"compression": "tiff_lzw"}),
     "TIFF": ("RGB", "TIFF", {}), "BMP": ("RGB", "BMP", {}), "PPM": ("RGB", "PPM", {}),
-}  # fmt: skip
+}
 
 
 def damaged(data: bytes, rng, kind: str) -> bytes:
@@ -198,7 +198,7 @@ def damaged(data: bytes, rng, kind: str) -> bytes:
         data[:begin] + bytes(size - begin), data[:sector] + bytes(4096) + data[sector + 4096 :],
         data[:begin] + data[begin + 4096 :],
         data[:begin] + data[-2:], data[:begin] + bytes(max(size - begin - 2, 0)) + data[-2:],
-    ]  # fmt: skip
+    ]
     if kind.endswith("PNG"):
         length = rng.choice((1, 64, 512))
         choices += [data[:begin] + data[other : other + length] + data[begin + length :],

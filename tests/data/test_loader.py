@@ -212,7 +212,7 @@ def test_a_damaged_image_is_named_by_workers_too(workers, tmp_path):
         (tmp_path / split / "cat").mkdir(parents=True)
         (tmp_path / split / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     options = config("DATA.DATASET", "imagefolder", "DATA.DATA_PATH", tmp_path, "MODEL.NUM_CLASSES", 1,
-                     "DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 1, "AUG.MIXUP", 0, "AUG.CUTMIX", 0)  # fmt: skip
+                     "DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 1, "AUG.MIXUP", 0, "AUG.CUTMIX", 0)
     for loader in (build_train_loader(options), build_val_loader(options)):
         with pytest.raises(ImageError, match=r"cat/broken\.jpg (is not an image|cannot be decoded)"):
             list(loader)
@@ -236,7 +236,7 @@ def zip_config(root, cache):
         "DATA.DATASET", "imagefolder", "DATA.DATA_PATH", root, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", cache,
         "MODEL.NUM_CLASSES", 2, "DATA.BATCH_SIZE", 4, "AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", 0,
         "AUG.REPROB", 0, "DATA.NUM_WORKERS", 2,
-    )  # fmt: skip
+    )
 
 
 def image_numbers(batches) -> list[int]:
@@ -294,7 +294,7 @@ def test_mixup_and_cutmix(mixup, cutmix, minmax, kinds):
 
 def test_mixup_takes_every_option():
     options = config("AUG.MIXUP", 0.8, "AUG.CUTMIX", 1.0, "AUG.MIXUP_PROB", 0.3, "AUG.MIXUP_SWITCH_PROB", 0.2,
-                     "AUG.MIXUP_MODE", "elem")  # fmt: skip
+                     "AUG.MIXUP_MODE", "elem")
     mix = build_mixup(options)
     assert (mix.mixup_alpha, mix.cutmix_alpha, mix.cutmix_minmax) == (0.8, 1.0, None)
     assert (mix.mix_prob, mix.switch_prob, mix.mode) == (0.3, 0.2, "elem")

@@ -134,7 +134,7 @@ def test_dots_in_names(tmp_path):
     ({"a.jpg": b"x", "a.cls": b"1000000"}, "a.cls holds '1000000', not a class from 0 to 999999"),
     ({"a.jpg": b"x", "a.cls": b"9" * 5000}, "a.cls holds '999"),
     ({"readme.txt": b"x"}, "hold no sample"),
-])  # fmt: skip
+])
 def test_samples_that_are_not_whole(files, message, tmp_path):
     with tarfile.open(tmp_path / "x-train-0.tar", "w") as shard:
         for name, data in files.items():

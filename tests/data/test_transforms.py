@@ -68,7 +68,7 @@ def test_evaluation_is_torchvisions_on_pil_images():
     plain = transforms.Compose([
         transforms.Resize(256, InterpolationMode.BICUBIC), transforms.CenterCrop(224), transforms.ToTensor(),
         transforms.Normalize(MEAN, STD),
-    ])  # fmt: skip
+    ])
     for shape in ((500, 375), (333, 500), (100, 90)):
         image = noise(*shape)
         assert torch.equal(build_transform(config())(image), plain(image))
@@ -105,7 +105,7 @@ def test_without_augmentation_training_shows_the_image_itself():
     options = config(
         "AUG.SCALE", "[1, 1]", "AUG.RATIO", "[1, 1]", "AUG.HFLIP", 0, "AUG.AUTO_AUGMENT", "none",
         "AUG.COLOR_JITTER", 0, "AUG.REPROB", 0, "DATA.IMG_SIZE", 32,
-    )  # fmt: skip
+    )
     sample = TrainSet(Images(noise(32, 32)), Augmentation(options))[0, 0]
     np.testing.assert_array_equal(sample.pixels, np.asarray(noise(32, 32)))
     assert not sample.draw.erased
@@ -113,7 +113,7 @@ def test_without_augmentation_training_shows_the_image_itself():
 
 def test_draws_follow_the_config():
     options = config("AUG.SCALE", "[0.5, 0.6]", "AUG.RATIO", "[0.9, 1.1]", "AUG.REPROB", 1.0, "AUG.RECOUNT", 3,
-                     "DATA.INTERPOLATION", "random", "AUG.AUTO_AUGMENT", "none")  # fmt: skip
+                     "DATA.INTERPOLATION", "random", "AUG.AUTO_AUGMENT", "none")
     draws = [Augmentation(options).draw(0, index, 100, 100) for index in range(200)]
     crops = np.array([draw.crop for draw in draws])
     areas, ratios = crops[:, 2] * crops[:, 3] / 1e4, crops[:, 3] / crops[:, 2]

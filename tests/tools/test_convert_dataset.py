@@ -54,7 +54,7 @@ def test_many_shards_by_many_workers(tmp_path, monkeypatch):
     source, target = write(tmp_path / "source"), tmp_path / "target"
     assert convert_dataset.convert(source, target, "shards", workers=2) == {"train": 10, "val": 4}
     assert sorted(path.name for path in target.iterdir()) == [
-        "classes.txt", "train-0000.tar", "train-0001.tar", "train-0002.tar", "val-0000.tar"]  # fmt: skip
+        "classes.txt", "train-0000.tar", "train-0001.tar", "train-0002.tar", "val-0000.tar"]
     assert content(target) == content(source)
 
 

@@ -12,7 +12,7 @@ def test_it_compares_the_pipelines(capsys):
     assert [name for name, *_ in rows] == [
         "ours, augmented in the worker", "ours, augmented on the device", "timm's loader", "torchvision v2",
         "ours, augmented in the worker, 288 pixels", "ours, augmented on the device, 288 pixels",
-    ]  # fmt: skip
+    ]
     times = {name: float(milliseconds) for name, _, milliseconds, _ in rows}
     for _, speed, milliseconds, ratio in rows:
         assert abs(float(speed) - 1000 / float(milliseconds)) < 0.02 * float(speed) + 1
