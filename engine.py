@@ -26,13 +26,16 @@ from utils import InputError, error_message
 
 logger = logging.getLogger("strip_mlp")
 
-# By default Inductor writes normalised activations to memory if two kernels read them. Computing them twice moves fewer
-# bytes, as tools/bench/roofline.py counts. The network is channels last already, so the layout needs no optimisation.
+# By default Inductor writes normalised activations to memory if two kernels read them; computing them twice moves fewer
+# bytes. Its layout optimisation keeps activations channels last; unless forced, it leaves out backward passes, and PyTorch
+# 2.12 and later then copy the activations of depthwise convolutions. Combined kernels are small ones that share a launch.
+# tools/bench/roofline.py counts what the options save.
 OPTIONS = {
     "realize_opcount_threshold": 300,
     "realize_reads_threshold": 20,
     "realize_acc_reads_threshold": 40,
-    "layout_optimization": False,
+    "force_layout_optimization": True,
+    "combo_kernels": torch.__version__ >= (2, 11),  # as far back as it was tried
 }
 _EARLY = "force_non_lazy_backward_lowering"  # PyTorch 2.11 has it, 2.8 does not
 EARLY = {_EARLY: True} if hasattr(torch._functorch.config, _EARLY) else {}

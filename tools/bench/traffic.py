@@ -17,6 +17,7 @@ import torch._inductor.config
 import torch.nn.functional as F
 from torch import nn
 from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import BaseSchedulerNode, ForeachKernelSchedulerNode
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -200,17 +201,25 @@ def count_compiled_step(
         graph._update_scheduler()
         phase = "backward" if graph.is_backward else "forward"
         for node in graph.scheduler.nodes:
-            moved = node.get_read_write_buffers_sizes()
+            combined = isinstance(node, ForeachKernelSchedulerNode)
+            kernels = node.get_subkernel_nodes() if combined else [node]
+            moved = sum(kernel.get_read_write_buffers_sizes() for kernel in kernels)
             if moved:
                 traffic.operations.append(Operation(phase, _kernel_name(node), moved, 0, 1))
         graph.cache_key, graph.cache_path, graph.cache_linemap = "", __file__, []
         return SimpleNamespace(call=stop, runner=None, key="", cache_path=__file__, __file__=__file__, __path__="")
+
+    def combine(scheduler):
+        """The kernels that share a launch; PyTorch combines none on a CPU."""
+        with mock.patch.object(BaseSchedulerNode, "get_device", return_value=torch.device("cuda")):
+            return ForeachKernelSchedulerNode._default_group_nodes_for_combo_kernels(scheduler)
 
     x = torch.empty(images).contiguous(memory_format=layout_of(network))
     torch.compiler.reset()
     with (
         mock.patch.object(GraphLowering, "compile_to_module", plan),
         mock.patch("torch._inductor.ir.is_cpu", return_value=False),  # asked where a CPU would store an exponential
+        mock.patch.object(ForeachKernelSchedulerNode, "group_algorithm_for_combo_kernels", combine),
         torch._inductor.config.patch(force_disable_caches=True),
         torch._functorch.config.patch(EARLY),
         torch.autocast("cpu", dtype, enabled=dtype is not None),
