@@ -27,9 +27,9 @@ from utils import InputError, error_message
 logger = logging.getLogger("strip_mlp")
 
 # By default Inductor writes normalised activations to memory if two kernels read them; computing them twice moves fewer
-# bytes. Its layout optimisation keeps activations channels last; unless forced, it leaves out backward passes, and PyTorch
-# 2.12 and later then copy the activations of depthwise convolutions. Combined kernels are small ones that share a launch.
-# tools/bench/roofline.py counts what the options save.
+# bytes. Its layout optimisation keeps activations channels last, but only in forward passes unless it is forced, and
+# PyTorch 2.12 and later then copy the activations of depthwise convolutions. Combined kernels are independent ones that
+# share a launch. tools/bench/roofline.py counts what the options save.
 OPTIONS = {
     "realize_opcount_threshold": 300,
     "realize_reads_threshold": 20,

@@ -35,6 +35,8 @@ PARSER.add_argument("--turns", type=int, default=5, metavar="N", help="times of 
 PARSER.add_argument("--device", default="", metavar="TYPE", help="default: cuda where there is a GPU, else cpu")
 PARSER.add_argument("--depthwise", choices=["cudnn", "native"],
                     help="whose kernels compute depthwise convolutions on CUDA; default: PyTorch's choice")
+PARSER.add_argument("--compile-options", nargs="+", default=[], metavar="KEY=VALUE",
+                    help="change main.py's options of torch.compile (engine.OPTIONS), such as triton.cudagraphs=True")
 PARSER.add_argument("--profile", action="store_true", help="on CUDA, also list the kernels that take longest")
 PARSER.add_argument("--json", type=Path, default="output/benchmark.json", metavar="FILE",
                     help="file for all times; default: output/benchmark.json")
@@ -54,7 +56,7 @@ from distributed import choose_device
 from engine import CompiledNetwork, Precision
 from inference import build_network
 from logger import describe_environment
-from tools.bench.networks import Named, build_named
+from tools.bench.networks import Named, build_named, set_compile_options
 from tools.tables import Row, choose, read_tables
 
 
@@ -154,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
             raise InputError(f"--depthwise: PyTorch {torch.__version__} has no such choice; 2.14 has it")
         torch.backends.cudnn.depthwise_kernel = args.depthwise
+    set_compile_options(args.compile_options)
     networks = {name: partial(build_named, name) for name in args.networks}
     if args.table:
         tables = read_tables()
@@ -162,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     result = {
         "date": datetime.date.today().isoformat(), "environment": describe_environment(device),
         "settings": {"batch_size": batch_size, "dtype": precision.name, "turns": args.turns,
-                     "threads": torch.get_num_threads(), "depthwise": args.depthwise or "auto"},
+                     "threads": torch.get_num_threads(), "depthwise": args.depthwise or "auto",
+                     "compile_options": args.compile_options},
         "cases": {},
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)

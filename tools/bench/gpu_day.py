@@ -36,14 +36,17 @@ BENCHMARK = "tools/bench/benchmark.py --json {json}"
 OTHERS = "published:strip_mlp_tiny compiled:strip_mlp_tiny published:strip_mlp_base compiled:strip_mlp_base"
 EPOCH = ("main.py --cfg configs/smlp_tiny_light_alpha3_patch4_224_cifar10.yaml --tag {tag} --output {output} "
          "--data-path {data} --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0")
-WARM_UP = Part(f"{BENCHMARK} {TIMED} --turns 1", 150)
+OPTIONS = f"{BENCHMARK} compiled:strip_mlp_tiny_light --modes training --turns 3 --compile-options"
+WARM_UP = Part(f"{BENCHMARK} {TIMED} --turns 1", 130)
 PARTS = {
     "tests": Part("-m pytest -m cuda -q -p no:cacheprovider", 110),
-    "training": Part(f"{BENCHMARK} {TIMED} --modes training --turns 3", 60),
-    "inference": Part(f"{BENCHMARK} {TIMED} --modes inference --turns 3", 40),
-    "cifar10": Part(EPOCH, 110),
-    "other networks": Part(f"{BENCHMARK} {OTHERS} --modes training --turns 3", 80),
-    "kernels": Part(f"{BENCHMARK} compiled:strip_mlp_tiny_light --modes training --turns 1 --profile", 40),
+    "training": Part(f"{BENCHMARK} {TIMED} --modes training --turns 3", 55),
+    "inference": Part(f"{BENCHMARK} {TIMED} --modes inference --turns 3", 35),
+    "cifar10": Part(EPOCH, 90),
+    "CUDA graphs": Part(f"{OPTIONS} triton.cudagraphs=True", 45),
+    "no combined kernels": Part(f"{OPTIONS} combo_kernels=False", 40),
+    "other networks": Part(f"{BENCHMARK} {OTHERS} --modes training --turns 3", 50),
+    "kernels": Part(f"{BENCHMARK} compiled:strip_mlp_tiny_light --modes training --turns 1 --profile", 35),
 }
 
 PARSER = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)

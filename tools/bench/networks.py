@@ -11,9 +11,11 @@ from typing import NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 
 from config import load_config, nearest
+from engine import OPTIONS
 from inference import build_network
 from models import StripMLPNet
 from models.strip_mlp import GRN, LSMM, RelativePosition, StripMLP
@@ -47,6 +49,15 @@ def build_named(name: str) -> Named:
             raise InputError(f"{name}: {plain} is not a Strip-MLP, so it has no published formulation")
         network = published_formulation(network)
     return Named(network, img_size, "compiled" in prefixes, "published" in prefixes)
+
+
+def set_compile_options(words: list[str]) -> None:
+    """Changes ``engine.OPTIONS`` by the KEY=VALUE words of ``--compile-options``."""
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in (known := torch._inductor.list_options()):
+            raise InputError(f"--compile-options {word}: torch.compile has no option {key}{nearest(key, known)}")
+        OPTIONS[key] = yaml.safe_load(value)
 
 
 def published_formulation(model: nn.Module) -> nn.Module:

@@ -22,6 +22,8 @@ PARSER.add_argument("network", metavar="NETWORK",
                          "fuses it; published: as the authors' code computes it")
 PARSER.add_argument("--mode", choices=["training", "inference"], default="training", help="default: training")
 PARSER.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="default: bf16")
+PARSER.add_argument("--compile-options", nargs="+", default=[], metavar="KEY=VALUE",
+                    help="change main.py's options of torch.compile (engine.OPTIONS), such as triton.cudagraphs=True")
 PARSER.add_argument("--batch-size", type=int, default=128, metavar="N", help="images; default: 128")
 
 if __name__ == "__main__":
@@ -30,7 +32,7 @@ if __name__ == "__main__":
 import torch
 
 from engine import Precision
-from tools.bench.networks import build_named
+from tools.bench.networks import build_named, set_compile_options
 from tools.bench.traffic import Traffic, count_compiled_step, count_step
 
 # Data sheets: GB/s of memory, TFLOP/s of dense products in 16 bits summed in 32.
@@ -71,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     args = PARSER.parse_args(argv)
     if args.batch_size < 1:
         raise InputError(f"--batch-size is {args.batch_size}; it must be at least 1")
+    set_compile_options(args.compile_options)
     torch.manual_seed(0)
     named = build_named(args.network)
     dtype = Precision.DTYPES[args.dtype] if args.dtype != "fp32" else None

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import engine
 from engine import Precision
 from tests import helpers
 from tools.bench import benchmark
@@ -46,6 +47,17 @@ def test_the_kernels_of_depthwise_convolutions(tmp_path, monkeypatch, capsys):
         assert benchmark.main(argv) == 2 and chosen == ["native"]
     else:
         assert benchmark.main(argv) == 2 and chosen == [] and "has no such choice" in capsys.readouterr().err
+
+
+def test_compile_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "build_named", lambda name: 1 / 0)
+    monkeypatch.setitem(engine.OPTIONS, "combo_kernels", True)
+    argv = ["a", "--device", "cpu", "--json", str(tmp_path / "b.json"), "--compile-options"]
+    with pytest.raises(ZeroDivisionError):
+        benchmark.main([*argv, "combo_kernels=False", "triton.cudagraphs=True"])
+    assert engine.OPTIONS.pop("triton.cudagraphs") is True and engine.OPTIONS["combo_kernels"] is False
+    assert benchmark.main([*argv, "combo_kernel=False"]) == 2
+    assert "torch.compile has no option combo_kernel; did you mean combo_kernels?" in capsys.readouterr().err
 
 
 def test_every_time_is_written_at_once(tmp_path, monkeypatch, capsys):

@@ -94,6 +94,18 @@ def test_compiled_traffic_known_by_hand():
     assert found == {"convolution": 2 * size + weight, "fused loops": 2 * size}
 
 
+@needs_early_planning
+def test_options_of_the_compiler():
+    """No activations are copied for a convolution's backward pass, and the casts of weights share a launch."""
+    network = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.Conv2d(8, 8, 3, groups=8, bias=False))
+    network = network.to(memory_format=torch.channels_last)
+    traffic = count_compiled_step(network, (N, 8, SIDE, SIDE), training=True)
+    names = [(op.phase, op.name) for op in traffic.operations]
+    assert names.count(("forward", "fused loops")) == 1  # casts the images and both weights
+    assert names.count(("backward", "fused loops")) == 2  # cast the weights' gradients, one by one as they appear
+    assert max(op.bytes for op in traffic.operations if op.phase == "backward" and op.name == "fused loops") < 1000
+
+
 def one_block(dim=80, side=56):
     """T*'s stem and first block, or another of its blocks, then a mean over the tokens."""
     block = Block(dim, side, num_patches=2, strip_width=3, mlp_ratio=3.0, drop_path=0.1)
@@ -120,8 +132,10 @@ def test_a_pytorch_that_cannot_plan_a_step_is_an_error(monkeypatch):
 @needs_early_planning
 @pytest.mark.slow
 def test_compiled_figures_of_strip_mlp_do_not_grow():
-    """Inductor's own settings move more."""
-    assert count_compiled_step(one_block(), (128, 3, 224, 224), training=True).total("bytes") / 128 < 89e6
+    """Inductor's own settings move more, in more launches."""
+    traffic = count_compiled_step(one_block(), (128, 3, 224, 224), training=True)
+    assert traffic.total("bytes") / 128 < 89e6
+    assert traffic.total("launches") < 105
 
 
 def test_command(capsys):
