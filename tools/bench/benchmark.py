@@ -37,7 +37,8 @@ PARSER.add_argument("--depthwise", choices=["cudnn", "native"],
                     help="whose kernels compute depthwise convolutions on CUDA; default: PyTorch's choice")
 PARSER.add_argument("--compile-options", nargs="+", default=[], metavar="KEY=VALUE",
                     help="change main.py's options of torch.compile (engine.OPTIONS), such as triton.cudagraphs=True")
-PARSER.add_argument("--profile", action="store_true", help="on CUDA, also list the kernels that take longest")
+PARSER.add_argument("--profile", action="store_true",
+                    help="also list the kernels, on a CPU the operations, that take longest")
 PARSER.add_argument("--json", type=Path, default="output/benchmark.json", metavar="FILE",
                     help="file for all times; default: output/benchmark.json")
 
@@ -109,11 +110,14 @@ class Case:
         self.seconds.append(clock() - start)
 
     def kernels(self) -> str:
-        """The kernels that take longest in a step on CUDA, as a table."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        """The kernels, or operations on a CPU, that take longest in a step, as a table."""
+        kind = self.device.type
+        with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind.upper())]) as profile:
             self.step()
-            torch.cuda.synchronize()
-        return profile.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80)
+            if kind == "cuda":
+                torch.cuda.synchronize()
+        order = f"self_{kind}_time_total"
+        return profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
 
 
 def report(result: dict) -> str:
@@ -191,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             for case in cases.values():
                 case.time()
                 save()
-        for name, case in cases.items() if args.profile and device.type == "cuda" else ():
+        for name, case in cases.items() if args.profile else ():
             results[name]["kernels"] = case.kernels()
             save()
         cases.clear()

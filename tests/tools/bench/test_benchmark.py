@@ -91,10 +91,11 @@ def test_every_time_is_written_at_once(tmp_path, monkeypatch, capsys):
 def test_networks_of_a_table(tmp_path, capsys):
     file = tmp_path / "b.json"
     assert benchmark.main(["--table", "cifar10_cpu", "--device", "cpu", "--modes", "training", "--batch-size", "2",
-                           "--turns", "1", "--json", str(file)]) == 0
-    cases = json.loads(file.read_text())["cases"]["training"]
+                           "--turns", "1", "--profile", "--json", str(file)]) == 0
+    cases, printed = json.loads(file.read_text())["cases"]["training"], capsys.readouterr().out
     assert len(cases) >= 3 and all(case["seconds"][0] > 0 for case in cases.values())
-    assert all(f"| {name} |" in capsys.readouterr().out for name in list(cases)[:1])
+    assert all(f"| {name} |" in printed for name in cases)
+    assert printed.count("aten::convolution_backward") == len(cases)
 
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
