@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
 from torch import nn
 
+import engine
 from config import load_config
 from models.strip_mlp import (
     CGSMM,
@@ -302,7 +303,7 @@ def test_drop_path_is_off_in_eval_mode():
 def run(net, call, images, seed=3):
     """Loss, gradients and buffers of a forward pass through ``call`` and a backward pass."""
     torch.manual_seed(seed)  # of drop path
-    loss = F.cross_entropy(call(images), torch.arange(len(images)) % 5)
+    loss = F.cross_entropy(call(images), torch.arange(len(images), device=images.device) % 5)
     loss.backward()
     return {"loss": loss.detach()} | {key: p.grad for key, p in net.named_parameters()} | dict(net.named_buffers())
 
@@ -433,6 +434,21 @@ def test_compiled_training_step_equals_eager(checkpointing):
     expected, found = run(eager, eager, images), run(compiled, call, images)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-12, msg=key)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_training_step_compiled_with_our_options_equals_eager():
+    """Inductor's kernels, combined ones among them, give the same loss, gradients and statistics."""
+    eager = randomise(tiny_net(depths=(1, 1, 1, 1), drop_path_rate=0.0))
+    eager = engine.to_device(eager, torch.device("cuda")).train()
+    compiled = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    call = torch.compile(compiled, fullgraph=True, options=engine.OPTIONS)
+    images = draw(4, 3, 32, 32).to("cuda", memory_format=torch.channels_last)
+    expected, found = run(eager, eager, images), run(compiled, call, images)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-10, msg=key)
 
 
 def test_compiled_evaluation_equals_eager():
