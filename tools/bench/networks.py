@@ -53,11 +53,12 @@ def build_named(name: str) -> Named:
 
 def set_compile_options(words: list[str]) -> None:
     """Changes ``engine.OPTIONS`` by the KEY=VALUE words of ``--compile-options``."""
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in (known := torch._inductor.list_options()):
-            raise InputError(f"--compile-options {word}: torch.compile has no option {key}{nearest(key, known)}")
-        OPTIONS[key] = yaml.safe_load(value)
+    try:
+        OPTIONS.update((key, yaml.safe_load(value)) for key, _, value in (word.partition("=") for word in words))
+        torch.compile(nn.Identity(), options=OPTIONS)  # checks their names and types
+    except (RuntimeError, yaml.YAMLError) as error:
+        reason = str(error).partition(", known options")[0]
+        raise InputError(f"--compile-options {' '.join(words)}: {reason}") from None
 
 
 def published_formulation(model: nn.Module) -> nn.Module:

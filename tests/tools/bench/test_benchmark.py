@@ -8,7 +8,7 @@ import torch
 import engine
 from engine import Precision
 from tests import helpers
-from tools.bench import benchmark
+from tools.bench import benchmark, networks
 from tools.bench.benchmark import Case, report
 from tools.bench.networks import build_named
 from utils import InputError
@@ -56,8 +56,11 @@ def test_compile_options(tmp_path, monkeypatch, capsys):
     with pytest.raises(ZeroDivisionError):
         benchmark.main([*argv, "combo_kernels=False", "triton.cudagraphs=True"])
     assert engine.OPTIONS.pop("triton.cudagraphs") is True and engine.OPTIONS["combo_kernels"] is False
-    assert benchmark.main([*argv, "combo_kernel=False"]) == 2
-    assert "torch.compile has no option combo_kernel; did you mean combo_kernels?" in capsys.readouterr().err
+    for word in ("combo_kernel=False", "combo_kernels=5", "combo_kernels", "combo_kernels=["):
+        monkeypatch.setattr(networks, "OPTIONS", {})
+        assert benchmark.main([*argv, word]) == 2
+        error = capsys.readouterr().err
+        assert f"--compile-options {word}: " in error and "combo_kernel" in error and len(error) < 400
 
 
 def test_every_time_is_written_at_once(tmp_path, monkeypatch, capsys):
